@@ -1,0 +1,58 @@
+# make quickstart   install, make the small actor and its drafter, train: a whole run, with or without a GPU
+# make test         install, run the tests
+# Both can be repeated: what is done is skipped. PIP_FLAGS goes to every pip install (an index of CPU wheels, say).
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+QUICKSTART := .cache/quickstart
+
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+RANKS := $(if $(filter 1,$(GPUS)),1,2)
+ifeq ($(GPUS),0)
+export DS_ACCELERATOR := cpu
+endif
+export DS_BUILD_OPS := 0
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart actor drafter test test-gpu lint clean
+
+quickstart: drafter
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml actor.parallel.tp=$(RANKS) $(ARGS)
+
+actor: $(INSTALLED)
+	OMP_NUM_THREADS=2 $(BIN)/python tools/make_actor.py --recipe configs/quickstart-actor.yaml --out $(QUICKSTART)/actor
+
+drafter: actor
+	OMP_NUM_THREADS=2 $(BIN)/python tools/train_drafter.py --recipe configs/quickstart-drafter.yaml \
+	  --actor $(QUICKSTART)/actor --out $(QUICKSTART)/drafter
+
+test: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+
+# torch comes first because deepspeed's build imports it; sglang and torchvision come last on a machine without a GPU,
+# without their dependencies, which name CUDA packages.
+$(INSTALLED): requirements.txt requirements-cpu.txt requirements-cpu-nodeps.txt setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(PIP_FLAGS) "setuptools>=69" wheel torch==2.13.0
+ifeq ($(GPUS),0)
+	$(BIN)/pip install -q $(PIP_FLAGS) --no-build-isolation -r requirements-cpu.txt
+	$(BIN)/pip install -q $(PIP_FLAGS) --no-deps -r requirements-cpu-nodeps.txt
+else
+	$(BIN)/pip install -q $(PIP_FLAGS) --no-build-isolation -r requirements.txt
+endif
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache

@@ -1,0 +1,335 @@
+"""The whole configuration, typed: one YAML file, `key=value` overrides, and errors that name the key and the remedy.
+
+    config = load_config("configs/quickstart.yaml", ["actor.parallel.tp=1", "run.steps=3"])
+
+Only what can be judged from the file itself is judged here; `preflight.py` checks it against files and machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from respec_trainer.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Port = Annotated[int, Field(ge=1024, le=65535)]
+DType = Literal["bf16", "fp32"]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys and wrong types are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    dir: str = "runs"
+    steps: PositiveInt
+    seed: NonNegativeInt = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Steps in a row whose loss or gradient was not finite before the run stops. Each such step is refused and its
+    # batch saved.
+    max_bad_steps: PositiveInt = 3
+
+
+class ModelConfig(Section):
+    path: str  # a Hugging Face folder: config.json, safetensors, tokenizer
+    dtype: DType = "bf16"
+
+
+class DataConfig(Section):
+    path: str  # .jsonl or .parquet
+    prompt_column: str = "question"
+    answer_column: str = "answer"
+    template: str = "{prompt}"
+    prompts_per_step: PositiveInt
+    max_prompt_tokens: PositiveInt = 1024
+    shuffle: bool = True
+
+    @model_validator(mode="after")
+    def _template_has_a_prompt(self) -> DataConfig:
+        if "{prompt}" not in self.template:
+            raise ValueError("template must contain {prompt}, where the prompt column's text goes")
+        return self
+
+
+class RewardConfig(Section):
+    kind: Literal["exact_answer"] = "exact_answer"
+    marker: str = "####"  # the answer is what follows the last marker
+
+
+class SamplingConfig(Section):
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1  # -1: no limit
+    max_new_tokens: PositiveInt
+    stop: list[str] = []
+
+
+class EngineConfig(Section):
+    tp: PositiveInt = 1  # devices one engine spans
+    span: PositiveInt | None = None  # trainer ranks that share one engine; default tp. On a CPU: usually all ranks.
+    max_running_requests: PositiveInt = 64
+    max_total_tokens: PositiveInt | None = None  # KV pool; default: from mem_fraction
+    mem_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    threads: PositiveInt = 1  # OpenMP threads of each engine process, without a GPU
+    timeout: PositiveFloat = 600.0  # seconds without an answer before the engine counts as hung
+    log_level: Literal["debug", "info", "warning", "error"] = "error"
+
+
+class RolloutConfig(Section):
+    samples_per_prompt: Annotated[int, Field(ge=2)]
+    sampling: SamplingConfig
+    engine: EngineConfig = EngineConfig()
+
+
+class SpeculationConfig(Section):
+    algorithm: Literal["eagle3", "none"] = "eagle3"
+    steps: PositiveInt = 3  # s: draft steps
+    topk: PositiveInt = 1  # t: branches a step
+    draft_tokens: PositiveInt = 4  # n: tokens verified in one target pass, the root included
+
+    @model_validator(mode="after")
+    def _shape_is_consistent(self) -> SpeculationConfig:
+        if self.algorithm == "none":
+            return self
+        s, t, n = self.steps, self.topk, self.draft_tokens
+        if t == 1 and n != s + 1:
+            raise ValueError(f"a chain (topk=1) verifies exactly steps + 1 tokens: set draft_tokens={s + 1}, not {n}")
+        limit = 1 + t + (s - 1) * t * t
+        if t > 1 and not s < n <= limit:
+            raise ValueError(f"a tree of steps={s}, topk={t} needs {s} < draft_tokens <= {limit}, not {n}")
+        return self
+
+
+class DrafterConfig(Section):
+    path: str | None = None  # an EAGLE-3 folder in SGLang's format
+    weighting: Literal["none"] = "none"  # "none": the drafter stays as it is during the run
+
+
+class ParallelConfig(Section):
+    tp: PositiveInt = 1
+    sequence_parallel: bool = False
+
+
+class ZeroConfig(Section):
+    stage: Literal[1, 2, 3] = 1
+
+
+class OptimConfig(Section):
+    lr: PositiveFloat = 1.0e-6
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    eps: PositiveFloat = 1.0e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat = 1.0  # global gradient norm
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr_ratio: Fraction = 0.0  # where linear and cosine end, as a share of lr
+
+
+class ActorConfig(Section):
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    optim: OptimConfig = OptimConfig()
+    micro_batch_size: PositiveInt = 8  # sequences one forward pass holds, each data-parallel rank
+    recompute: bool = False  # recompute activations of every layer in the backward pass
+    logprob_chunk: PositiveInt = 1024  # tokens whose logits exist at one time
+
+
+class ObjectiveConfig(Section):
+    kind: Literal["grpo"] = "grpo"
+    advantage: Literal["group_norm", "group_mean"] = "group_norm"  # with or without dividing by the group's std
+    aggregation: Literal["token", "sequence"] = "token"  # mean over all tokens, or over each response's own mean
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    minibatches: PositiveInt = 1  # optimizer updates a step
+    correction: Literal["none", "tis"] = "tis"  # sampler-to-actor mismatch
+    tis_clip: PositiveFloat = 2.0
+
+
+class ResyncConfig(Section):
+    transport: Literal["auto", "gloo", "nccl", "cuda_ipc"] = "auto"
+    bucket_mb: Annotated[int, Field(ge=1, le=512)] = 256
+    port: Port | None = None  # rendezvous of trainer and engines; default: a free one
+    timeout: PositiveFloat = 300.0
+
+
+class CheckpointConfig(Section):
+    export_at_end: bool = True  # write the trained actor as a Hugging Face folder into the run's folder
+
+
+class TelemetryConfig(Section):
+    tensorboard: bool = True
+    samples_per_step: NonNegativeInt = 2
+    live: Literal["auto", "panel", "lines", "off"] = "auto"
+
+
+class Config(Section):
+    """Everything a run is made of. Saved, resolved, as `config.yaml` in the run's folder."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig
+    speculation: SpeculationConfig = SpeculationConfig()
+    drafter: DrafterConfig = DrafterConfig()
+    actor: ActorConfig = ActorConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    resync: ResyncConfig = ResyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.data.prompts_per_step * self.rollout.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Config:
+        if self.speculation.algorithm == "eagle3" and self.drafter.path is None:
+            raise ValueError(
+                "speculation.algorithm=eagle3 needs drafter.path, a drafter made by tools/train_drafter.py "
+                "(or set speculation.algorithm=none)"
+            )
+        if self.samples_per_step % self.objective.minibatches:
+            raise ValueError(
+                f"objective.minibatches={self.objective.minibatches} must divide data.prompts_per_step x "
+                f"rollout.samples_per_prompt = {self.samples_per_step}"
+            )
+        if self.actor.parallel.sequence_parallel and self.actor.parallel.tp == 1:
+            raise ValueError("actor.parallel.sequence_parallel needs actor.parallel.tp >= 2")
+        if self.rollout.sampling.temperature == 0:
+            raise ValueError(
+                "rollout.sampling.temperature must be > 0: greedy rollouts of one prompt are all alike, "
+                "so every advantage is zero"
+            )
+        return self
+
+    def check_world(self, world_size: int) -> None:
+        """Raise ConfigError where `world_size` trainer ranks cannot carry this configuration."""
+        tp, span = self.actor.parallel.tp, self.rollout.engine.span or self.rollout.engine.tp
+        if world_size % tp:
+            raise ConfigError(
+                f"actor.parallel.tp={tp} does not divide the {world_size} ranks started; start a multiple "
+                f"of {tp} (deepspeed --num_gpus {tp} ...) or set actor.parallel.tp=1"
+            )
+        if world_size % span:
+            raise ConfigError(
+                f"rollout.engine.span={span} does not divide the {world_size} ranks started; "
+                f"set rollout.engine.span to a divisor of {world_size}"
+            )
+        share = (world_size // tp) * self.objective.minibatches
+        if self.samples_per_step % share:
+            raise ConfigError(
+                f"data.prompts_per_step x rollout.samples_per_prompt = {self.samples_per_step} samples do "
+                f"not split over {world_size // tp} data-parallel ranks x objective.minibatches="
+                f"{self.objective.minibatches}; make it a multiple of {share}"
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"key {twice!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate the result.
+
+    Raises ConfigError for a missing or malformed file, and for every bad key at once, each with the nearest valid key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}; see configs/ for examples")
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as 'run:' and 'model:', not {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n" + "\n".join(_explain(item) for item in error.errors())) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    node = tree
+    for depth, part in enumerate(parts[:-1], 1):
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a value, not a section")
+    node[parts[-1]] = value
+
+
+def _explain(item: dict[str, Any]) -> str:
+    """One line for one pydantic error: the dotted key, what is wrong, and the nearest valid key if it is unknown."""
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"  {key}: unknown key; did you mean {_nearest(key)}?"
+    if item["type"] == "missing":
+        return f"  {key}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    return f"  {key}: {message}{given}" if key else f"  {message}"
+
+
+def _nearest(key: str) -> str:
+    """The valid dotted key most like `key`: the same parent first, then a like last name, then a like spelling."""
+    keys = list(valid_keys())
+    parent, _, name = key.rpartition(".")
+
+    def likeness(candidate: str) -> float:
+        candidate_parent, _, candidate_name = candidate.rpartition(".")
+        same_name = difflib.SequenceMatcher(None, name, candidate_name).ratio()
+        return same_name + 0.5 * difflib.SequenceMatcher(None, parent, candidate_parent).ratio()
+
+    return max(keys, key=likeness)
+
+
+def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration, sections included."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += valid_keys(field.annotation, f"{prefix}{name}.")
+    return keys

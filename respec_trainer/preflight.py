@@ -1,0 +1,82 @@
+"""Check a configuration against files and machine before any process group is made, with errors to act on.
+
+Every rank runs the same checks, so they read only small files: configurations, headers, the tokenizer, the data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from respec_trainer.config import Config
+from respec_trainer.errors import ConfigError
+from respec_trainer.network import is_free
+
+
+def preflight(config: Config, world_size: int, rank: int) -> None:
+    """Raise ConfigError or DataError for the first thing found that cannot work."""
+    config.check_world(world_size)
+    hf_config = check_model_folder(config)
+    check_context(config, hf_config)
+    check_data(config)
+    check_drafter(config, hf_config)
+    check_ports(config, rank)
+
+
+def check_model_folder(config: Config):
+    """The actor's Hugging Face config, once its folder is complete and its shape fits this trainer."""
+    from transformers import AutoConfig
+
+    from respec_trainer.actor.model import check_model
+
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.path: no folder {folder}; give a Hugging Face model folder, or run tools/make_actor.py"
+        )
+    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
+        if not any(folder.glob(pattern)):
+            raise ConfigError(f"model.path: {folder} holds no {what} ({pattern})")
+    try:
+        hf_config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"model.path: {folder}/config.json cannot be read: {error}") from error
+    check_model(hf_config, config.actor.parallel.tp)
+    return hf_config
+
+
+def check_context(config: Config, hf_config) -> None:
+    new, context = config.rollout.sampling.max_new_tokens, hf_config.max_position_embeddings
+    if new >= context:
+        raise ConfigError(
+            f"rollout.sampling.max_new_tokens={new} leaves no room for a prompt in the model's {context} positions"
+        )
+
+
+def check_data(config: Config) -> None:
+    """The first rows of the data load; the tokenizer fits the model."""
+    from respec_trainer.data.prompts import check_prompt_file
+
+    check_prompt_file(config.data)
+
+
+def check_drafter(config: Config, hf_config) -> None:
+    if config.speculation.algorithm == "none":
+        return
+    from respec_trainer.drafter.format import check_drafter_folder
+
+    check_drafter_folder(Path(config.drafter.path), hf_config)
+
+
+def check_ports(config: Config, rank: int) -> None:
+    """Ports this run will listen on are free; only the rank that will listen looks."""
+    if rank != 0:
+        return
+    master = os.environ.get("MASTER_PORT")
+    if master and not is_free(int(master)):
+        raise ConfigError(f"port {master}, where the ranks are to meet, is occupied; start with --master_port ANOTHER")
+    if config.resync.port and not is_free(config.resync.port):
+        raise ConfigError(
+            f"resync.port={config.resync.port} is occupied; choose another, or leave it out for a free one"
+        )

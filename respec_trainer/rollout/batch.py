@@ -1,0 +1,54 @@
+"""Batch: samples as tensors, B rows of S positions, right-padded because Megatron's RoPE counts from the left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from respec_trainer.rollout.sample import Sample
+
+
+@dataclass
+class Batch:
+    """What the actor needs of some samples. Entry t of a row belongs to token t, never to the token after it."""
+
+    tokens: torch.Tensor  # [B, S] int64, prompt then response then padding
+    response_mask: torch.Tensor  # [B, S] bool, True on response tokens
+    lengths: torch.Tensor  # [B] int64, prompt and response
+    sampler_logprobs: torch.Tensor  # [B, S] float32, 0 outside the response
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def rows(self, index: slice | torch.Tensor) -> Batch:
+        """The chosen rows, at the same padded length."""
+        return Batch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def collate(samples: Sequence[Sample], pad_id: int, multiple_of: int = 1) -> Batch:
+    """Right-pad samples to their longest, rounded up to `multiple_of`: sequence parallelism splits S over its ranks.
+
+    Raises ValueError for an empty list and for a sample whose log-probs do not match its response.
+    """
+    if not samples:
+        raise ValueError("no samples to collate")
+    lengths = torch.tensor([len(s.prompt_ids) + len(s.response_ids) for s in samples])
+    width = -(-int(lengths.max()) // multiple_of) * multiple_of
+    tokens = torch.full((len(samples), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(samples), width, dtype=torch.bool)
+    logprobs = torch.zeros(len(samples), width)
+    for row, sample in enumerate(samples):
+        start, end = len(sample.prompt_ids), int(lengths[row])
+        if len(sample.sampler_logprobs) != end - start:
+            raise ValueError(
+                f"sample {sample.key}: {len(sample.sampler_logprobs)} log-probs for {end - start} response tokens"
+            )
+        tokens[row, :end] = torch.tensor(sample.prompt_ids + sample.response_ids)
+        mask[row, start:end] = True
+        logprobs[row, start:end] = torch.tensor(sample.sampler_logprobs)
+    return Batch(tokens, mask, lengths, logprobs)

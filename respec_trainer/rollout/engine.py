@@ -1,0 +1,93 @@
+"""RolloutEngine: what the trainer asks of an inference engine, and nothing else.
+
+One engine holds two models, told apart by role: "target", the actor's weights, and "draft", the drafter's.
+Every method raises EngineError when the engine refuses, dies or does not answer in time; none returns a status.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from respec_trainer.rollout.sample import Request, Sample
+
+Role = Literal["target", "draft"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A weight on its way: its Hugging Face name, its dtype ("bfloat16", "float32", ...) and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Pending(ABC):
+    """Requests the engine is working on."""
+
+    @abstractmethod
+    def collect(self) -> list[Sample]:
+        """Wait for every request and return its Sample, in the order submitted."""
+
+    @abstractmethod
+    def done(self) -> int:
+        """How many requests have finished so far."""
+
+
+class RolloutEngine(ABC):
+    @abstractmethod
+    def start(self) -> None:
+        """Launch the engine's processes and return once it answers."""
+
+    @abstractmethod
+    def submit(self, requests: Sequence[Request]) -> Pending:
+        """Hand over requests and return at once."""
+
+    @abstractmethod
+    def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:
+        """Make the engine's ranks members rank_offset, rank_offset + 1, ... of a new process group.
+
+        Returns at once, because every member must be joining for the group to form; the Future resolves when it has.
+        """
+
+    @abstractmethod
+    def leave_group(self, name: str) -> None:
+        """Leave a group made by join_group."""
+
+    @abstractmethod
+    def begin_weight_update(self, role: Role) -> None:
+        """Open a weight update of one model; outside of one, weights are refused."""
+
+    @abstractmethod
+    def receive_broadcast(self, specs: Sequence[TensorSpec], role: Role, group: str) -> Future:
+        """Receive these tensors from rank 0 of `group`, one broadcast each, in order. Resolves when they are loaded."""
+
+    @abstractmethod
+    def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> None:
+        """Load tensors of this process: shared memory on a CPU, one flattened CUDA IPC bucket on a GPU."""
+
+    @abstractmethod
+    def end_weight_update(self, role: Role, version: str) -> None:
+        """Close the update, drop the KV cache made with the old weights, and stamp later samples with `version`."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Give back the memory of weights and KV cache, where there is a GPU."""
+
+    @abstractmethod
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take back that memory, in two stages; what it holds is undefined until the weights are pushed again."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, float]:
+        """Counters since the start: tokens, verify passes, drafts accepted."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """End every process of the engine. Safe to call twice."""

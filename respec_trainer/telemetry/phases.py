@@ -1,0 +1,33 @@
+"""Wall time of the phases of a step, named as in the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class PhaseClock:
+    """Adds up seconds by phase name; `listen` is called with each phase as it begins."""
+
+    def __init__(self, listen: Callable[[str], None] = lambda name: None):
+        self.seconds: dict[str, float] = {}
+        self.listen = listen
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.listen(name)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def take(self) -> dict[str, float]:
+        """The times since the last take, as `time/*` metrics in seconds, with `time/step` for the whole."""
+        now = time.perf_counter()
+        metrics = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        metrics["time/step"] = now - self._began
+        self.seconds, self._began = {}, now
+        return metrics

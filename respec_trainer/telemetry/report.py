@@ -1,0 +1,61 @@
+"""Report: all that a run tells its user, in one object. On ranks other than the first it only keeps time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from respec_trainer.config import Config
+from respec_trainer.rollout.sample import Sample
+from respec_trainer.telemetry.live import Progress
+from respec_trainer.telemetry.phases import PhaseClock
+from respec_trainer.telemetry.recorder import Recorder, new_run_folder
+from respec_trainer.telemetry.summary import print_summary
+
+
+class Report:
+    """Owns the run's folder (its path is the same on every rank), the progress display and the clock of the phases."""
+
+    def __init__(self, config: Config, rank: int, control: dist.ProcessGroup):
+        self.first = rank == 0
+        place = [str(new_run_folder(config).resolve())] if self.first else [None]
+        dist.broadcast_object_list(place, src=0, group=control)
+        self.folder = Path(place[0])
+        self.steps: list[dict] = []
+        self.recorder = Recorder(self.folder, config) if self.first else None
+        self.progress = Progress(config.run.steps, config.telemetry.live if self.first else "off")
+        self.progress.__enter__()
+        self.clock = PhaseClock(self.progress.phase)
+
+    def phase(self, name: str) -> None:
+        self.progress.phase(name)
+
+    def message(self, text: str) -> None:
+        self.progress.message(text)
+
+    def loaded(self, prompts) -> None:
+        """Say how many prompts there are, and how many were dropped for their length."""
+        dropped = f"; {prompts.dropped} dropped: longer than {prompts.limit} tokens" if prompts.dropped else ""
+        self.message(f"{len(prompts)} prompts{dropped}")
+
+    def samples(self, step: int, samples: Sequence[Sample], texts: Sequence[tuple[str, str]]) -> None:
+        if self.recorder:
+            self.recorder.samples(step, samples, texts)
+
+    def step(self, step: int, metrics: dict) -> None:
+        self.steps.append(metrics)
+        self.progress.step(step, metrics)
+        if self.recorder:
+            self.recorder.step(step, metrics)
+
+    def summary(self) -> None:
+        self.progress.__exit__()
+        if self.first:
+            print_summary(self.steps, self.folder)
+
+    def close(self) -> None:
+        self.progress.__exit__()
+        if self.recorder:
+            self.recorder.close()

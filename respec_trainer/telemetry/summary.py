@@ -1,0 +1,54 @@
+"""The closing words of a run: did the reward rise, how fast were the rollouts, where does everything lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+
+BARS = " ▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 60
+# How many steps at either end are averaged for "from" and "to": one step's mean reward is noisy.
+END_STEPS = 5
+
+
+def reward_rise(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean reward over the first and over the last few steps."""
+    rewards = [step["reward/mean"] for step in steps]
+    ends = max(1, min(END_STEPS, len(rewards) // 2))
+    return fmean(rewards[:ends]), fmean(rewards[-ends:])
+
+
+def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
+    """Values as one line of bars, averaged down to at most `width` columns, scaled to their own range."""
+    if len(values) > width:
+        edges = [i * len(values) // width for i in range(width + 1)]
+        values = [fmean(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(BARS[1 + round((value - low) / span * (len(BARS) - 2))] for value in values)
+
+
+def print_summary(steps: Sequence[Mapping[str, Any]], folder: Path, console: Console | None = None) -> None:
+    """Print the summary of a finished run's steps."""
+    console = console or Console()
+    if not steps:
+        console.print(f"No step was completed. The run lies in {folder}")
+        return
+    first, last = reward_rise(steps)
+    tokens = sum(step["rollout/tokens"] for step in steps)
+    generate, total = (sum(step[key] for step in steps) for key in ("time/generate", "time/step"))
+    lines = [
+        f"reward        {first:.3f} -> {last:.3f}  ({last - first:+.3f})",
+        f"              {curve([step['reward/mean'] for step in steps])}",
+        f"rollouts      {tokens / generate:,.0f} tokens/s over {tokens:,} tokens; {generate / total:.0%} of the time",
+        f"accept length {fmean(step['spec/accept_length'] for step in steps):.2f}",
+        f"time          {total:.0f} s for {len(steps)} steps",
+        f"run           {folder}",
+    ]
+    console.print(Panel(Group(*(Text(line) for line in lines)), title="summary", title_align="left", expand=False))

@@ -1,0 +1,91 @@
+"""The loop of ReSpec (arXiv 2510.26475): roll out, learn the drafter meanwhile, score, update the policy, resync."""
+
+from __future__ import annotations
+
+import torch
+
+from respec_trainer.actor.advantages import group_advantages
+from respec_trainer.actor.engine import NonFiniteStep
+from respec_trainer.data.prompts import Prompt
+from respec_trainer.errors import TrainingError
+from respec_trainer.job import Job
+from respec_trainer.rollout.batch import collate
+from respec_trainer.rollout.sample import Request, Sample, SamplingParams
+from respec_trainer.telemetry.metrics import reward_metrics, rollout_metrics, speculation_metrics
+
+
+class Trainer:
+    """Drives a Job's parts, the same on every rank. Only rank 0's `job.report` writes or prints."""
+
+    def __init__(self, job: Job):
+        self.job, self.config = job, job.config
+        self.bad_steps = 0  # in a row
+
+    def run(self) -> None:
+        """Train for `run.steps` steps. Raises TrainingError after `run.max_bad_steps` refused steps in a row."""
+        self.resync(step=0)
+        for step in range(self.config.run.steps):
+            self.job.report.step(step, self.step(step))
+
+    def step(self, step: int) -> dict:
+        """One iteration of the loop; its metrics."""
+        job, clock = self.job, self.job.clock
+        prompts = job.prompts.next(self.config.data.prompts_per_step)
+        with clock("generate"):
+            pending = job.fleet.start(self.requests(step, prompts))
+            with clock("learn"):
+                job.learner.update()
+            samples = pending.collect()
+        with clock("reward"):
+            rewards = self.score(step, samples, prompts)
+        with clock("wake"):
+            job.fleet.sleep()
+        batch = collate(samples, job.pad_id, job.sequence_multiple).rows(job.my_rows(len(samples)))
+        with clock("infer"):
+            old = job.actor.infer(batch)
+        job.learner.observe(samples, old, rewards)
+        with clock("train"):
+            advantages = group_advantages(rewards, self.config.objective.advantage).flatten()
+            stats = self.update(step, batch, old.logprobs, advantages[job.my_rows(len(samples))])
+        self.resync(step + 1)
+        generation = rollout_metrics(samples, clock.seconds["generate"])
+        speculation = speculation_metrics(samples, self.config.speculation.steps)
+        return reward_metrics(samples) | generation | speculation | stats | clock.take()
+
+    def requests(self, step: int, prompts: list[Prompt]) -> list[Request]:
+        """`samples_per_prompt` requests a prompt, a group's next to each other."""
+        sampling = SamplingParams(**self.config.rollout.sampling.model_dump())
+        group = range(self.config.rollout.samples_per_prompt)
+        return [Request(f"{step}:{prompt.key}:{i}", prompt.ids, sampling) for prompt in prompts for i in group]
+
+    def score(self, step: int, samples: list[Sample], prompts: list[Prompt]) -> torch.Tensor:
+        """Set every sample's reward; return them as [prompts, samples_per_prompt]."""
+        texts = self.job.tokenizer.batch_decode([s.response_ids for s in samples], skip_special_tokens=True)
+        owners = [prompt for prompt in prompts for _ in range(self.config.rollout.samples_per_prompt)]
+        for sample, text, prompt in zip(samples, texts, owners, strict=True):
+            sample.reward = self.job.reward(text, prompt.answer)
+        self.job.report.samples(step, samples, [(p.text, t) for p, t in zip(owners, texts, strict=True)])
+        return torch.tensor([s.reward for s in samples]).view(len(prompts), -1)
+
+    def update(self, step: int, batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> dict:
+        """Update the actor; a step with a non-finite loss or gradient changes nothing, and its batch is saved."""
+        try:
+            stats = self.job.actor.update(batch, old_logprobs, advantages)
+        except NonFiniteStep as error:
+            self.bad_steps += 1
+            saved = self.job.save_bad_batch(step, batch, old_logprobs, advantages)
+            self.job.report.message(f"step {step + 1} refused: {error}; its batch is saved in {saved}")
+            if self.bad_steps >= self.config.run.max_bad_steps:
+                raise TrainingError(f"{self.bad_steps} refused steps in a row (run.max_bad_steps): {error}") from error
+            return {"policy/refused": 1}
+        self.bad_steps = 0
+        return stats | {"policy/refused": 0}
+
+    def resync(self, step: int) -> None:
+        """Put the weights of both models into the engines, in the order that a sleeping engine needs."""
+        with self.job.clock("wake"):
+            self.job.fleet.wake("weights")
+        with self.job.clock("resync"):
+            self.job.resync.push(step, forgot=self.job.fleet.sleeps)
+        with self.job.clock("wake"):
+            self.job.fleet.wake("kv_cache")

@@ -1,0 +1,150 @@
+"""config.py: what loads, what is refused, and that each refusal names the key and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from respec_trainer.config import Config, dump_config, load_config, valid_keys
+from respec_trainer.errors import ConfigError
+
+REPOSITORY = Path(__file__).parent.parent
+
+MINIMAL = """
+run: {name: tiny, steps: 2}
+model: {path: actor}
+data: {path: train.jsonl, prompts_per_step: 4}
+rollout: {samples_per_prompt: 2, sampling: {max_new_tokens: 8}}
+drafter: {path: drafter}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str = MINIMAL) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_minimal_file_gets_defaults(write):
+    config = load_config(write())
+    assert config.actor.zero.stage == 1
+    assert config.speculation.draft_tokens == config.speculation.steps + 1
+    assert config.samples_per_step == 8
+
+
+def test_overrides_win_and_are_typed(write):
+    config = load_config(write(), ["actor.parallel.tp=2", "actor.optim.lr=2e-5", "rollout.sampling.stop=[x, y]"])
+    assert config.actor.parallel.tp == 2
+    assert config.actor.optim.lr == 2e-5
+    assert config.rollout.sampling.stop == ["x", "y"]
+
+
+def test_dump_reads_back_equal(write, tmp_path):
+    config = load_config(write(), ["run.seed=7"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("actor.optim.learning_rate", "actor.optim.lr"),
+        ("rollout.sampling.temprature", "rollout.sampling.temperature"),
+        ("actor.tp", "actor.parallel.tp"),
+        ("speculaton.steps", "speculation.steps"),
+        ("run.step", "run.steps"),
+    ],
+)
+def test_unknown_key_names_the_nearest_valid_one(write, key, nearest):
+    message = refused(write(), f"{key}=3")
+    assert key.split(".")[-1] in message or key.split(".")[0] in message
+    assert "unknown key" in message
+    section = nearest.rpartition(".")[0]
+    assert nearest in message or section in message
+
+
+def test_every_bad_key_is_named_at_once(write):
+    message = refused(write(), "run.steps=two", "actor.zero.stage=4", "data.promts=3")
+    assert "run.steps" in message and "'two'" in message
+    assert "actor.zero.stage" in message
+    assert "data.promts" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.steps='2'", "run.steps"),  # a string is not a number
+        ("run.steps=0", "run.steps"),
+        ("actor.optim.lr=.nan", "actor.optim.lr"),
+        ("actor.optim.lr=.inf", "actor.optim.lr"),
+        ("data.template=no place", "{prompt}"),
+        ("speculation.draft_tokens=7", "draft_tokens=4"),
+        ("drafter.path=null", "drafter.path"),
+        ("objective.minibatches=3", "objective.minibatches=3"),
+        ("actor.parallel.sequence_parallel=true", "tp >= 2"),
+        ("rollout.sampling.temperature=0", "greedy"),
+        ("rollout.samples_per_prompt=1", "samples_per_prompt"),
+        ("run.name=../escape", "run.name"),
+        ("actor.optim.betas=[0.9]", "actor.optim.betas"),
+    ],
+)
+def test_what_cannot_work_is_refused(write, override, words):
+    assert words in refused(write(), override)
+
+
+def test_tree_shapes(write):
+    tree = ["speculation.topk=2", "speculation.steps=3"]
+    assert load_config(write(), [*tree, "speculation.draft_tokens=6"]).speculation.draft_tokens == 6
+    assert "draft_tokens <= 11" in refused(write(), *tree, "speculation.draft_tokens=12")
+    assert "3 < draft_tokens" in refused(write(), *tree, "speculation.draft_tokens=3")
+
+
+@pytest.mark.parametrize("override", ["run.steps", "=3", "run..steps=3", "run.steps.deep=1", "run.name=[a"])
+def test_malformed_override(write, override):
+    assert repr(override) in refused(write(), override)
+
+
+def test_malformed_files(write, tmp_path):
+    assert "no configuration file" in refused(tmp_path / "absent.yaml")
+    assert "not valid YAML" in refused(write("run: [unclosed"))
+    assert "sections" in refused(write("- a\n- b\n"))
+    assert "given twice" in refused(write(MINIMAL + "\nrun: {name: again, steps: 1}\n"))
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "words"),
+    [
+        (1, ["actor.parallel.tp=2"], "--num_gpus 2"),
+        (3, ["rollout.engine.span=2"], "rollout.engine.span=2"),
+        (3, [], "multiple of 3"),
+    ],
+)
+def test_world_that_cannot_carry_it(write, world, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(write(), overrides).check_world(world)
+
+
+def test_shipped_configs_load():
+    shipped = [p for p in (REPOSITORY / "configs").glob("*.yaml") if "run" in yaml.safe_load(p.read_text())]
+    assert shipped
+    for path in shipped:
+        assert isinstance(load_config(path), Config)
+
+
+def test_valid_keys_are_dotted_and_unique():
+    keys = valid_keys()
+    assert len(keys) == len(set(keys))
+    assert {"actor.parallel.tp", "rollout.sampling.temperature", "run.steps"} <= set(keys)

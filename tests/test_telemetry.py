@@ -1,0 +1,148 @@
+"""telemetry/: metrics that follow from samples, the clock, the run's folder, the display and the summary."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+
+import pytest
+from rich.console import Console
+
+from respec_trainer.config import load_config
+from respec_trainer.rollout.sample import Sample
+from respec_trainer.telemetry.live import Progress
+from respec_trainer.telemetry.metrics import reward_metrics, rollout_metrics, speculation_metrics
+from respec_trainer.telemetry.phases import PhaseClock
+from respec_trainer.telemetry.recorder import Recorder, new_run_folder, read_metrics
+from respec_trainer.telemetry.summary import curve, print_summary, reward_rise
+
+
+def sample(reward=0.0, tokens=4, verify=0, histogram=(), finish="stop") -> Sample:
+    return Sample(
+        key="0:a:0",
+        prompt_ids=[1],
+        response_ids=list(range(tokens)),
+        sampler_logprobs=[-1.0] * tokens,
+        finish_reason=finish,
+        actor_version="actor-0",
+        drafter_version="drafter-0",
+        verify_count=verify,
+        accept_histogram=list(histogram),
+        reward=reward,
+    )
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "run: {name: tiny, steps: 2}\nmodel: {path: a}\ndata: {path: d, prompts_per_step: 4}\n"
+        "rollout: {samples_per_prompt: 2, sampling: {max_new_tokens: 8}}\nspeculation: {algorithm: none}\n"
+    )
+    return load_config(path, [f"run.dir={tmp_path / 'runs'}"])
+
+
+def test_reward_metrics():
+    metrics = reward_metrics([sample(1.0), sample(0.0), sample(0.0), sample(1.0)])
+    assert metrics == {"reward/mean": 0.5, "reward/std": 0.5, "reward/solve_rate": 0.5}
+
+
+def test_rollout_metrics():
+    metrics = rollout_metrics([sample(tokens=4), sample(tokens=8, finish="length")], seconds=2.0)
+    assert metrics["rollout/tokens"] == 12
+    assert metrics["rollout/tokens_per_second"] == 6.0
+    assert metrics["rollout/response_length"] == 6.0
+    assert metrics["rollout/truncated"] == 0.5
+
+
+def test_speculation_metrics_count_the_bonus_token():
+    # 10 passes: 2 accepted nothing, 3 one draft, 1 two, 4 three: 17 drafts, so 27 tokens in 10 passes.
+    first, second = sample(verify=4, histogram=[1, 1, 0, 2]), sample(verify=6, histogram=[1, 2, 1, 2])
+    metrics = speculation_metrics([first, second], steps=3)
+    assert metrics["spec/accept_length"] == pytest.approx(2.7)
+    assert metrics["spec/accept_by_depth"] == pytest.approx([0.8, 0.5, 0.4])
+    assert metrics["spec/off_fraction"] == 0.0
+    assert first.accept_length == pytest.approx(1 + 7 / 4)
+
+
+def test_speculation_metrics_without_speculation():
+    metrics = speculation_metrics([sample(), sample()], steps=3)
+    assert metrics["spec/accept_length"] == 1.0
+    assert metrics["spec/off_fraction"] == 1.0
+    assert metrics["spec/steps"] == 0
+
+
+def test_clock_adds_up_phases_and_starts_anew():
+    heard = []
+    clock = PhaseClock(heard.append)
+    for _ in range(2):
+        with clock("generate"):
+            time.sleep(0.01)
+    times = clock.take()
+    assert heard == ["generate", "generate"]
+    assert 0.02 <= times["time/generate"] <= times["time/step"]
+    assert set(clock.take()) == {"time/step"}
+
+
+def test_run_folder_is_never_shared(config):
+    folders = [new_run_folder(config) for _ in range(3)]
+    assert [f.name for f in folders] == ["tiny", "tiny-2", "tiny-3"]
+
+
+def test_recorder_writes_what_it_is_given(config):
+    folder = new_run_folder(config)
+    recorder = Recorder(folder, config)
+    recorder.step(0, {"reward/mean": 0.5, "spec/accept_by_depth": [0.9, 0.8]})
+    recorder.step(1, {"reward/mean": 0.75})
+    recorder.samples(0, [sample(1.0), sample(), sample()], [("p", "r")] * 3)
+    recorder.close()
+    assert [row["reward/mean"] for row in read_metrics(folder)] == [0.5, 0.75]
+    assert [row["step"] for row in read_metrics(folder)] == [0, 1]
+    kept = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(kept) == config.telemetry.samples_per_step
+    assert kept[0]["reward"] == 1.0 and kept[0]["response"] == "r"
+    assert load_config(folder / "config.yaml") == config
+    assert any((folder / "tensorboard").iterdir())
+
+
+def steps(rewards):
+    return [
+        {
+            "reward/mean": reward,
+            "rollout/tokens": 100,
+            "time/generate": 1.0,
+            "time/step": 2.0,
+            "spec/accept_length": 3.0,
+            "rollout/tokens_per_second": 100.0,
+        }
+        for reward in rewards
+    ]
+
+
+def test_curve_keeps_shape_and_width():
+    assert curve([0, 1, 2, 3]) == "▁▃▆█"
+    assert len(curve([i / 7 for i in range(500)], width=60)) == 60
+    assert curve([0.5, 0.5]) == "▁▁"
+
+
+def test_reward_rise_averages_the_ends():
+    assert reward_rise(steps([0.0] * 5 + [0.5] * 3 + [1.0] * 5)) == (0.0, 1.0)
+    assert reward_rise(steps([0.25])) == (0.25, 0.25)
+
+
+def test_summary_says_reward_speed_and_place(tmp_path):
+    text = io.StringIO()
+    print_summary(steps([0.2] * 5 + [0.6] * 5), tmp_path, Console(file=text, width=200))
+    for words in ("0.200 -> 0.600", "+0.400", "100 tokens/s", "3.00", "20 s for 10 steps", str(tmp_path)):
+        assert words in text.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["lines", "panel", "off"])
+def test_progress_shows_steps_unless_off(mode):
+    text = io.StringIO()
+    with Progress(2, mode, Console(file=text, width=200, force_terminal=mode == "panel")) as progress:
+        progress.phase("starting the rollout engine")
+        for step, row in enumerate(steps([0.125, 0.875])):
+            progress.step(step, row)
+    assert ("0.125" in text.getvalue()) == (mode != "off")
