@@ -19,7 +19,7 @@ def preflight(config: Config, world_size: int, rank: int) -> None:
     config.check_world(world_size)
     hf_config = check_model_folder(config)
     check_context(config, hf_config)
-    check_data(config)
+    check_data(config, hf_config)
     check_drafter(config, hf_config)
     check_ports(config, rank)
 
@@ -54,11 +54,19 @@ def check_context(config: Config, hf_config) -> None:
         )
 
 
-def check_data(config: Config) -> None:
-    """The first rows of the data load; the tokenizer fits the model."""
-    from respec_trainer.data.prompts import check_prompt_file
+def check_data(config: Config, hf_config) -> None:
+    """Every row of the data can be read, and the tokenizer fits the model."""
+    from transformers import AutoTokenizer
 
-    check_prompt_file(config.data)
+    from respec_trainer.data.prompts import check_tokenizer_fits, read_rows
+
+    for _ in read_rows(config.data):
+        pass
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.path: the tokenizer in {config.model.path} cannot be read: {error}") from error
+    check_tokenizer_fits(tokenizer, hf_config, config.model.path)
 
 
 def check_drafter(config: Config, hf_config) -> None:

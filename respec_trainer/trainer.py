@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from respec_trainer.actor.advantages import group_advantages
 from respec_trainer.actor.engine import NonFiniteStep
 from respec_trainer.data.prompts import Prompt
 from respec_trainer.errors import TrainingError
-from respec_trainer.job import Job
 from respec_trainer.rollout.batch import collate
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 from respec_trainer.telemetry.metrics import reward_metrics, rollout_metrics, speculation_metrics
+
+if TYPE_CHECKING:
+    from respec_trainer.job import Job
 
 
 class Trainer:

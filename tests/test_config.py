@@ -148,3 +148,10 @@ def test_valid_keys_are_dotted_and_unique():
     keys = valid_keys()
     assert len(keys) == len(set(keys))
     assert {"actor.parallel.tp", "rollout.sampling.temperature", "run.steps"} <= set(keys)
+
+
+def test_every_key_is_documented():
+    documented = (REPOSITORY / "docs/configuration.md").read_text()
+    sections = {key.rpartition(".")[0] for key in valid_keys()}
+    leaves = [key for key in valid_keys() if key not in sections]
+    assert [key for key in leaves if f"`{key}`" not in documented] == []

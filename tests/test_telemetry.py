@@ -16,6 +16,7 @@ from respec_trainer.telemetry.metrics import reward_metrics, rollout_metrics, sp
 from respec_trainer.telemetry.phases import PhaseClock
 from respec_trainer.telemetry.recorder import Recorder, new_run_folder, read_metrics
 from respec_trainer.telemetry.summary import curve, print_summary, reward_rise
+from tests.configs import smallest_config
 
 
 def sample(reward=0.0, tokens=4, verify=0, histogram=(), finish="stop") -> Sample:
@@ -35,12 +36,7 @@ def sample(reward=0.0, tokens=4, verify=0, histogram=(), finish="stop") -> Sampl
 
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        "run: {name: tiny, steps: 2}\nmodel: {path: a}\ndata: {path: d, prompts_per_step: 4}\n"
-        "rollout: {samples_per_prompt: 2, sampling: {max_new_tokens: 8}}\nspeculation: {algorithm: none}\n"
-    )
-    return load_config(path, [f"run.dir={tmp_path / 'runs'}"])
+    return smallest_config(tmp_path, f"run.dir={tmp_path / 'runs'}")
 
 
 def test_reward_metrics():

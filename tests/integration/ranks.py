@@ -25,6 +25,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from respec_trainer.network import free_port
@@ -58,7 +59,7 @@ class Ranks:
 
     def call(self, function: Callable, args: tuple, timeout: float) -> list[Any]:
         self._start()
-        payload = pickle.dumps((function, args, free_port(), timeout))
+        payload = pickle.dumps((free_port(), timeout, pickle.dumps((function, args))))
         for pipe in self.pipes:
             pipe.send_bytes(payload)
         answers = self._collect(timeout)
@@ -103,7 +104,7 @@ class Ranks:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, self.world_size, self.logs[rank].name)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=arguments)  # no daemon: a rank may start an engine
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -123,18 +124,19 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
     """A rank's life: environment as `deepspeed --num_gpus N` makes it, then one call after the other."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    stacks = open(log, "w")  # noqa: SIM115 - open for the life of the process
+    stacks = Path(log).open("w")  # noqa: SIM115 - open for the life of the process
     faulthandler.enable(stacks)
     while True:
         try:
-            function, args, port, timeout = pickle.loads(pipe.recv_bytes())
+            port, timeout, work = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         os.environ["MASTER_PORT"] = str(port)
         faulthandler.dump_traceback_later(timeout, file=stacks)
         try:
+            function, args = pickle.loads(work)
             answer = True, function(*args)
-        except BaseException:  # noqa: BLE001 - the parent shows it
+        except BaseException:  # the parent shows it
             answer = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
         pipe.send_bytes(pickle.dumps(answer))

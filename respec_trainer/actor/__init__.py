@@ -1,0 +1,11 @@
+"""The policy being trained: Megatron tensor parallelism inside a DeepSpeed ZeRO engine."""
+
+import warnings
+
+from respec_trainer.compat.deepspeed_cpu import settle_accelerator
+
+settle_accelerator()  # before a module of this package imports DeepSpeed
+# Megatron warns of optional libraries while it is imported, and calls torch functions that torch means to rename:
+# nothing that a user of this package could act on.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")

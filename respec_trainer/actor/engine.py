@@ -1,0 +1,213 @@
+"""Actor: the policy's weights in a DeepSpeed engine; what the loop asks of it is `infer` and `update`.
+
+Leaves out pipeline and context parallelism: a rank holds its part of every layer and whole sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from respec_trainer.actor.finite import step_if_finite
+from respec_trainer.actor.loading import load_hf_config, load_weights
+from respec_trainer.actor.microbatch import micro_batches
+from respec_trainer.actor.model import build_model
+from respec_trainer.actor.objective import Sums, finish_metrics, merge_sums, policy_loss, token_weights
+from respec_trainer.actor.optim import learning_rate_factor, setup_optimizer
+from respec_trainer.actor.parallel import DeepSpeedMpu, Topology
+from respec_trainer.config import Config
+from respec_trainer.errors import TrainingError
+from respec_trainer.rollout.batch import Batch
+
+
+class NonFiniteStep(TrainingError):
+    """A loss or gradient was NaN or infinite on some rank; raised on every rank, and the update changed nothing."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the policy says of a batch. Entry t is of token t given those before it; 0 outside the response."""
+
+    logprobs: torch.Tensor  # [B, S] float32, at the sampling temperature
+    entropy: torch.Tensor  # [B, S] float32
+
+
+class Actor:
+    """The policy on this rank. Every method is collective: all ranks of a copy call it alike, and all copies too."""
+
+    def __init__(self, config: Config, topology: Topology, total_updates: int):
+        """Build the model, load this rank's shards from `model.path`, and wrap it for training.
+
+        Args:
+            total_updates: optimizer updates of the whole run, over which the learning rate falls.
+        """
+        self.config, self.topology = config, topology
+        self.hf_config = load_hf_config(config.model.path)
+        self.multiple_of = topology.tp if config.actor.parallel.sequence_parallel else 1
+        dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        temperature = config.rollout.sampling.temperature
+        model = build_model(self.hf_config, config.actor, dtype, topology.device, temperature)
+        load_weights(model, self.hf_config, config.model.path, topology)
+        optim = config.actor.optim
+        optimizer = setup_optimizer(model.parameters(), optim)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(optim, step, total_updates)
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            mpu=DeepSpeedMpu(),
+            config=deepspeed_settings(config),
+            dist_init_required=False,
+        )
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates applied so far; refused ones do not count."""
+        return self.engine.global_steps - self.engine.skipped_steps
+
+    @torch.no_grad()
+    def infer(self, batch: Batch) -> Inference:
+        """Log-probs and entropies of the responses in this data-parallel rank's rows, on the batch's device."""
+        self.engine.eval()
+        out = Inference(torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape))
+        for rows, micro in self._micro_batches(batch):
+            logprobs, entropy = self.engine(micro.tokens, micro.response_mask)
+            out.logprobs[rows, : logprobs.shape[1]] = logprobs.cpu()
+            out.entropy[rows, : logprobs.shape[1]] = entropy.cpu()
+        device = batch.tokens.device
+        return Inference(out.logprobs.to(device), out.entropy.to(device))
+
+    def update(self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> dict[str, float]:
+        """Train on one step's rows of this data-parallel rank, in `objective.minibatches` optimizer updates.
+
+        Args:
+            batch: B rows, the same number on every data-parallel rank, divisible by objective.minibatches. The first
+                rows make the first minibatch.
+            old_logprobs: [B, S] from `infer`, before the first update. advantages: [B].
+
+        Returns policy/* and mismatch/* metrics over all data-parallel ranks, averaged over minibatches (the maximum of
+        ratio_max). Raises NonFiniteStep at the first minibatch whose loss or gradient is not finite anywhere: it
+        changes nothing and the later ones are not tried, but the ones before it stay applied.
+        """
+        self.engine.train()
+        count = self.config.objective.minibatches
+        if len(batch) % count:
+            raise ValueError(f"{len(batch)} rows do not split into objective.minibatches={count}")
+        results = []
+        for number, rows in enumerate(torch.arange(len(batch)).chunk(count), 1):
+            stats = self._update_minibatch(batch.rows(rows), old_logprobs[rows], advantages[rows])
+            if stats is None:
+                raise NonFiniteStep(
+                    f"loss or gradient is not finite in minibatch {number} of {count}; it changed nothing"
+                )
+            results.append(stats)
+        means = {name: sum(stats[name] for stats in results) / count for name in results[0]}
+        return means | {"mismatch/ratio_max": max(stats["mismatch/ratio_max"] for stats in results)}
+
+    def _update_minibatch(
+        self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor
+    ) -> dict[str, float] | None:
+        """One optimizer update; None if it was refused."""
+        objective, device = self.config.objective, self.topology.device
+        tokens, sequences = self._count(batch)
+        lr = self.engine.get_lr()[0]
+        sums: list[Sums] = []
+        micros = list(self._micro_batches(batch))
+        for number, (rows, micro) in enumerate(micros, 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(micros))
+            width = micro.tokens.shape[1]
+            logprobs, entropy = self.engine(micro.tokens, micro.response_mask)
+            loss, part = policy_loss(
+                logprobs,
+                entropy,
+                old_logprobs[rows, :width].to(device),
+                micro.sampler_logprobs,
+                advantages[rows].to(device),
+                micro.response_mask,
+                token_weights(micro.response_mask, objective.aggregation, tokens, sequences),
+                objective,
+            )
+            # The weights sum to 1 over all ranks and micro-batches, but DeepSpeed averages gradients over the ranks.
+            self.engine.backward(loss * self.topology.dp)
+            sums.append(part)
+        merged = merge_sums(sums)
+        if not step_if_finite(self.engine, merged["policy/loss"].isfinite()):
+            return None
+        stats = finish_metrics(self._over_copies(merged))
+        return stats | {"policy/grad_norm": float(self.engine.get_global_grad_norm()), "policy/lr": lr}
+
+    def _count(self, batch: Batch) -> tuple[float, float]:
+        """Response tokens and non-empty responses of the minibatch over all data-parallel ranks."""
+        lengths = batch.response_mask.sum(1)
+        here = torch.stack([lengths.sum(), (lengths > 0).sum()]).to(self.topology.device)
+        dist.all_reduce(here, group=self.topology.dp_group)
+        tokens, sequences = here.clamp(min=1).tolist()
+        return tokens, sequences
+
+    def _over_copies(self, sums: Sums) -> Sums:
+        """Sums over all data-parallel ranks."""
+        names = [name for name in sums if name != "mismatch/ratio_max"]
+        added, largest = torch.stack([sums[name] for name in names]), sums["mismatch/ratio_max"].clone()
+        dist.all_reduce(added, group=self.topology.dp_group)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.topology.dp_group)
+        return dict(zip(names, added, strict=True)) | {"mismatch/ratio_max": largest}
+
+    def _micro_batches(self, batch: Batch):
+        for rows, micro in micro_batches(batch, self.config.actor.micro_batch_size, self.multiple_of):
+            yield rows, micro.to(self.topology.device)
+
+    @torch.no_grad()
+    def generate_greedy(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """The most likely continuation of each prompt and its log-probs at temperature 1; for checks, not for speed.
+
+        One full forward pass a token, no cache, no stop token. The same prompts on every rank.
+        """
+        self.engine.eval()
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.topology.device)
+        width = -(-(int(lengths.max()) + max_new_tokens) // self.multiple_of) * self.multiple_of
+        tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self.topology.device)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        row = torch.arange(len(prompts), device=tokens.device)
+        logprobs = []
+        for _ in range(max_new_tokens):
+            last = torch.zeros_like(tokens, dtype=torch.bool)
+            last[row, lengths - 1] = True
+            shard = self.engine(tokens, last, want="logits").float().contiguous()
+            shards = [torch.empty_like(shard) for _ in range(self.topology.tp)]
+            dist.all_gather(shards, shard, group=self.topology.tp_group)
+            best = torch.cat(shards, 1).log_softmax(1).max(1)
+            tokens[row, lengths] = best.indices
+            logprobs.append(best.values)
+            lengths = lengths + 1
+        new = [tokens[i, n - max_new_tokens : n].tolist() for i, n in enumerate(lengths.tolist())]
+        return new, torch.stack(logprobs, 1).tolist() if logprobs else [[] for _ in prompts]
+
+
+def deepspeed_settings(config: Config) -> dict:
+    """DeepSpeed's configuration for ours. Micro-batches are counted by `Actor`, so accumulation is 1 here."""
+    bf16 = config.model.dtype == "bf16"
+    return {
+        "train_micro_batch_size_per_gpu": config.actor.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.actor.optim.clip,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: elementwise, so it may be cut anywhere
+        "zero_optimization": {
+            "stage": config.actor.zero.stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": 50_000_000,  # elements; a buffer of this size is allocated whatever the model's
+            "stage3_param_persistence_threshold": 0,  # every parameter partitioned, so that all are treated alike
+        },
+        # A bf16 model's many small micro-batch gradients are added up in float32.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": bf16, "check_grad_overflow": bf16},
+    }

@@ -1,0 +1,95 @@
+"""Log-probs and entropies of chosen tokens when each rank has the logits of only part of the vocabulary.
+
+With logits l over the vocabulary, log Z = logsumexp(l), p = exp(l - log Z):
+
+    log p_y = l_y - log Z          d log p_y / d l_j = [j = y] - p_j
+    H = log Z - sum_j p_j l_j      d H / d l_j = -p_j (log p_j + H)
+
+A chunk of tokens at a time, recomputed in the backward pass: logits of the whole batch never exist. All in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+# The logit of padded vocabulary rows. Finite, because 0 * log 0 must be 0; exp of it is exactly 0.
+NEVER = -1.0e30
+
+
+class _VocabParallelLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, vocab_size: int, temperature: float, group):
+        """logits [n, V / tp], targets [n] -> log-probs [n], entropies [n], the same on all ranks of `group`."""
+        first = dist.get_rank(group) * logits.shape[1]
+        scores = mask_padding(logits.to(torch.float32, copy=True), first, vocab_size).div_(temperature)
+        top = scores.amax(-1)
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        scores -= top[:, None]
+        mine = (targets >= first) & (targets < first + logits.shape[1])
+        column = torch.where(mine, targets - first, 0)
+        chosen = scores.gather(1, column[:, None])[:, 0]
+        weights = scores.exp()
+        sums = torch.stack([chosen * mine, weights.sum(-1), (weights * scores).sum(-1)])
+        dist.all_reduce(sums, group=group)
+        log_z = sums[1].log()
+        entropy = log_z - sums[2] / sums[1]
+        ctx.save_for_backward(scores.sub_(log_z[:, None]), entropy, column, mine)
+        ctx.set_materialize_grads(False)
+        ctx.dtype, ctx.temperature = logits.dtype, temperature
+        return sums[0] - log_z, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprob, grad_entropy):
+        logprobs, entropy, column, mine = ctx.saved_tensors
+        grad = torch.zeros_like(logprobs)
+        if grad_logprob is not None:
+            grad.sub_(logprobs.exp().mul_(grad_logprob[:, None]))
+            grad.scatter_add_(1, column[:, None], (grad_logprob * mine)[:, None])
+        if grad_entropy is not None:
+            grad.sub_(logprobs.exp().mul_(logprobs + entropy[:, None]).mul_(grad_entropy[:, None]))
+        return grad.div_(ctx.temperature).to(ctx.dtype), None, None, None, None
+
+
+def mask_padding(logits: torch.Tensor, first: int, vocab_size: int) -> torch.Tensor:
+    """Overwrite the logits [n, V / tp] of rows past the true vocabulary; `first` is column 0's token id."""
+    logits[:, max(vocab_size - first, 0) :] = NEVER
+    return logits
+
+
+def chunked_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    vocab_size: int,
+    temperature: float,
+    chunk: int,
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each target and entropy of its distribution, softmax(hidden @ weight.T / temperature).
+
+    Args:
+        hidden: [n, H], whole on every rank; its gradient must be summed over `group` by the caller.
+        weight: [V / tp, H], this rank's vocabulary rows, the padded ones at the end.
+        targets: [n] token ids.
+        vocab_size: true vocabulary, without padding.
+        chunk: tokens whose logits exist at one time.
+
+    Returns two float32 tensors [n].
+    """
+
+    def score(part: torch.Tensor, wanted: torch.Tensor, rows: torch.Tensor):
+        return _VocabParallelLogProb.apply(part @ rows.t(), wanted, vocab_size, temperature, group)
+
+    starts = range(0, max(len(targets), 1), chunk)  # one empty chunk keeps the graph whole where nothing is asked for
+    pairs = [(hidden[start : start + chunk], targets[start : start + chunk]) for start in starts]
+    if torch.is_grad_enabled():
+        # No random numbers are drawn, so none need to be replayed.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        scored = [checkpoint(score, part, wanted, weight, **options) for part, wanted in pairs]
+    else:
+        scored = [score(part, wanted, weight) for part, wanted in pairs]
+    logprobs, entropies = zip(*scored, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)

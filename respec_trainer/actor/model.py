@@ -1,0 +1,149 @@
+"""Hugging Face config -> Megatron-core GPTModel, which scores tokens inside its own forward pass.
+
+Scoring inside matters twice: the engine's hooks (ZeRO-3 gathers weights in them) see the output weight used, and
+logits of the whole batch never exist.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+
+from respec_trainer.actor.check import check_model
+from respec_trainer.actor.layers import decoder_spec, tag_sharded_parameters
+from respec_trainer.actor.logprob import chunked_logprobs, mask_padding
+from respec_trainer.checkpoint.hf_map import head_dim, padded_vocab_size
+from respec_trainer.config import ActorConfig
+
+__all__ = ["PolicyModel", "build_model", "check_model", "megatron_config"]
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel whose forward pass answers "how likely is each of these tokens", not "what are the logits"."""
+
+    def __init__(self, hf_config, config: TransformerConfig, temperature: float, chunk: int):
+        super().__init__(
+            config=config,
+            transformer_layer_spec=decoder_spec(config),
+            vocab_size=padded_vocab_size(hf_config, config.tensor_model_parallel_size),
+            max_sequence_length=hf_config.max_position_embeddings,
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            position_embedding_type="rope",
+            parallel_output=True,
+        )
+        self.true_vocab_size, self.temperature, self.chunk = hf_config.vocab_size, temperature, chunk
+        self.rotary_pos_emb.inv_freq = rope_frequencies(hf_config)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, want: Literal["logprobs", "logits"] = "logprobs"):
+        """Score `tokens` [B, S], right-padded; S must be a multiple of tp under sequence parallelism.
+
+        "logprobs": `mask` [B, S] marks the tokens to score, none of them a row's first. Returns log-probs and
+        entropies [B, S] in float32: entry t is of token t given those before it, at the model's temperature; 0 where
+        the mask is False.
+
+        "logits": `mask` [B, S] marks n positions. Returns what they predict, [n, V / tp], at temperature 1.
+        """
+        embedded, rotary = self._preprocess(input_ids=tokens, position_ids=None)[:2]
+        hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary)
+        return self._logits(hidden, mask) if want == "logits" else self._score(hidden, tokens, mask)
+
+    def _score(self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor):
+        scored, entropies = chunked_logprobs(
+            self._select(hidden, mask.roll(-1, 1)),  # the token at t is predicted at t - 1
+            self._output_weight(),
+            tokens[mask],
+            vocab_size=self.true_vocab_size,
+            temperature=self.temperature,
+            chunk=self.chunk,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        blank = scored.new_zeros(tokens.shape)
+        return blank.masked_scatter(mask, scored), blank.masked_scatter(mask, entropies)
+
+    def _logits(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        logits = self._select(hidden, mask) @ self._output_weight().t()
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[1]
+        return mask_padding(logits, first, self.true_vocab_size)
+
+    def _select(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The masked positions of hidden states [S (/ tp), B, H] as [n, H]; sums their gradient over TP."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True).transpose(0, 1)[mask]
+        return copy_to_tensor_model_parallel_region(hidden.transpose(0, 1)[mask])
+
+    def _output_weight(self) -> torch.Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_model(
+    hf_config, actor: ActorConfig, dtype: torch.dtype, device: torch.device, temperature: float
+) -> PolicyModel:
+    """The model with undefined weights, its shards tagged for DeepSpeed. Needs Megatron's process groups."""
+    check_model(hf_config, actor.parallel.tp)
+    config = megatron_config(hf_config, actor, dtype, device)
+    model = PolicyModel(hf_config, config, temperature, actor.logprob_chunk)
+    tag_sharded_parameters(model)
+    return model
+
+
+def megatron_config(hf_config, actor: ActorConfig, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
+    """Megatron's view of the Hugging Face config. Fused kernels are off: they need Transformer Engine or Apex."""
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=head_dim(hf_config),
+        ffn_hidden_size=hf_config.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf_config.model_type == "qwen2",
+        qk_layernorm=hf_config.model_type == "qwen3",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=actor.parallel.tp,
+        sequence_parallel=actor.parallel.sequence_parallel,
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,  # every weight is loaded
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **(recompute if actor.recompute else {}),
+    )
+
+
+def rope_frequencies(hf_config) -> torch.Tensor:
+    """RoPE's inverse frequencies [head_dim / 2], scaled as the config says, by transformers' own functions.
+
+    Megatron has Llama 3's scaling too, but with its constants fixed; here they are the config's.
+    """
+    rope = hf_config.rope_parameters
+    if rope["rope_type"] == "default":
+        size = head_dim(hf_config)
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, attention_scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
+    assert attention_scale == 1.0, "check_model lets through only variants that scale nothing but frequencies"
+    return frequencies

@@ -1,0 +1,124 @@
+"""Which rank does what: process groups of tensor and data parallelism, and the view of them DeepSpeed asks for.
+
+Ranks 0 .. tp-1 hold one copy of the model between them, the next tp the second copy, and so on.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from respec_trainer.compat.deepspeed_cpu import prepare_deepspeed
+from respec_trainer.compat.megatron_cpu import prepare_megatron
+from respec_trainer.config import Config
+from respec_trainer.errors import ConfigError
+
+# Longer than an engine may take to answer: the other ranks wait at a collective meanwhile.
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place. tp_rank counts within one copy of the model, dp_rank counts the copies."""
+
+    rank: int
+    world_size: int
+    tp: int
+    tp_rank: int
+    dp: int
+    dp_rank: int
+    device: torch.device
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return _parallel_state().get_tensor_model_parallel_group()
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return _parallel_state().get_data_parallel_group()
+
+
+def init_parallel(config: Config) -> Topology:
+    """Make every process group and seed the random numbers.
+
+    Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as launchers set them. Raises ConfigError where
+    they are not set, or the world size does not suit the configuration.
+    """
+    missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise ConfigError(f"{names} not set; start with `deepspeed --num_gpus N launch/train.py ...`")
+    config.check_world(int(os.environ["WORLD_SIZE"]))
+    device = _device(config.run.device)
+    prepare_deepspeed(device.type)
+    prepare_megatron(device.type)
+    _limit_threads(device)
+    import deepspeed
+    from megatron.core import tensor_parallel
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    state, tp = _parallel_state(), config.actor.parallel.tp
+    state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
+    torch.manual_seed(config.run.seed)
+    # Megatron's tracker of random states needs CUDA, the one meant for inference does not; there is no dropout to seed.
+    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed, inference_rng_tracker=device.type == "cpu")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Topology(rank, world_size, tp, rank % tp, world_size // tp, rank // tp, device)
+
+
+def shutdown_parallel() -> None:
+    """Destroy every process group; safe to call twice, and before init_parallel."""
+    if dist.is_initialized():
+        _parallel_state().destroy_model_parallel()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
+
+
+class DeepSpeedMpu:
+    """Megatron's parallel state with the three functions DeepSpeed 0.19.8 asks for and Megatron 0.16.1 has no more."""
+
+    def __getattr__(self, name: str):
+        return getattr(_parallel_state(), name)
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(_parallel_state().get_model_parallel_group())
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(_parallel_state().get_model_parallel_group())
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(_parallel_state().get_data_parallel_group())
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    local_rank, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= visible:
+        raise ConfigError(f"run.device=cuda, but local rank {local_rank} has no GPU of its own: {visible} visible")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _limit_threads(device: torch.device) -> None:
+    """Share the cores between the ranks of this host: by default every rank would start a thread on each."""
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    # DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+    ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def _parallel_state():
+    # Imported late: Megatron takes seconds, and DeepSpeed and its shims come first.
+    from megatron.core import parallel_state
+
+    return parallel_state

@@ -1,0 +1,22 @@
+"""What other libraries lack where this package needs it: one named place a shim, each with its reason and version."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+def prepare(device: Literal["auto", "cpu", "cuda"]) -> str:
+    """Apply the shims that must come before transformers and DeepSpeed are imported; returns "cpu" or "cuda".
+
+    Raises UnsupportedVersionError where a library is not of the version its shim was written for.
+    """
+    from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
+
+    define_torchvision_operators()
+    import torch
+
+    from respec_trainer.compat.deepspeed_cpu import prepare_deepspeed
+
+    resolved = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    prepare_deepspeed(resolved)
+    return resolved

@@ -1,0 +1,152 @@
+"""Prompts from JSONL or parquet files, tokenized, and a seeded stream of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from respec_trainer.config import DataConfig
+from respec_trainer.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. `key` is its row in the file, `text` what the model reads, `answer` the reference solution."""
+
+    key: str
+    ids: tuple[int, ...]
+    text: str
+    answer: str
+
+
+class PromptSet(Sequence[Prompt]):
+    """The prompts of a file that fit; `dropped` is how many were longer than `limit` tokens."""
+
+    def __init__(self, prompts: list[Prompt], dropped: int, limit: int):
+        self._prompts, self.dropped, self.limit = prompts, dropped, limit
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index):
+        return self._prompts[index]
+
+
+def load_prompts(config: DataConfig, tokenizer, limit: int) -> PromptSet:
+    """Read, template and tokenize the prompts of `data.path`; those longer than `limit` tokens are dropped and counted.
+
+    Raises DataError if the file is missing, malformed or empty, naming the line, or if no prompt fits.
+    """
+    rows = list(read_rows(config))
+    texts = [config.template.replace("{prompt}", question) for _, question, _ in rows]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = [
+        Prompt(str(number), tuple(ids), text, answer)
+        for (number, _, answer), text, ids in zip(rows, texts, encoded, strict=True)
+        if 0 < len(ids) <= limit
+    ]
+    if not prompts:
+        shortest = min(len(ids) for ids in encoded)
+        raise DataError(
+            f"data.path: none of the {len(rows)} prompts of {config.path} has at most {limit} tokens (the shortest has "
+            f"{shortest}); raise data.max_prompt_tokens, or lower rollout.sampling.max_new_tokens to make room"
+        )
+    return PromptSet(prompts, len(rows) - len(prompts), limit)
+
+
+def read_rows(config: DataConfig) -> Iterator[tuple[int, str, str]]:
+    """Yield (line, prompt, answer) of every row, lines counted from 1. Raises DataError naming file and line."""
+    path = Path(config.path)
+    if not path.is_file():
+        raise DataError(f"data.path: no file {path}")
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(f"data.path: {path} is neither .jsonl nor .parquet")
+    empty = True
+    for line, row in readers[path.suffix](path):
+        yield line, _text(row, config.prompt_column, path, line), _text(row, config.answer_column, path, line)
+        empty = False
+    if empty:
+        raise DataError(f"data.path: {path} holds no rows")
+
+
+def check_tokenizer_fits(tokenizer, hf_config, folder: str) -> None:
+    """Raise ConfigError if the tokenizer knows ids that the model has no embedding for."""
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ConfigError(
+            f"model.path: the tokenizer in {folder} has {len(tokenizer)} tokens, but the model's vocab_size is "
+            f"{hf_config.vocab_size}; they do not belong together"
+        )
+
+
+class PromptStream:
+    """Endless prompts, each epoch a new order that depends only on the seed and the epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True):
+        self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
+        self.epoch, self.position = 0, 0
+        self._order = self._shuffled()
+
+    def next(self, count: int) -> list[Prompt]:
+        """The next `count` prompts; where an epoch ends, the next one begins."""
+        taken = []
+        while len(taken) < count:
+            if self.position == len(self.prompts):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._shuffled()
+            part = self._order[self.position : self.position + count - len(taken)]
+            self.position += len(part)
+            taken += [self.prompts[i] for i in part]
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where the stream that gave `state` was. Raises ValueError for a stream of another seed."""
+        if state["seed"] != self.seed:
+            raise ValueError(f"the saved stream has seed {state['seed']}, this one {self.seed}: their orders differ")
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        order = list(range(len(self.prompts)))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                yield line, json.loads(text)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {line}: not valid JSON ({error.msg})") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not a parquet file: {error}") from error
+    yield from enumerate(table.to_pylist(), 1)
+
+
+def _text(row: Any, column: str, path: Path, line: int) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {line}: expected an object with columns, found {type(row).__name__}")
+    if column not in row:
+        raise DataError(f"{path}, line {line}: no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
+    if not isinstance(row[column], str):
+        raise DataError(f"{path}, line {line}: column {column!r} is {type(row[column]).__name__}, not text")
+    return row[column]

@@ -1,0 +1,53 @@
+"""rewards/exact.py: what counts as the same answer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from respec_trainer.config import RewardConfig
+from respec_trainer.rewards import setup_reward
+from respec_trainer.rewards.exact import as_number
+
+reward = setup_reward(RewardConfig())
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("so 3 + 4 = 7\n#### 7", "#### 7"),
+        ("#### 1,000", "1000"),
+        ("#### $18.00", "She makes <<9*2=18>>18 dollars\n#### 18"),
+        ("#### 7.", "7"),
+        ("#### -3", "-3"),
+        ("#### 5\n#### 6", "6"),  # the last marker counts
+        ("#### 7\nand more words", "7"),
+        ("#### x + 1", "x + 1"),
+    ],
+)
+def test_equal_answers(response, answer):
+    assert reward(response, answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("the answer is 7", "7"),  # no marker, no answer
+        ("#### 8", "7"),
+        ("#### 6\n#### 5", "6"),
+        ("####", "7"),
+        ("#### 7 8", "7"),
+        ("#### nan", "7"),
+        ("#### 77", "7"),
+        ("", "7"),
+    ],
+)
+def test_different_answers(response, answer):
+    assert reward(response, answer) == 0.0
+
+
+@given(st.integers(-(10**9), 10**9))
+def test_a_number_is_read_however_it_is_written(number):
+    for text in (f"{number:,}", f"{number}.0", f" ${number} ", f"{number}."):
+        assert as_number(text) == number

@@ -1,0 +1,93 @@
+"""trainer.py: requests, scores and refused steps, with stand-ins for the parts that need processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from respec_trainer.actor.engine import NonFiniteStep
+from respec_trainer.data.prompts import Prompt
+from respec_trainer.errors import TrainingError
+from respec_trainer.rollout.sample import Sample
+from respec_trainer.trainer import Trainer
+from tests.configs import smallest_config
+
+PROMPTS = [Prompt(key="a", ids=(1, 2), text="A", answer="3"), Prompt(key="b", ids=(3,), text="B", answer="5")]
+
+
+class Tokenizer:
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return [" ".join(map(str, row)) for row in rows]
+
+
+class Actor:
+    """Raises for the updates listed in `bad`, otherwise reports a loss."""
+
+    def __init__(self, bad):
+        self.bad, self.calls = bad, 0
+
+    def update(self, batch, old, advantages):
+        self.calls += 1
+        if self.calls in self.bad:
+            raise NonFiniteStep("loss is nan on rank 1")
+        return {"policy/loss": 0.5}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(bad=()):
+        shape = ["run.max_bad_steps=2", "data.prompts_per_step=2", "rollout.sampling.temperature=0.5"]
+        saved, said = [], []
+        job = SimpleNamespace(
+            config=smallest_config(tmp_path, *shape),
+            tokenizer=Tokenizer(),
+            reward=lambda text, answer: float(text.endswith(answer)),
+            actor=Actor(set(bad)),
+            report=SimpleNamespace(samples=lambda *a: None, message=said.append),
+            save_bad_batch=lambda *a: saved.append(a) or "folder",
+        )
+        trainer = Trainer(job)
+        trainer.saved, trainer.said = saved, said
+        return trainer
+
+    return make
+
+
+def sample(response):
+    return Sample("k", [1], response, [-1.0] * len(response), "stop", "actor-0", "none")
+
+
+def test_requests_keep_groups_together(make):
+    requests = make().requests(4, PROMPTS)
+    assert [r.key for r in requests] == ["4:a:0", "4:a:1", "4:b:0", "4:b:1"]
+    assert [r.prompt_ids for r in requests] == [(1, 2), (1, 2), (3,), (3,)]
+    assert requests[0].sampling.temperature == 0.5 and requests[0].sampling.max_new_tokens == 8
+
+
+def test_each_sample_is_scored_against_its_own_prompt(make):
+    samples = [sample([7, 3]), sample([5]), sample([3]), sample([1, 5])]
+    rewards = make().score(0, samples, PROMPTS)
+    assert rewards.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert [s.reward for s in samples] == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_a_refused_step_is_saved_and_said(make):
+    trainer = make(bad=[1])
+    zeros = torch.zeros(2, 3)
+    assert trainer.update(0, "batch", zeros, zeros[:, 0]) == {"policy/refused": 1}
+    assert len(trainer.saved) == 1 and trainer.saved[0][0] == 0
+    assert "step 1 refused" in trainer.said[0] and "nan on rank 1" in trainer.said[0]
+    assert trainer.update(1, "batch", zeros, zeros[:, 0]) == {"policy/loss": 0.5, "policy/refused": 0}
+
+
+def test_refused_steps_in_a_row_stop_the_run(make):
+    trainer = make(bad=[1, 3, 4])  # the good one between them starts the count anew
+    zeros = torch.zeros(2, 3)
+    for step in range(3):
+        trainer.update(step, "batch", zeros, zeros[:, 0])
+    with pytest.raises(TrainingError, match="2 refused steps in a row"):
+        trainer.update(3, "batch", zeros, zeros[:, 0])
+    assert len(trainer.saved) == 3
