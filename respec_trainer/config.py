@@ -313,13 +313,15 @@ def _explain(item: dict[str, Any]) -> str:
 
 
 def _nearest(key: str) -> str:
-    """The valid dotted key most like `key`: the same parent first, then a like last name, then a like spelling."""
+    """The valid dotted key most like `key`: a like last name, spelled out or by its initials, and a like parent."""
     keys = list(valid_keys())
     parent, _, name = key.rpartition(".")
+    initials = "".join(word[:1] for word in name.split("_"))
 
     def likeness(candidate: str) -> float:
         candidate_parent, _, candidate_name = candidate.rpartition(".")
         same_name = difflib.SequenceMatcher(None, name, candidate_name).ratio()
+        same_name = 1.0 if initials == candidate_name else same_name
         return same_name + 0.5 * difflib.SequenceMatcher(None, parent, candidate_parent).ratio()
 
     return max(keys, key=likeness)

@@ -64,16 +64,12 @@ def test_dump_reads_back_equal(write, tmp_path):
         ("actor.optim.learning_rate", "actor.optim.lr"),
         ("rollout.sampling.temprature", "rollout.sampling.temperature"),
         ("actor.tp", "actor.parallel.tp"),
-        ("speculaton.steps", "speculation.steps"),
+        ("speculaton.steps", "speculation"),
         ("run.step", "run.steps"),
     ],
 )
 def test_unknown_key_names_the_nearest_valid_one(write, key, nearest):
-    message = refused(write(), f"{key}=3")
-    assert key.split(".")[-1] in message or key.split(".")[0] in message
-    assert "unknown key" in message
-    section = nearest.rpartition(".")[0]
-    assert nearest in message or section in message
+    assert f"unknown key; did you mean {nearest}?" in refused(write(), f"{key}=3")
 
 
 def test_every_bad_key_is_named_at_once(write):
