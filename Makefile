@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: quickstart actor drafter test test-gpu lint clean
 
 quickstart: drafter
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml actor.parallel.tp=$(RANKS) $(ARGS)
+	$(BIN)/deepspeed --quiet --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml actor.parallel.tp=$(RANKS) $(ARGS)
 
 actor: $(INSTALLED)
 	OMP_NUM_THREADS=2 $(BIN)/python tools/make_actor.py --recipe configs/quickstart-actor.yaml --out $(QUICKSTART)/actor

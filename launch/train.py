@@ -1,7 +1,7 @@
 """Train a policy with speculative rollouts. What the deepspeed launcher starts, once a rank.
 
     deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml
-    deepspeed launch/train.py --config configs/qwen2.5-7b.yaml run.steps=100 actor.optim.lr=2e-6
+    deepspeed launch/train.py --config my.yaml run.steps=100 actor.optim.lr=2e-6
 
 Everything that can be wrong with the configuration is said before any process group is made.
 """
@@ -9,14 +9,12 @@ Everything that can be wrong with the configuration is said before any process g
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
 import traceback
-
-# Before torch is imported: ranks share the machine's cores, and the engine has processes of its own.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import warnings
 
 from respec_trainer.config import Config, load_config
 from respec_trainer.errors import ConfigError, RespecError
@@ -26,6 +24,7 @@ OTHERS_WAIT_SECONDS = 20.0
 
 
 def main() -> int:
+    _settle_process()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the configuration")
@@ -39,6 +38,16 @@ def main() -> int:
     except ConfigError as error:
         return _refuse(error, rank)
     return _train(config, rank)
+
+
+def _settle_process() -> None:
+    """Settings that must stand before torch is imported, which happens once the configuration has been read."""
+    # Ranks share the machine's cores, and the engine has processes of its own.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Notices of libraries about hardware that is not there; what matters here is raised.
+    warnings.filterwarnings("ignore")
+    logging.getLogger("sglang").setLevel(logging.ERROR)
 
 
 def _check(config: Config, world: int, rank: int) -> None:

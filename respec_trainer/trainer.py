@@ -28,6 +28,7 @@ class Trainer:
     def run(self) -> None:
         """Train for `run.steps` steps. Raises TrainingError after `run.max_bad_steps` refused steps in a row."""
         self.resync(step=0)
+        self.job.clock.take()  # the start belongs to no step
         for step in range(self.config.run.steps):
             self.job.report.step(step, self.step(step))
 

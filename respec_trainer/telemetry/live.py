@@ -59,11 +59,12 @@ class Progress:
         if self._live:
             self._live.update(self._panel())
         elif self.mode == "lines":
-            self.console.print(f"[{step + 1}/{self.steps}] " + self._line(self.rows[-1]), highlight=False)
+            line = f"[{step + 1}/{self.steps}] {self._line(self.rows[-1])}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
         if self.mode != "off":
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, row: Mapping[str, Any]) -> str:
         return "  ".join(f"{title} {_cell(row, key, form)}" for title, key, form in COLUMNS[1:])
