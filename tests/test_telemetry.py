@@ -62,6 +62,11 @@ def test_speculation_metrics_count_the_bonus_token():
     assert first.accept_length == pytest.approx(1 + 7 / 4)
 
 
+def test_a_one_token_response_is_not_counted_as_off():
+    samples = [sample(verify=4, histogram=[1, 1, 0, 2]), sample(tokens=1), sample(tokens=3)]
+    assert speculation_metrics(samples, steps=3)["spec/off_fraction"] == 0.5
+
+
 def test_speculation_metrics_without_speculation():
     metrics = speculation_metrics([sample(), sample()], steps=3)
     assert metrics["spec/accept_length"] == 1.0

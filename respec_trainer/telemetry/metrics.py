@@ -33,10 +33,12 @@ def speculation_metrics(samples: Sequence[Sample], steps: int) -> dict[str, floa
     """`spec/*` over all verify passes of the samples.
 
     accept_length counts tokens a verify pass, the bonus token included. accept_by_depth[d-1] is the share of passes
-    that accepted at least d drafts. off_fraction is the share of samples drawn without speculation.
+    that accepted at least d drafts. off_fraction is the share of samples drawn without speculation, among those that
+    could have been: a response's first token comes with its prompt, before any verify pass.
     """
     passes = sum(sample.verify_count for sample in samples)
-    off = sum(not sample.verify_count for sample in samples) / len(samples)
+    decoded = [sample for sample in samples if len(sample.response_ids) > 1]
+    off = sum(not sample.verify_count for sample in decoded) / max(len(decoded), 1)
     if not passes:
         return {"spec/accept_length": 1.0, "spec/steps": 0, "spec/off_fraction": off, "spec/accept_by_depth": []}
     histogram = [0] * (steps + 1)

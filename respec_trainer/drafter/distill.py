@@ -1,0 +1,116 @@
+"""Distillation: train a drafter on rollouts, and measure how well it drafts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from respec_trainer.drafter.eagle3 import Eagle3Drafter
+from respec_trainer.drafter.loss import DepthSums, distill_loss, predicted_accept_length
+from respec_trainer.drafter.rollouts import Rollouts
+from respec_trainer.drafter.teacher import Teacher
+from respec_trainer.errors import TrainingError
+
+__all__ = ["DistillSettings", "Evaluation", "distill", "distill_loss", "evaluate", "predicted_accept_length"]
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How a drafter is trained. Learning rate rises linearly, then falls to zero along a cosine."""
+
+    updates: int = 300
+    batch_size: int = 32  # rows
+    steps: int = 5  # K: unrolled draft steps; at least those the engine will draft
+    decay: float = 0.8  # of a step's weight in the loss, per step
+    lr: float = 2e-3
+    warmup: float = 0.1  # share of the updates
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0  # gradient norm
+    chunk: int = 1024  # tokens whose draft logits exist at one time
+    seed: int = 0  # of the order of batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per depth, over all drafted tokens: KL, and the two acceptances that loss.py defines."""
+
+    loss: list[float]
+    alpha: list[float]
+    top1: list[float]
+
+    def accept_length(self, steps: int) -> float:
+        """Predicted for a chain of `steps` drafts under the engine's default verification."""
+        return predicted_accept_length(self.top1, steps)
+
+
+def distill(
+    drafter: Eagle3Drafter,
+    teacher: Teacher,
+    rollouts: Rollouts,
+    settings: DistillSettings,
+    progress: Callable[[dict], None] | None = None,
+) -> list[dict]:
+    """Train `drafter` in place, in the dtype of its parameters (float32: smaller ones lose small updates).
+
+    Returns one record an update: "update", "loss", "grad_norm", "lr", and "alpha" and "top1" per depth; `progress` is
+    called with each. The same seed, drafter and rollouts give the same result. Raises TrainingError at a loss or
+    gradient that is not finite, before it reaches the weights.
+    """
+    device = drafter.fc.weight.device
+    optimizer = torch.optim.AdamW(
+        drafter.parameters(), settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _lr_factor(done, settings))
+    history = []
+    for update, batch in zip(range(settings.updates), _endless(rollouts, settings), strict=False):
+        batch = batch.to(device)
+        loss, sums = distill_loss(
+            drafter, batch, teacher(batch), settings.steps, decay=settings.decay, chunk=settings.chunk
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(drafter.parameters(), settings.clip)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise TrainingError(
+                f"drafter update {update + 1}: loss {loss.item()}, gradient norm {norm.item()}; lower lr"
+            )
+        record = {"update": update + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
+        optimizer.step()
+        schedule.step()
+        means = sums.means()
+        history.append(record | {"alpha": means["alpha"], "top1": means["top1"]})
+        if progress:
+            progress(history[-1])
+    return history
+
+
+@torch.no_grad()
+def evaluate(drafter: Eagle3Drafter, teacher: Teacher, rollouts: Rollouts, settings: DistillSettings) -> Evaluation:
+    """How well `drafter` drafts for `rollouts`, best ones that it was not trained on."""
+    device = drafter.fc.weight.device
+    total: DepthSums | None = None
+    for batch in rollouts.batches(settings.batch_size, torch.Generator().manual_seed(settings.seed)):
+        batch = batch.to(device)
+        _, sums = distill_loss(drafter, batch, teacher(batch), settings.steps, chunk=settings.chunk)
+        total = sums if total is None else total + sums
+    if total is None:
+        raise ValueError("no rollouts to evaluate on")
+    return Evaluation(**total.means())
+
+
+def _endless(rollouts: Rollouts, settings: DistillSettings) -> Iterator[Rollouts]:
+    generator = torch.Generator().manual_seed(settings.seed)
+    while True:
+        yield from rollouts.batches(settings.batch_size, generator)
+
+
+def _lr_factor(done: int, settings: DistillSettings) -> float:
+    """The share of `lr` that update number `done`, counted from 0, runs at."""
+    warmup = max(int(settings.updates * settings.warmup), 1)
+    if done < warmup:
+        return (done + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(settings.updates - warmup, 1)))

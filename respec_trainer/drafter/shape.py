@@ -1,0 +1,105 @@
+"""DrafterShape: the numbers that decide a drafter, and what it must share with its target."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from respec_trainer.checkpoint.hf_map import head_dim
+from respec_trainer.errors import ConfigError
+
+VOCABULARY_MULTIPLE = 64  # of the draft vocabulary: SGLang pads the head's rows to it
+
+
+@dataclass(frozen=True)
+class DrafterShape:
+    """Sizes as in the target's config. Heads, rope and positions are the target's, so the engine shares one cache."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    vocab_size: int
+    draft_vocab_size: int
+    max_position_embeddings: int
+    rope: dict[str, Any]  # rope_type, rope_theta and the type's own numbers, as transformers' rope_parameters
+    feature_layers: tuple[int, int, int]  # 0-based layers of the target whose outputs are the features
+    target_layers: int
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+
+    def __post_init__(self) -> None:
+        if self.draft_vocab_size % VOCABULARY_MULTIPLE or not 0 < self.draft_vocab_size <= self.vocab_size:
+            raise ConfigError(
+                f"draft_vocab_size={self.draft_vocab_size} must be a multiple of {VOCABULARY_MULTIPLE} and at most "
+                f"the target's vocab_size {self.vocab_size}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+
+    @classmethod
+    def for_target(cls, hf_config, draft_vocab_size: int, intermediate_size: int | None = None) -> DrafterShape:
+        """The shape of a drafter for the target of `hf_config`; its MLP is as wide as the target's unless said."""
+        return cls(
+            hidden_size=hf_config.hidden_size,
+            intermediate_size=intermediate_size or hf_config.intermediate_size,
+            num_attention_heads=hf_config.num_attention_heads,
+            num_key_value_heads=hf_config.num_key_value_heads,
+            head_dim=head_dim(hf_config),
+            rms_norm_eps=hf_config.rms_norm_eps,
+            vocab_size=hf_config.vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            max_position_embeddings=hf_config.max_position_embeddings,
+            rope=dict(hf_config.rope_parameters),
+            feature_layers=feature_layers(hf_config.num_hidden_layers),
+            target_layers=hf_config.num_hidden_layers,
+            bos_token_id=hf_config.bos_token_id,
+            eos_token_id=hf_config.eos_token_id,
+        )
+
+
+def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
+    """The layers SGLang 0.5.21 captures where the drafter's config names none."""
+    return (1, num_layers // 2 - 1, num_layers - 4)
+
+
+def feature_layers(num_layers: int) -> tuple[int, int, int]:
+    """Layers whose outputs the drafter reads: SGLang's choice, or for a shallow target three that differ.
+
+    Never the last layer: SGLang captures a layer's output at the start of the next one. Raises ConfigError for a
+    target of fewer than four layers.
+    """
+    low, middle, high = default_feature_layers(num_layers)
+    if 0 <= low < middle < high:
+        return (low, middle, high)
+    if num_layers < 4:
+        raise ConfigError(f"EAGLE-3 reads three layers below the last one; the target has only {num_layers} layers")
+    return (0, (num_layers - 2) // 2, num_layers - 2)
+
+
+def inverse_frequencies(rope: dict[str, Any], size: int) -> torch.Tensor:
+    """RoPE's inverse frequencies [size / 2] in float32 for the types "default", "linear" and "llama3".
+
+    Llama 3 stretches wavelengths by `factor`, leaves those alone that repeat more than `high_freq_factor` times in
+    the original context, and goes linearly from one to the other in between. Raises ConfigError for another type.
+    """
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / rope["factor"]
+    if kind != "llama3":
+        raise ConfigError(f"rope_type {kind!r} is not supported for a drafter; use default, linear or llama3")
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    repeats = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((repeats - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / rope["factor"])

@@ -1,0 +1,37 @@
+"""The small actor and a drafter for it, made once for all tests that run whole jobs: briefly taught, but real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="session")
+def small_actor(tmp_path_factory) -> Path:
+    """The quickstart's actor after a few teaching steps: it has the tokenizer and the shape, not yet the skill."""
+    from respec_trainer.config import load_config
+    from respec_trainer.recipes.small_actor import ActorRecipe, make_actor
+
+    folder = tmp_path_factory.mktemp("small") / "actor"
+    changes = ["teaching.steps=20", "teaching.warmup_steps=5", "prompts.train=256", "prompts.test=16"]
+    make_actor(load_config(REPOSITORY / "configs/quickstart-actor.yaml", changes, ActorRecipe), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_drafter(small_actor) -> Path:
+    """A random drafter for it: nearly every draft is refused, so every path of verification is taken."""
+    import torch
+
+    from respec_trainer.actor.loading import load_hf_config
+    from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+    from respec_trainer.drafter.format import save_drafter
+
+    hf_config = load_hf_config(small_actor)
+    folder = small_actor.parent / "drafter"
+    drafter = Eagle3Drafter(DrafterShape.for_target(hf_config, draft_vocab_size=hf_config.vocab_size))
+    save_drafter(drafter, torch.arange(hf_config.vocab_size), folder)
+    return folder

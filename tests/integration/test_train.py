@@ -1,0 +1,104 @@
+"""The whole job, as users start it: `deepspeed --num_gpus 2 launch/train.py ...`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from respec_trainer.network import free_port
+from respec_trainer.telemetry.recorder import read_metrics
+from tests.test_data_prompts import GSM8K
+
+REPOSITORY = Path(__file__).parent.parent.parent
+METRICS = {
+    "reward": "mean std solve_rate",
+    "rollout": "tokens tokens_per_second response_length truncated",
+    "spec": "accept_length steps off_fraction accept_by_depth",
+    "policy": "loss kl entropy grad_norm clip_fraction refused",
+    "mismatch": "kl ratio_max clipped",
+    "time": "generate reward infer train learn resync wake step",
+}
+
+
+def start(small_actor, small_drafter, folder, *overrides: str, **popen) -> subprocess.Popen:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_gpus", "2", "--master_port", str(free_port()), str(REPOSITORY / "launch/train.py")]
+    command += ["--config", str(REPOSITORY / "configs/quickstart.yaml"), f"model.path={small_actor}"]
+    command += [f"drafter.path={small_drafter}", f"run.dir={folder}", "run.name=test", "run.device=cpu", *overrides]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **popen
+    )
+
+
+@pytest.mark.skipif(not (GSM8K / "train.jsonl").is_file(), reason=f"no GSM8K at {GSM8K}; set RESPEC_DATA")
+def test_two_iterations_on_gsm8k(small_actor, small_drafter, tmp_path):
+    prompts = tmp_path / "gsm8k.jsonl"
+    with (GSM8K / "train.jsonl").open() as file:
+        prompts.write_text("".join(islice(file, 64)))
+    shape = ["data.prompts_per_step=32", "rollout.samples_per_prompt=2", "rollout.sampling.max_new_tokens=24"]
+    # An actor this young solves nothing, so no reward moves it; weight decay does.
+    moving = ["actor.optim.weight_decay=10", "actor.optim.lr=0.01"]
+    room = ["data.max_prompt_tokens=400", "rollout.engine.max_total_tokens=null", "run.steps=2"]
+    process = start(small_actor, small_drafter, tmp_path, f"data.path={prompts}", *shape, *room, *moving)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    steps = read_metrics(tmp_path / "test")
+    assert len(steps) == 2
+    wanted = [f"{group}/{name}" for group, names in METRICS.items() for name in names.split()]
+    for step in steps:
+        assert {name for name in wanted if name not in step} == set()
+        assert step["rollout/tokens"] > 64 and step["spec/off_fraction"] == 0.0
+        assert step["policy/refused"] == 0
+    samples = [json.loads(line) for line in (tmp_path / "test/samples.jsonl").read_text().splitlines()]
+    assert {s["actor_version"] for s in samples} == {"actor-0", "actor-1"}
+    assert "summary" in output and str(tmp_path / "test") in output
+    check_export(tmp_path / "test/actor", small_actor)
+
+
+def check_export(folder: Path, source: Path) -> None:
+    """transformers loads it, and training has changed it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained, before = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (folder, source))
+    assert set(trained) == set(before)
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
+    question = "How many apples are left?"
+    trained, before = (AutoTokenizer.from_pretrained(f)(question) for f in (folder, source))
+    assert trained == before
+
+
+def test_ctrl_c_ends_every_process(small_actor, small_drafter, tmp_path):
+    data = f"data.path={small_actor}/data/train.jsonl"
+    process = start(small_actor, small_drafter, tmp_path, data, "run.steps=1000", start_new_session=True)
+    try:
+        wait_for_steps(tmp_path / "test/metrics.jsonl", process)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert len(family) >= 5, "launcher, its node launcher, two ranks and the engine's scheduler"
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive, f"still running {time.monotonic() - began:.0f} s after Ctrl-C: {alive}"
+    finally:
+        for survivor in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            survivor.kill()
+        process.kill()
+    assert read_metrics(tmp_path / "test"), "what was recorded stays"
+
+
+def wait_for_steps(metrics: Path, process: subprocess.Popen, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no step within the time"
+        time.sleep(0.5)
