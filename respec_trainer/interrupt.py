@@ -52,12 +52,16 @@ def _end(status: int) -> None:
 
 
 def _ancestors() -> tuple[int, ...]:
-    """This process's parent and grandparent: deepspeed's per-node launcher, and the command the user typed.
+    """Processes that must live for this rank to go on: its launcher and, under deepspeed, the command the user typed.
 
-    If the user's command is killed, the per-node launcher lives on unaware; the ranks end the run for it.
+    deepspeed's per-node launcher lives on, unaware, if the user's command is killed; the ranks end the run for it. A
+    rank started by hand has no launcher, and may outlive the shell it was started from.
     """
+    if "RANK" not in os.environ:
+        return ()
     try:
         parent = psutil.Process().parent()
-        return (parent.pid, parent.ppid()) if parent else (0, 0)
-    except psutil.NoSuchProcess:
-        return (0, 0)
+        typed = (parent.ppid(),) if parent and "deepspeed.launcher.launch" in parent.cmdline() else ()
+        return (parent.pid, *typed) if parent else (0,)
+    except psutil.Error:
+        return (0,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def test_signal_ends_a_stuck_rank_and_its_children(number):
 
 
 def test_rank_ends_when_its_launcher_is_killed():
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, STUCK], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", LAUNCHER, STUCK]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RANK": "0"})
     rank = int(launcher.stdout.readline())
     child = int(launcher.stdout.readline())
     launcher.kill()
