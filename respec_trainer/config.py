@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -238,6 +238,9 @@ class Config(Section):
             )
 
 
+Kind = TypeVar("Kind", bound=Section)
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key given twice."""
 
@@ -256,8 +259,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate the result.
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[Kind] = Config) -> Kind:
+    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate the result as a `kind`.
 
     Raises ConfigError for a missing or malformed file, and for every bad key at once, each with the nearest valid key.
     """
@@ -273,9 +276,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         _apply_override(tree, override)
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}:\n" + "\n".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError(f"{path}:\n" + "\n".join(_explain(item, kind) for item in error.errors())) from error
 
 
 def dump_config(config: Config) -> str:
@@ -300,11 +303,11 @@ def _apply_override(tree: dict, override: str) -> None:
     node[parts[-1]] = value
 
 
-def _explain(item: dict[str, Any]) -> str:
+def _explain(item: dict[str, Any], kind: type[Section]) -> str:
     """One line for one pydantic error: the dotted key, what is wrong, and the nearest valid key if it is unknown."""
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"  {key}: unknown key; did you mean {_nearest(key)}?"
+        return f"  {key}: unknown key; did you mean {_nearest(key, kind)}?"
     if item["type"] == "missing":
         return f"  {key}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
@@ -312,9 +315,9 @@ def _explain(item: dict[str, Any]) -> str:
     return f"  {key}: {message}{given}" if key else f"  {message}"
 
 
-def _nearest(key: str) -> str:
+def _nearest(key: str, kind: type[Section]) -> str:
     """The valid dotted key most like `key`: a like last name, spelled out or by its initials, and a like parent."""
-    keys = list(valid_keys())
+    keys = valid_keys(kind)
     parent, _, name = key.rpartition(".")
     initials = "".join(word[:1] for word in name.split("_"))
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.optim import AdamW, Muon
+from torch.optim.lr_scheduler import LambdaLR
 
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, distill_loss, predicted_accept_length
@@ -23,14 +25,17 @@ class DistillSettings:
 
     updates: int = 300
     batch_size: int = 32  # rows
+    by_length: bool = True  # batches of rows of like length, or fair samples of all rows
     steps: int = 5  # K: unrolled draft steps; at least those the engine will draft
     decay: float = 0.8  # of a step's weight in the loss, per step
-    lr: float = 2e-3
+    lr: float = 2e-3  # of AdamW
+    matrix_lr: float | None = None  # of Muon, which then trains the matrices that are not the output layer's
     warmup: float = 0.1  # share of the updates
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 1.0  # gradient norm
     chunk: int = 1024  # tokens whose draft logits exist at one time
+    bf16: bool = False  # multiply matrices in bf16, teacher and drafter; weights and their updates stay as they are
     seed: int = 0  # of the order of batches
 
 
@@ -61,26 +66,21 @@ def distill(
     gradient that is not finite, before it reaches the weights.
     """
     device = drafter.fc.weight.device
-    optimizer = torch.optim.AdamW(
-        drafter.parameters(), settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _lr_factor(done, settings))
+    optimizers = _optimizers(drafter, settings)
+    schedules = [LambdaLR(optimizer, lambda done: _lr_factor(done, settings)) for optimizer in optimizers]
     history = []
     for update, batch in zip(range(settings.updates), _endless(rollouts, settings), strict=False):
-        batch = batch.to(device)
-        loss, sums = distill_loss(
-            drafter, batch, teacher(batch), settings.steps, decay=settings.decay, chunk=settings.chunk
-        )
-        optimizer.zero_grad()
+        loss, sums = _loss(drafter, teacher, batch.to(device), settings)
+        drafter.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(drafter.parameters(), settings.clip)
         if not (loss.isfinite() and norm.isfinite()):
             raise TrainingError(
                 f"drafter update {update + 1}: loss {loss.item()}, gradient norm {norm.item()}; lower lr"
             )
-        record = {"update": update + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0]}
-        optimizer.step()
-        schedule.step()
+        record = {"update": update + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedules[0].get_last_lr()[0]}
+        for stepper in (*optimizers, *schedules):
+            stepper.step()
         means = sums.means()
         history.append(record | {"alpha": means["alpha"], "top1": means["top1"]})
         if progress:
@@ -94,18 +94,34 @@ def evaluate(drafter: Eagle3Drafter, teacher: Teacher, rollouts: Rollouts, setti
     device = drafter.fc.weight.device
     total: DepthSums | None = None
     for batch in rollouts.batches(settings.batch_size, torch.Generator().manual_seed(settings.seed)):
-        batch = batch.to(device)
-        _, sums = distill_loss(drafter, batch, teacher(batch), settings.steps, chunk=settings.chunk)
+        _, sums = _loss(drafter, teacher, batch.to(device), settings)
         total = sums if total is None else total + sums
     if total is None:
         raise ValueError("no rollouts to evaluate on")
     return Evaluation(**total.means())
 
 
+def _loss(drafter, teacher: Teacher, batch: Rollouts, settings: DistillSettings) -> tuple[torch.Tensor, DepthSums]:
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.bf16):
+        return distill_loss(drafter, batch, teacher(batch), settings.steps, settings.decay, settings.chunk)
+
+
+def _optimizers(drafter: Eagle3Drafter, settings: DistillSettings) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices inside the drafter if `matrix_lr` is set."""
+    inner = {} if settings.matrix_lr is None else {
+        id(weight): weight for name, weight in drafter.named_parameters() if weight.ndim == 2 and "lm_head" not in name
+    }
+    others = [weight for weight in drafter.parameters() if id(weight) not in inner]
+    adamw = AdamW(others, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    if not inner:
+        return [adamw]
+    return [adamw, Muon(inner.values(), settings.matrix_lr, momentum=0.95, weight_decay=settings.weight_decay)]
+
+
 def _endless(rollouts: Rollouts, settings: DistillSettings) -> Iterator[Rollouts]:
     generator = torch.Generator().manual_seed(settings.seed)
     while True:
-        yield from rollouts.batches(settings.batch_size, generator)
+        yield from rollouts.batches(settings.batch_size, generator, settings.by_length)
 
 
 def _lr_factor(done: int, settings: DistillSettings) -> float:

@@ -55,10 +55,15 @@ class Rollouts:
         """How often each token occurs in the responses, [V] int64."""
         return self.tokens[self.response_mask].bincount(minlength=vocab_size)
 
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[Rollouts]:
-        """Every row once, `size` a batch, neighbors in length together so that little is padding, in random order."""
+    def batches(self, size: int, generator: torch.Generator, by_length: bool = True) -> Iterator[Rollouts]:
+        """Every row once, `size` a batch, in random order.
+
+        `by_length` puts neighbors in length together, so that little of a batch is padding; without it every batch is
+        a fair sample of the rows.
+        """
         order = torch.randperm(len(self), generator=generator)
-        order = order[_ends(self.response_mask)[order].sort(stable=True).indices]
+        if by_length:
+            order = order[_ends(self.response_mask)[order].sort(stable=True).indices]
         groups = order.split(size)
         for group in torch.randperm(len(groups), generator=generator).tolist():
             yield self.rows(groups[group])

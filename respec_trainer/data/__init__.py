@@ -1,0 +1,1 @@
+"""Prompts to train on: files of them, and a generator of arithmetic word problems."""

@@ -1,0 +1,232 @@
+"""A drafter for any actor: sample the actor's own responses, distill it from them, and measure it on responses kept back.
+
+The responses come from the same engine that serves the run, without speculation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
+from respec_trainer.config import (
+    DataConfig,
+    EngineConfig,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from respec_trainer.data.prompts import Prompt, PromptSet, PromptStream, check_tokenizer_fits, load_prompts
+from respec_trainer.drafter.distill import DistillSettings, distill, evaluate
+from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+from respec_trainer.drafter.format import load_drafter, save_drafter
+from respec_trainer.drafter.rollouts import Rollouts
+from respec_trainer.drafter.teacher import HFTeacher
+from respec_trainer.drafter.vocabulary import coverage, draft_vocabulary
+from respec_trainer.errors import ConfigError, DataError
+from respec_trainer.recipes.folder import fingerprint, make_once
+from respec_trainer.recipes.supervised import bf16_is_quick
+from respec_trainer.rollout.sample import Request, Sample, SamplingParams
+
+# Raise it whenever the code makes something else of an equal recipe: folders made before are then made anew.
+REVISION = 1
+
+Log = Callable[[str], None]
+Sampler = Callable[[Sequence[Request]], list[Sample]]
+
+
+class PromptFormat(Section):
+    """How prompts are read; the same as the run's `data` section."""
+
+    prompt_column: str = "question"
+    answer_column: str = "answer"
+    template: str = "{prompt}"
+    max_prompt_tokens: PositiveInt = 1024
+
+
+class RolloutRecipe(Section):
+    prompts: PositiveInt  # distinct ones, drawn at random from the data; fewer if it holds fewer
+    samples_per_prompt: PositiveInt = 2
+    held_out: PositiveInt = 64  # of the prompts, whose responses only measure the drafter
+    max_new_tokens: PositiveInt
+    engine: EngineConfig = EngineConfig()
+
+
+class TrainingRecipe(Section):
+    updates: PositiveInt
+    batch_size: PositiveInt = 32  # responses
+    by_length: bool = True  # batches of responses of like length: less padding, but no fair samples
+    unroll: PositiveInt = 5  # draft steps simulated in training; at least those the engine will draft
+    decay: Fraction = 0.8
+    lr: PositiveFloat = 2e-3  # AdamW: norms and the output layer, or everything if matrix_lr is null
+    matrix_lr: PositiveFloat | None = 2e-2  # Muon: the drafter's other matrices
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class DrafterRecipe(Section):
+    seed: NonNegativeInt = 0
+    draft_vocab: Annotated[int, Field(ge=64, multiple_of=64)]
+    draft_steps: PositiveInt = 3  # s: for which an accept length is predicted
+    prompts: PromptFormat = PromptFormat()
+    rollouts: RolloutRecipe
+    training: TrainingRecipe
+
+
+def make_drafter(
+    recipe: DrafterRecipe,
+    actor: Path,
+    data: Path,
+    folder: Path,
+    start: Path | None = None,
+    log: Log = print,
+    sampler: Sampler | None = None,
+) -> bool:
+    """Train a drafter for `actor` on its responses to the prompts of `data`; returns whether it was made now.
+
+    A folder made before by the same recipe, actor, data and start is left as it is.
+
+    Args:
+        start: an existing drafter for this actor to train on from, with its draft vocabulary; default: a new one.
+        sampler: answers requests; default: an engine on this machine.
+
+    Raises ConfigError or DataError where actor, data or start cannot be used.
+    """
+    for path, what in ((actor, "actor"), (data, "data"), *(((start, "drafter to start from"),) if start else ())):
+        if not path.exists():
+            raise ConfigError(f"no {what} at {path}")
+    if recipe.training.unroll < recipe.draft_steps:
+        raise ConfigError(f"training.unroll={recipe.training.unroll} is less than draft_steps={recipe.draft_steps}")
+    description = {
+        "kind": "drafter",
+        "revision": REVISION,
+        "actor": fingerprint(actor),
+        "data": fingerprint(data),
+        "start": fingerprint(start) if start else None,
+        **recipe.model_dump(mode="json"),
+    }
+    return make_once(folder, description, lambda out: _make(recipe, actor, data, out, start, log, sampler))
+
+
+def _make(recipe: DrafterRecipe, actor: Path, data: Path, out: Path, start: Path | None, log: Log, sampler) -> dict:
+    began = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hf_config, prompts = _read(recipe, actor, data)
+    samples = (sampler or engine_sampler(recipe, actor, device))(_requests(recipe, prompts))
+    held_out = recipe.rollouts.held_out * recipe.rollouts.samples_per_prompt
+    unseen, seen = (_rollouts(part) for part in (samples[:held_out], samples[held_out:]))
+    sampling = time.perf_counter() - began
+    log(f"{len(samples)} responses, {sum(len(s.response_ids) for s in samples)} tokens, in {sampling:.0f} s")
+    counts = seen.token_counts(hf_config.vocab_size)
+    if start:
+        drafter, ids = load_drafter(start, hf_config)
+    else:
+        ids = draft_vocabulary(counts, recipe.draft_vocab)
+        drafter = Eagle3Drafter(DrafterShape.for_target(hf_config, recipe.draft_vocab), seed=recipe.seed)
+    drafter.to(device)
+    teacher = HFTeacher(actor, ids, drafter.shape.feature_layers, device=device)
+    settings = _settings(recipe, device)
+    distill(drafter, teacher, seen, settings, _progress(log, settings.updates))
+    # What is measured is what is served: the weights as saved, in bf16.
+    save_drafter(drafter, ids, out)
+    measured = evaluate(load_drafter(out, hf_config)[0].to(device), teacher, unseen, settings)
+    facts: dict[str, Any] = {
+        "acceptance": [round(p, 4) for p in measured.top1],
+        "overlap": [round(p, 4) for p in measured.alpha],
+        "accept_length": round(measured.accept_length(recipe.draft_steps), 3),
+        "coverage": round(coverage(unseen.token_counts(hf_config.vocab_size), ids), 4),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    for line in summary(facts, recipe.draft_steps):
+        log(line)
+    return facts
+
+
+def summary(facts: dict[str, Any], steps: int) -> list[str]:
+    """What training came to, for people."""
+    row = "  ".join(f"{p:.3f}" for p in facts["acceptance"])
+    overlap = "  ".join(f"{p:.3f}" for p in facts["overlap"])
+    return [
+        f"on unseen responses, by depth 1, 2, ...:  acceptance {row}  overlap {overlap}",
+        f"predicted accept length with {steps} draft steps: {facts['accept_length']:.2f} tokens a verify pass; "
+        f"the draft vocabulary covers {facts['coverage']:.2%} of response tokens; {facts['seconds']:.0f} s in all",
+    ]
+
+
+def _read(recipe: DrafterRecipe, actor: Path, data: Path) -> tuple[Any, list[Prompt]]:
+    """The actor's config, and prompts in a seeded order, the ones to hold out first."""
+    define_torchvision_operators()
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        hf_config, tokenizer = AutoConfig.from_pretrained(actor), AutoTokenizer.from_pretrained(actor)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{actor} is not a Hugging Face model folder: {error}") from error
+    check_tokenizer_fits(tokenizer, hf_config, str(actor))
+    columns = DataConfig(path=str(data), prompts_per_step=1, **recipe.prompts.model_dump())
+    room = hf_config.max_position_embeddings - recipe.rollouts.max_new_tokens
+    found: PromptSet = load_prompts(columns, tokenizer, min(recipe.prompts.max_prompt_tokens, room))
+    if len(found) <= recipe.rollouts.held_out:
+        raise DataError(f"{data} holds {len(found)} prompts, no more than rollouts.held_out={recipe.rollouts.held_out}")
+    return hf_config, PromptStream(found, recipe.seed).next(min(recipe.rollouts.prompts, len(found)))
+
+
+def _requests(recipe: DrafterRecipe, prompts: list[Prompt]) -> list[Request]:
+    sampling = SamplingParams(max_new_tokens=recipe.rollouts.max_new_tokens, temperature=1.0)
+    group = range(recipe.rollouts.samples_per_prompt)
+    return [Request(f"{prompt.key}:{i}", prompt.ids, sampling) for prompt in prompts for i in group]
+
+
+def engine_sampler(recipe: DrafterRecipe, actor: Path, device: str) -> Sampler:
+    """Answers requests with an SGLang engine that lives as long as the call."""
+    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+
+    def sample(requests: Sequence[Request]) -> list[Sample]:
+        engine = recipe.rollouts.engine
+        if device == "cpu" and engine.max_total_tokens is None:
+            longest = max(len(request.prompt_ids) for request in requests) + recipe.rollouts.max_new_tokens + 1
+            engine = engine.model_copy(update={"max_total_tokens": engine.max_running_requests * longest})
+        sglang = SGLangEngine(EngineSettings(str(actor), device=device, engine=engine, seed=recipe.seed))
+        try:
+            sglang.start()
+            return sglang.submit(requests).collect()
+        finally:
+            sglang.shutdown()
+
+    return sample
+
+
+def _rollouts(samples: list[Sample]) -> Rollouts:
+    return Rollouts.collate([(sample.prompt_ids, sample.response_ids) for sample in samples])
+
+
+def _settings(recipe: DrafterRecipe, device: str) -> DistillSettings:
+    training = recipe.training
+    return DistillSettings(
+        updates=training.updates,
+        batch_size=training.batch_size,
+        by_length=training.by_length,
+        steps=training.unroll,
+        decay=training.decay,
+        lr=training.lr,
+        matrix_lr=training.matrix_lr,
+        weight_decay=training.weight_decay,
+        bf16=device == "cuda" or bf16_is_quick(),
+        seed=recipe.seed,
+    )
+
+
+def _progress(log: Log, updates: int) -> Callable[[dict], None]:
+    def progress(record: dict) -> None:
+        if record["update"] % 50 == 0 or record["update"] == updates:
+            depths = " ".join(f"{p:.3f}" for p in record["top1"])
+            log(f"update {record['update']}/{updates}  loss {record['loss']:.3f}  acceptance by depth {depths}")
+
+    return progress

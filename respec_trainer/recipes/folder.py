@@ -1,0 +1,62 @@
+"""Folders that are made once: what is asked for is hashed, and a folder that carries the same hash is left as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from respec_trainer.errors import ConfigError
+
+RECIPE = "recipe.json"
+
+
+def make_once(folder: Path, recipe: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> bool:
+    """Have `make` fill `folder`, unless it was filled by an equal recipe before. Returns whether it was made now.
+
+    `make` creates the folder it is given, beside the final one, which it replaces only when complete: an interrupted run
+    leaves nothing that looks finished. What `make` returns is kept in recipe.json.
+
+    Raises ConfigError if `folder` holds something that was not made here, instead of replacing it.
+    """
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    made = read_recipe(folder)
+    if made is not None and made["hash"] == digest:
+        return False
+    if made is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} holds something else than a recipe's result; empty it or choose another folder")
+    scratch, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("making", "old"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        facts = make(scratch)
+        (scratch / RECIPE).write_text(json.dumps({"hash": digest, "recipe": recipe, "facts": facts}, indent=2) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        scratch.rename(folder)
+    finally:
+        for leftover in (scratch, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return True
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """What recipe.json says: `hash`, `recipe`, `facts`. None if `folder` was not made by a recipe."""
+    try:
+        made = json.loads((folder / RECIPE).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return made if isinstance(made, dict) and {"hash", "recipe", "facts"} <= made.keys() else None
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files (top level) with their names, recipe.json left out."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.name != RECIPE)
+    parts = [f"{file.name} {fingerprint(file)}\n" for file in files]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -1,0 +1,126 @@
+"""Verification that samples: drafts are accepted so that the output follows the target's law exactly.
+
+The draft tokens are not drawn but chosen, so their own probabilities play no part (Leviathan et al. 2023 with a draft
+law of one point; for trees Miao et al. 2024, SpecInfer): at a node, a uniform number u in [0, 1) falls either into
+the target's mass of one of the children, taken in order, and that child is accepted, or into the rest, and a token is
+drawn from the rest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .tree import accept_chain, is_chain, store_predictions
+
+
+def top_k_renorm_prob(probs: torch.Tensor, top_ks: torch.Tensor) -> torch.Tensor:
+    """Keep each row's k most probable tokens, of equals the first ones, and make it sum to one. probs: [rows, V]"""
+    order = probs.sort(stable=True, dim=-1, descending=True).indices
+    kept = torch.arange(probs.shape[-1]) < top_ks.view(-1, 1)
+    return _renormalize(probs, order, kept)
+
+
+def top_p_renorm_prob(probs: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
+    """Keep each row's most probable tokens until they hold top_p of it, and make it sum to one. probs: [rows, V]"""
+    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
+    kept = ordered.cumsum(-1) - ordered <= top_ps.view(-1, 1)
+    return _renormalize(probs, order, kept)
+
+
+def tree_speculative_sampling_target_only(
+    predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token, retrive_next_sibling,
+    uniform_samples, uniform_samples_for_final_sampling, target_probs, draft_probs, threshold_single=1.0,
+    threshold_acc=1.0, deterministic=True,
+) -> None:  # fmt: skip
+    """Accept drafts and draw one more token, by the target's law [B, n, V] after each node.
+
+    uniform_samples: [B, n], one number for each node's children. uniform_samples_for_final_sampling: [B].
+    Fills the same three outputs as `tree.verify_tree_greedy_cpu`. Thresholds below 1 accept more than the law allows.
+    `draft_probs` is not read.
+    """
+    law = _Law(candidates, uniform_samples, target_probs, threshold_single, threshold_acc)
+    links = retrive_next_token, retrive_next_sibling
+    if is_chain(*links):
+        count, node, rejected = _walk_chain(law, accept_index, retrive_index)
+        tokens = torch.nn.functional.pad(candidates[:, 1:].long(), (0, 1))
+    else:
+        count, node, rejected, tokens = _walk_tree(law, accept_index, retrive_index, *links)
+    request = torch.arange(len(candidates))
+    last_law = target_probs[request, node]
+    tokens[request, node] = _draw_rest(last_law, candidates, rejected, uniform_samples_for_final_sampling)
+    accept_token_num.copy_(count)
+    store_predictions(predicts, accept_index, count, tokens.flatten())
+
+
+class _Law(NamedTuple):
+    candidates: torch.Tensor  # [B, n]
+    uniform: torch.Tensor  # [B, n]
+    probs: torch.Tensor  # [B, n, V]
+    threshold_single: float
+    threshold_acc: float
+
+    def accepts(self, uniform, mass, p) -> torch.Tensor:
+        """Whether a child of probability p is taken, `mass` being its own and its elder siblings' together."""
+        return (uniform < mass / self.threshold_acc) | (p >= self.threshold_single)
+
+
+def _walk_chain(law: _Law, accept_index, retrive_index):
+    """(drafts accepted [B], last accepted node [B], rejected drafts [B, n])."""
+    p = law.probs[:, :-1].gather(2, law.candidates[:, 1:, None].long()).squeeze(2)
+    count = accept_chain(accept_index, retrive_index, law.accepts(law.uniform[:, :-1], p, p))
+    rejected = torch.arange(law.candidates.shape[1]) == count[:, None] + 1
+    return count, count, rejected
+
+
+def _walk_tree(law: _Law, accept_index, retrive_index, next_token, next_sibling):
+    """As `_walk_chain`, with the draft accepted after each node [B, n]."""
+    candidates = law.candidates
+    batch, width = accept_index.shape
+    request = torch.arange(batch)
+    node, count = torch.zeros(2, batch, dtype=torch.int64)
+    tokens = torch.zeros(candidates.shape, dtype=torch.int64)
+    rejected = torch.zeros(candidates.shape, dtype=torch.bool)
+    walking = torch.ones(batch, dtype=torch.bool)
+    accept_index[:, 0] = retrive_index[:, 0]
+    for _ in range(1, width):
+        child = torch.where(walking, next_token[request, node], -1)
+        mass = torch.zeros(batch)
+        accepted = torch.zeros(batch, dtype=torch.bool)
+        while bool((trying := (child >= 0) & ~accepted).any()):
+            p = law.probs[request, node, candidates[request, child].long()]
+            mass += torch.where(trying, p, 0)
+            accepted |= trying & law.accepts(law.uniform[request, node], mass, p)
+            refused = trying & ~accepted
+            rejected[request[refused], child[refused]] = True
+            child = torch.where(refused, next_sibling[request, child], child)
+        walking = accepted
+        if not bool(walking.any()):
+            break
+        who, new = request[walking], child[walking]
+        tokens[who, node[walking]] = candidates[who, new].long()
+        rejected[who] = False
+        node[who] = new
+        count += walking
+        accept_index[who, count[who]] = retrive_index[who, new].to(accept_index.dtype)
+    return count, node, rejected, tokens
+
+
+def _draw_rest(probs, candidates, rejected, uniform) -> torch.Tensor:
+    """Draw a token [B] from probs [B, V] without the rejected candidates."""
+    who, which = rejected.nonzero(as_tuple=True)
+    rest = probs.double()
+    rest[who, candidates[who, which].long()] = 0
+    cumulative = rest.cumsum(-1)
+    total = cumulative[:, -1:]
+    # u < 1, so the point lies below the total, and the first token whose cumulative mass exceeds it has mass itself.
+    token = torch.searchsorted(cumulative, uniform.view(-1, 1).double() * total, right=True).squeeze(1)
+    # Rounding can leave nothing, the children's mass being one but for the last bit: then the likeliest is right.
+    return torch.where(total.squeeze(1) > 0, token.clamp(max=probs.shape[-1] - 1), probs.argmax(-1))
+
+
+def _renormalize(probs, order, kept) -> torch.Tensor:
+    keep = torch.empty_like(kept.expand(probs.shape)).scatter_(-1, order, kept.expand(probs.shape))
+    kept_probs = probs.masked_fill(~keep, 0)
+    return kept_probs / kept_probs.sum(-1, keepdim=True)

@@ -1,0 +1,138 @@
+"""EngineSettings: what one engine is, and how that is said in sglang's own arguments."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from respec_trainer.config import Config, DType, EngineConfig, SpeculationConfig
+
+NO_SPECULATION = SpeculationConfig(algorithm="none")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """One engine. Without `drafter_path`, or with speculation.algorithm "none", it decodes plainly."""
+
+    model_path: str
+    drafter_path: str | None = None
+    dtype: DType = "bf16"
+    device: Literal["cpu", "cuda"] = "cpu"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    speculation: SpeculationConfig = NO_SPECULATION
+    seed: int = 0
+    base_gpu_id: int = 0
+    # Stop strings are found in text, so they need the tokenizer, and one more process that runs it.
+    tokenizer: bool = False
+    # Requests may carry seeds; then every draw of the engine is a function of a seed and a position.
+    seeded: bool = False
+    context_length: int | None = None  # default: the model's
+    # Weights at the start: the folder's, or random ones where only shapes matter.
+    load_format: Literal["auto", "dummy"] = "auto"
+    actor_version: str = "initial"
+    drafter_version: str = "initial"
+
+    @classmethod
+    def from_config(cls, config: Config, device: str, index: int = 0) -> EngineSettings:
+        """The settings of engine `index` of a run; `device` is "cpu" or "cuda"."""
+        engine = config.rollout.engine
+        if device == "cpu" and engine.max_total_tokens is None:
+            tokens = tokens_of_full_batch(config)
+            engine = engine.model_copy(update={"max_total_tokens": tokens})
+        speculative = config.speculation.algorithm != "none"
+        return cls(
+            model_path=config.model.path,
+            drafter_path=config.drafter.path if speculative else None,
+            dtype=config.model.dtype,
+            device=device,
+            engine=engine,
+            speculation=config.speculation if speculative else NO_SPECULATION,
+            seed=config.run.seed + index,
+            base_gpu_id=int(os.environ.get("LOCAL_RANK", "0")),
+            tokenizer=bool(config.rollout.sampling.stop),
+        )
+
+    @property
+    def speculative(self) -> bool:
+        return self.speculation.algorithm != "none"
+
+
+def tokens_of_full_batch(config: Config) -> int:
+    """KV cache rows that hold `max_running_requests` of the longest samples.
+
+    On a CPU the pool is made no larger: rows are reused in turn, so a larger one only spreads over more memory.
+    """
+    longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
+    # Rows set aside ahead of verification: sglang reserves two rounds of drafts a request.
+    drafts = 2 * config.speculation.draft_tokens * config.speculation.topk
+    return config.rollout.engine.max_running_requests * (longest + drafts + 1)
+
+
+def server_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """Keyword arguments of sglang 0.5.21's ServerArgs."""
+    engine = settings.engine
+    arguments: dict[str, Any] = {
+        "model_path": settings.model_path,
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[settings.dtype],
+        "device": settings.device,
+        "load_format": settings.load_format,
+        "context_length": settings.context_length,
+        "tp_size": engine.tp,
+        "base_gpu_id": settings.base_gpu_id,
+        "random_seed": settings.seed,
+        "max_running_requests": engine.max_running_requests,
+        "max_total_tokens": engine.max_total_tokens,
+        "mem_fraction_static": engine.mem_fraction,
+        "log_level": engine.log_level,
+        "watchdog_timeout": engine.timeout,
+        "skip_tokenizer_init": not settings.tokenizer,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        # Weights change every step, which empties it; and a prefix shared by a group costs little to compute again.
+        "disable_radix_cache": True,
+        # An idle engine must leave the cores to the trainer, and not poll.
+        "sleep_on_idle": True,
+        "weight_version": settings.actor_version,
+    }
+    arguments |= _cpu_arguments() if settings.device == "cpu" else _gpu_arguments(engine)
+    if settings.speculative:
+        arguments |= _speculation_arguments(settings)
+    return arguments
+
+
+def _cpu_arguments() -> dict[str, Any]:
+    return {
+        # The second name is what serves: sglang refuses it as the first without AMX, but not for the two phases.
+        "attention_backend": "torch_native",
+        "prefill_attention_backend": "intel_amx",
+        "decode_attention_backend": "intel_amx",
+        "disable_cuda_graph": True,
+        # Overlap hides the host behind the device; here they are one, and a finished batch would decode once more.
+        "disable_overlap_schedule": True,
+    }
+
+
+def _gpu_arguments(engine: EngineConfig) -> dict[str, Any]:
+    return {
+        "attention_backend": "triton",
+        "enable_memory_saver": True,
+        # The memory saver cannot move what a prefill graph holds.
+        "cuda_graph_backend_prefill": "disabled",
+        "cuda_graph_max_bs_decode": engine.max_running_requests,
+    }
+
+
+def _speculation_arguments(settings: EngineSettings) -> dict[str, Any]:
+    shape = settings.speculation
+    return {
+        "speculative_algorithm": "EAGLE3",
+        "speculative_draft_model_path": settings.drafter_path,
+        "speculative_num_steps": shape.steps,
+        "speculative_eagle_topk": shape.topk,
+        "speculative_num_draft_tokens": shape.draft_tokens,
+        "speculative_draft_attention_backend": "intel_amx" if settings.device == "cpu" else "triton",
+        # One means lossless; they are sglang's defaults, said here because the policy's law hangs on them.
+        "speculative_accept_threshold_single": 1.0,
+        "speculative_accept_threshold_acc": 1.0,
+    }

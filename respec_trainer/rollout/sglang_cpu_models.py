@@ -1,0 +1,178 @@
+"""Forward passes of the decoder families without a GPU, with little between the matrix products.
+
+sglang's layers are built for every model, device and parallelism, and that generality costs ten times the arithmetic of
+a small model: 0.5 ms a layer on one core. A plain dense decoder (Qwen2, Qwen3, Llama, and the EAGLE-3 drafter) needs
+none of it. These functions stand before sglang's own, use the same modules, parameters, caches and metadata, and hand
+everything that is not plain to sglang's. Rounding is that of transformers: the residual stream is kept in the model's
+dtype, and rotary factors are applied in it.
+
+Shapes: T new tokens of all requests, H hidden size, A query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from sgl_kernel.attention import Plan, attend, plan_decode, plan_extend
+
+
+class Context:
+    """What the layers of one forward pass share: where to attend, and rotary factors [T, 1, D] of every position.
+
+    rotated = x * cos + (x with its halves swapped) * sin
+    """
+
+    def __init__(self, model, positions, forward_batch, backend, cache_loc, dtype: torch.dtype):
+        """`backend` holds sglang's metadata of this pass; the new tokens go to cache rows `cache_loc` [T]."""
+        attention = model.layers[0].self_attn
+        self.pool, self.cache_loc = backend.token_to_kv_pool, cache_loc
+        self.wanted: torch.Tensor | None = None  # tokens [B] whose output is asked for; None for all
+        self.plan = self._plan(forward_batch, backend, attention.num_heads // attention.num_kv_heads)
+        table = attention.rotary_emb.cos_sin_cache.index_select(0, positions)
+        cos, sin = table.to(dtype).unsqueeze(1).chunk(2, -1)
+        self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+    def _plan(self, batch, backend, group: int) -> Plan:
+        if backend.draft_decode_metadata is not None:  # a drafter's step: every branch is a request
+            req_to_token, seq_lens, slots = backend.draft_decode_metadata
+            return plan_decode(req_to_token, slots, seq_lens)
+        slots, req_to_token = batch.req_pool_indices, backend.req_to_token_pool.req_to_token
+        if backend.extend_metadata is None:
+            return plan_decode(req_to_token, slots, batch.seq_lens)
+        seq_lens, new, _, tree_mask = backend.extend_metadata
+        if batch.forward_mode.is_draft_extend_v2():
+            # The drafter catches up with a verified tree. Every node gets a key and a value, but what comes out is
+            # read at the last accepted one only.
+            accepted = batch.spec_info.num_accept_tokens
+            self.wanted = new.cumsum(0) - new + accepted - 1
+            return plan_decode(req_to_token, slots, seq_lens - new + accepted)
+        return plan_extend(req_to_token, slots, seq_lens, new, group, tree_mask)
+
+    def pick(self, x) -> torch.Tensor:
+        """The tokens of x [T, ...] whose output is asked for."""
+        return x if self.wanted is None else x.index_select(0, self.wanted)
+
+    def attend(self, layer, q, k, v) -> torch.Tensor:
+        """Store k and v [T, K, D], attend the wanted of q [T, A, D]; `layer` is sglang's RadixAttention."""
+        keys, values = self.pool.get_kv_buffer(layer.layer_id)
+        keys.index_copy_(0, self.cache_loc, k)
+        values.index_copy_(0, self.cache_loc, v)
+        return attend(self.plan, self.pick(q), keys, values, layer.scaling)
+
+
+def target_forward(original, model, input_ids, positions, forward_batch, input_embeds=None, pp_proxy_tensors=None):
+    """Stands for the forward of sglang's Qwen2Model, Qwen3Model and LlamaModel: the final hidden states [T, H].
+
+    With layers to capture for the drafter, also the list of their inputs.
+    """
+    if not is_plain(model) or input_embeds is not None or input_ids.numel() == 0:
+        return original(model, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
+    residual = F.embedding(input_ids, model.embed_tokens.weight)
+    context = _current_context(model, positions, forward_batch, residual.dtype)
+    captured = []
+    for index, layer in enumerate(model.layers):
+        if index in model.layers_to_capture:
+            captured.append(residual)
+        residual = residual + _attention(layer.self_attn, _norm(layer.input_layernorm, residual), context)
+        residual = residual + _feed_forward(layer.mlp, _norm(layer.post_attention_layernorm, residual))
+    hidden = _norm(model.norm, residual)
+    return (hidden, captured) if captured else hidden
+
+
+def drafter_forward(original, model, input_ids, positions, forward_batch, input_embeds=None, pp_proxy_tensors=None):
+    """Stands for the forward of sglang's EAGLE-3 LlamaModel: (normed output, [features for its own next step]).
+
+    Rows that nobody reads are zero.
+    """
+    if not is_plain(model) or input_embeds is not None or input_ids.numel() == 0:
+        return original(model, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
+    context = _current_context(model, positions, forward_batch, model.embed_tokens.weight.dtype)
+    hidden, features = drafter_step(model, input_ids, forward_batch.spec_info.hidden_states, context)
+    if context.wanted is None:
+        return hidden, [features]
+    zeros = hidden.new_zeros(2, input_ids.numel(), hidden.shape[-1])
+    return zeros[0].index_copy_(0, context.wanted, hidden), [zeros[1].index_copy_(0, context.wanted, features)]
+
+
+def drafter_step(model, input_ids, features, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pass of the drafter: (normed output, features for its own next step), both [T, H] or [B, H] if so wanted.
+
+    features: [T, H] its own of the step before, or [T, 3H] the target's captured layers.
+    """
+    embedded = F.embedding(input_ids, model.embed_tokens.weight)
+    if features.shape[-1] != embedded.shape[-1]:
+        features = _linear(model.fc, features)
+    (layer,) = model.layers
+    x = torch.cat((_norm(layer.input_layernorm, embedded), _norm(layer.hidden_norm, features)), -1)
+    residual = context.pick(features) + _attention(layer.self_attn, x, context)
+    residual = residual + _feed_forward(layer.mlp, _norm(layer.post_attention_layernorm, residual))
+    hidden = _norm(model.norm, residual)
+    return hidden, hidden if model.norm_output else residual
+
+
+def is_plain(model) -> bool:
+    """Whether the functions above compute this model; looked at once."""
+    if "respec_is_plain" not in vars(model):
+        model.respec_is_plain = _looks_plain(model)
+    return model.respec_is_plain
+
+
+def _current_context(model, positions, forward_batch, dtype) -> Context:
+    from sglang.srt.model_executor.forward_context import get_attn_backend
+
+    return Context(model, positions, forward_batch, get_attn_backend(), forward_batch.out_cache_loc, dtype)
+
+
+def _attention(module, x, context: Context) -> torch.Tensor:
+    """[T, H] -> [T, H]. Queries and keys are normed and rotated as one tensor of A + K heads."""
+    tokens, dim, heads = x.shape[0], module.head_dim, module.num_heads
+    joint, v = _linear(module.qkv_proj, x).split((module.q_size + module.kv_size, module.kv_size), -1)
+    joint = joint.view(tokens, -1, dim)
+    if hasattr(module, "q_norm"):
+        joint = F.rms_norm(joint, (dim,), None, module.q_norm.variance_epsilon)
+        joint[:, :heads].mul_(module.q_norm.weight)
+        joint[:, heads:].mul_(module.k_norm.weight)
+    first, second = joint.chunk(2, -1)
+    joint = (joint * context.cos).add_(torch.cat((second, first), -1).mul_(context.sin))
+    attended = context.attend(module.attn, joint[:, :heads], joint[:, heads:], v.view(tokens, -1, dim))
+    return _linear(module.o_proj, attended.flatten(1))
+
+
+def _feed_forward(module, x) -> torch.Tensor:
+    gate, up = _linear(module.gate_up_proj, x).chunk(2, -1)
+    return _linear(module.down_proj, F.silu(gate).mul_(up))
+
+
+def _norm(module, x) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+
+
+def _linear(module, x) -> torch.Tensor:
+    return F.linear(x, module.weight, module.bias)
+
+
+def _looks_plain(model) -> bool:
+    from sglang.srt.layers.activation import SiluAndMul
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().tp_size > 1 or get_parallel().pp_size > 1:
+        return False
+    if any(getattr(model, name, None) for name in ("is_mrope_enabled", "input_norm", "fc_norm")):
+        return False
+    rotary = model.layers[0].self_attn.rotary_emb
+    if type(rotary).forward_native is not RotaryEmbedding.forward_native or not rotary.is_neox_style:
+        return False
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
+        if not isinstance(getattr(mlp, "act_fn", None), SiluAndMul) or attention.rotary_emb is not rotary:
+            return False
+        linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        if any(type(linear.quant_method) is not UnquantizedLinearMethod for linear in linears):
+            return False
+        if rotary.rotary_dim != attention.head_dim or attention.attn.sliding_window_size > 0:
+            return False
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    return all(type(norm) is RMSNorm and norm.variance_size_override is None for norm in norms)

@@ -1,0 +1,254 @@
+"""sglang's Engine inside this process: started without side effects on it, run by a thread of its own, ended for sure.
+
+sglang takes itself for the owner of its process: it sets environment variables and the logging configuration, installs
+signal handlers, and on any failure kills every child of the process and the process itself. Here its host is a trainer,
+so what it sets is put back, and what fails becomes an EngineError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import functools
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import threading
+import time
+import types
+import warnings
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from respec_trainer.errors import EngineError
+from respec_trainer.rollout import sglang_workers
+from respec_trainer.rollout.sglang_args import EngineSettings, server_arguments
+from respec_trainer.rollout.sglang_plugin import plugin_settings
+
+KILL_SECONDS = 10.0
+
+_running: SGLangProcess | None = None
+
+
+class SGLangProcess:
+    """A running sglang Engine. `call` runs coroutines of its tokenizer manager on the thread that owns it."""
+
+    def __init__(self, settings: EngineSettings):
+        """Start it; returns when it answers. Raises EngineError if it does not come up.
+
+        sglang keeps its configuration in globals, so a process can hold one engine at a time.
+        """
+        global _running
+        if _running is not None:
+            raise EngineError("this process already runs an sglang engine and can hold only one: shut that down first")
+        self.settings = settings
+        self.failure: EngineError | None = None
+        self._waiting: set[Future] = set()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop
+        before = set(multiprocessing.active_children())
+        self.engine = self._start(before)
+        self.children = [child for child in multiprocessing.active_children() if child not in before]
+        _running = self
+        atexit.register(self.shutdown)
+        threading.Thread(target=self._watch, daemon=True, name="sglang-watcher").start()
+
+    @property
+    def manager(self) -> Any:
+        """sglang's TokenizerManager. Its coroutines run through `call`."""
+        return self.engine.tokenizer_manager
+
+    def call(self, function: Callable[..., Awaitable], *args: Any) -> Future:
+        """Run `function(*args)` on the engine's loop. If the engine dies meanwhile, the future raises EngineError."""
+        answer: Future = Future()
+        with self._lock:
+            if self.failure is not None:
+                raise self.failure
+            self._waiting.add(answer)
+            running = asyncio.run_coroutine_threadsafe(function(*args), self._loop)
+        running.add_done_callback(functools.partial(self._settle, answer))
+        return answer
+
+    def fail(self, reason: str) -> None:
+        """Declare the engine dead: whoever waits for it, and every later call, gets an EngineError."""
+        with self._lock:
+            if self.failure is None:
+                self.failure = EngineError(reason)
+            for answer in self._waiting:
+                answer.set_exception(self.failure)
+            self._waiting.clear()
+
+    def shutdown(self) -> None:
+        """Kill the engine's processes and end its thread."""
+        global _running
+        if self._closing:
+            return
+        self._closing = True
+        self.fail("the rollout engine was shut down")
+        _kill(self.children)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(KILL_SECONDS)
+        _remove_sockets(self.engine.port_args)
+        atexit.unregister(self.shutdown)
+        _running = None
+
+    def _start(self, before: set) -> Any:
+        ready: Future = Future()
+        self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True, name="sglang-engine")
+        environment = sglang_workers.engine_environment(self.settings.device, self.settings.engine.threads)
+        with _side_effects_undone(), _environment(environment):
+            self._thread.start()
+            try:
+                return ready.result(self.settings.engine.timeout)
+            except BaseException as error:
+                _kill([child for child in multiprocessing.active_children() if child not in before])
+                if not isinstance(error, Exception):
+                    raise
+                reason = "no answer" if isinstance(error, concurrent.futures.TimeoutError) else error
+                raise EngineError(f"the rollout engine did not start: {reason}; its own messages are above") from error
+
+    def _run(self, ready: Future) -> None:
+        """The engine's thread: build it, then serve its loop. Off the main thread, sglang installs no handlers."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                sglang_workers.prepare_process(self.settings.device)
+                engine_class = _engine_class(self.settings, self.fail)
+            self._loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self._loop)
+            engine = engine_class(**server_arguments(self.settings))
+        except BaseException as error:  # noqa: BLE001 - raised where the caller waits
+            ready.set_exception(error)
+            return
+        # These two would end the whole process, at exit and when a child dies. `_watch` and `shutdown` stand in.
+        atexit.unregister(engine.shutdown)
+        engine.tokenizer_manager._subprocess_watchdog.stop()
+        ready.set_result(engine)
+        self._loop.run_forever()
+        self._close_loop()
+
+    def _close_loop(self) -> None:
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        for socket in (self.manager.recv_from_detokenizer, self.manager.send_to_scheduler, self.engine.send_to_rpc):
+            getattr(socket, "_sock", socket).close(linger=0)
+        self._loop.close()
+
+    def _settle(self, answer: Future, running: Future) -> None:
+        with self._lock:
+            if answer not in self._waiting:
+                return  # `fail` was first
+            self._waiting.discard(answer)
+            if running.cancelled():
+                answer.set_exception(EngineError("the rollout engine dropped a request"))
+            elif error := running.exception():
+                answer.set_exception(error)
+            else:
+                answer.set_result(running.result())
+
+    def _watch(self) -> None:
+        """Notice a dead child at once, whatever it died of."""
+        children = {child.sentinel: child for child in self.children}
+        dead = multiprocessing.connection.wait(list(children))
+        if self._closing:
+            return
+        child = children[dead[0]]
+        child.join()
+        status = f"status {child.exitcode}" if child.exitcode >= 0 else f"signal {-child.exitcode}"
+        self.fail(f"process {child.pid} of the rollout engine ended with {status}; its own messages are above")
+        _kill(self.children)
+
+
+def _engine_class(settings: EngineSettings, fail: Callable[[str], None]) -> type:
+    """sglang's Engine with this package's processes, and without a detokenizer that would have nothing to do."""
+    from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    class Manager(TokenizerManager):
+        async def handle_loop(self) -> None:
+            try:
+                await super().handle_loop()
+            except Exception as error:  # noqa: BLE001 - the base class would kill this process
+                fail(f"sglang's tokenizer manager failed: {error!r}")
+
+    plugin = plugin_settings(settings.device, settings.seeded)
+    make_manager = functools.partial(init_tokenizer_manager, TokenizerManagerClass=Manager)
+
+    class TrainersEngine(Engine):
+        init_tokenizer_manager_func = staticmethod(make_manager)
+        run_scheduler_process_func = staticmethod(sglang_workers.SchedulerWorker(settings.device, plugin))
+        run_detokenizer_process_func = staticmethod(sglang_workers.DetokenizerWorker(settings.device, plugin))
+
+        @classmethod
+        def _launch_detokenizer_subprocesses(cls, server_args, port_args, run_detokenizer_process_func):
+            if not settings.tokenizer:
+                return [], []  # the scheduler then sends its token ids straight back
+            return super()._launch_detokenizer_subprocesses(server_args, port_args, run_detokenizer_process_func)
+
+    return TrainersEngine
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str | None]) -> Iterator[None]:
+    """Environment variables as the engine's processes inherit them, and as they were afterwards, whoever set them."""
+    before = dict(os.environ)
+    for name, value in changes.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _side_effects_undone() -> Iterator[None]:
+    """Put back what starting an engine changes: logging, multiprocessing's start method, the policy of event loops.
+
+    `__main__` is hidden meanwhile: spawned processes would run the trainer's script again, imports and all.
+    """
+    root, main = logging.getLogger(), sys.modules["__main__"]
+    level, handlers = root.level, list(root.handlers)
+    method, policy = multiprocessing.get_start_method(allow_none=True), asyncio.get_event_loop_policy()
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        asyncio.set_event_loop_policy(policy)
+        multiprocessing.set_start_method(method, force=True)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def _kill(children: list) -> None:
+    """Kill these processes and theirs, and wait until they are gone."""
+    descendants = []
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendants += psutil.Process(child.pid).children(recursive=True)
+    for process in [*children, *descendants]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    deadline = time.monotonic() + KILL_SECONDS
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
+    psutil.wait_procs(descendants, timeout=max(0.0, deadline - time.monotonic()))
+
+
+def _remove_sockets(port_args: Any) -> None:
+    """sglang leaves the files of its sockets behind."""
+    for value in vars(port_args).values():
+        if isinstance(value, str) and value.startswith("ipc://"):
+            Path(value.removeprefix("ipc://")).unlink(missing_ok=True)
