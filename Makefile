@@ -28,7 +28,7 @@ actor: $(INSTALLED)
 
 drafter: actor
 	OMP_NUM_THREADS=2 $(BIN)/python tools/train_drafter.py --recipe configs/quickstart-drafter.yaml \
-	  --actor $(QUICKSTART)/actor --out $(QUICKSTART)/drafter
+	  --actor $(QUICKSTART)/actor --data $(QUICKSTART)/actor/data/train.jsonl --out $(QUICKSTART)/drafter
 
 test: $(INSTALLED)
 	$(BIN)/ruff check
