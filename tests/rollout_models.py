@@ -124,9 +124,9 @@ class Reference:
             row.append(int(self.logits([row])[0, -1].argmax()))
         return row[len(prompt) :]
 
-    def law(self, prompt: tuple[int, ...], length: int, temperature: float, least: float) -> dict[tuple[int, ...], float]:
+    def law(self, prompt: tuple[int, ...], length: int, temperature: float, least: float) -> dict[tuple, float]:
         """Probability of every sequence of `length` tokens after the prompt that has at least `least` of it."""
-        law: dict[tuple[int, ...], float] = {(): 1.0}
+        law: dict[tuple, float] = {(): 1.0}
         for _ in range(length):
             logits = self.logits([[*prompt, *prefix] for prefix in law])[:, -1].double()
             probs = (logits / temperature).softmax(-1)

@@ -67,3 +67,25 @@ def test_a_loss_that_is_not_finite_does_not_reach_the_weights(teacher, rollouts)
     with pytest.raises(TrainingError, match="update 1: loss nan"):
         distill(drafter, broken, rollouts, SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(before, drafter.parameters(), strict=True))
+
+
+def test_muon_trains_the_inner_matrices_and_nothing_else(teacher, rollouts):
+    start = {name: weight.clone() for name, weight in tiny_drafter().named_parameters()}
+    plain, mixed = tiny_drafter(), tiny_drafter()
+    distill(plain, teacher, rollouts, dataclasses.replace(SETTINGS, updates=1))
+    distill(mixed, teacher, rollouts, dataclasses.replace(SETTINGS, updates=1, matrix_lr=2e-2))
+    for (name, adamw), muon in zip(plain.named_parameters(), mixed.parameters(), strict=True):
+        inner = muon.ndim == 2 and name != "lm_head.weight"
+        assert not torch.equal(muon, start[name]), name
+        assert torch.equal(adamw, muon) != inner, name
+
+
+def test_training_in_bf16_keeps_weights_and_stays_close(teacher, rollouts):
+    settings = dataclasses.replace(SETTINGS, updates=5)
+    exact = distill(tiny_drafter(), teacher, rollouts, settings)
+    drafter = tiny_drafter()
+    rounded = distill(drafter, teacher, rollouts, dataclasses.replace(settings, bf16=True))
+    assert all(weight.dtype == torch.float32 for weight in drafter.parameters())
+    for one, other in zip(exact, rounded, strict=True):
+        # bf16 keeps 8 bits; the loss averages a hundred tokens and five depths.
+        assert other["loss"] == pytest.approx(one["loss"], rel=2e-2)

@@ -39,6 +39,14 @@ def test_batches_hold_every_row_once_with_little_padding():
         assert counts.max() - counts.min() <= 3 and batch.tokens.shape[1] == counts.max() + 2
 
 
+def test_batches_can_be_fair_samples_of_the_rows():
+    rollouts = random_rollouts([(2, 1)] * 32 + [(2, 9)] * 32)
+    batches = list(rollouts.batches(16, torch.Generator().manual_seed(0), by_length=False))
+    lengths = [batch.response_mask.sum(1) for batch in batches]
+    assert sorted(torch.cat(lengths).tolist()) == [1] * 32 + [9] * 32
+    assert all(len(set(length.tolist())) == 2 for length in lengths)
+
+
 def test_epochs_differ_and_seeds_repeat():
     rollouts = random_rollouts([(2, 3)] * 16)
 

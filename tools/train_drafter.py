@@ -21,7 +21,7 @@ from respec_trainer.errors import RespecError
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, required=True, help="a YAML file such as configs/quickstart-drafter.yaml")
+    parser.add_argument("--recipe", type=Path, required=True, help="such as configs/quickstart-drafter.yaml")
     parser.add_argument("--actor", type=Path, required=True, help="the target's Hugging Face folder")
     parser.add_argument("--data", type=Path, required=True, help="prompts, .jsonl or .parquet")
     parser.add_argument("--out", type=Path, required=True, help="the drafter's folder to make")

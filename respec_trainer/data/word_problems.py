@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Story:
     Gains and losses pair the question's sentence with what the solution calls it.
     """
 
+    unit: str  # what is counted
     start: str
     groups: str
     gains: tuple[tuple[str, str], ...]
@@ -54,12 +56,13 @@ class Story:
 
 STORIES = (
     Story(
+        unit="{thing}",
         start="{name} has {a} {thing}.",
         groups="{name} has {c} boxes with {a} {thing} each.",
         gains=(
             ("{name} buys {b} more {thing}.", "buying"),
             ("{name} finds {b} more {thing}.", "finding"),
-            ("A friend gives {name} {b} {thing}.", "the gift"),
+            ("A friend gives {name} {b} {thing}.", "getting"),
         ),
         losses=(
             ("{name} gives away {b} {thing}.", "giving away"),
@@ -71,6 +74,7 @@ STORIES = (
         ask="How many {thing} does {name} have now?",
     ),
     Story(
+        unit="dollars",
         start="{name} has {a} dollars.",
         groups="{name} works {c} hours for {a} dollars an hour.",
         gains=(("{name} earns {b} dollars.", "earning"), ("{name} wins {b} dollars.", "winning")),
@@ -80,10 +84,11 @@ STORIES = (
         ask="How many dollars does {name} have in the end?",
     ),
     Story(
+        unit="people",
         start="There are {a} people in the camp of {name}.",
         groups="{name} runs a camp of {c} tents with {a} people each.",
-        gains=(("{b} people arrive.", "arriving"), ("A bus brings {b} people.", "the bus")),
-        losses=(("{b} people leave.", "leaving"), ("A bus takes {b} people home.", "the bus")),
+        gains=(("{b} people arrive.", "adding"), ("A bus brings {b} people.", "bringing")),
+        losses=(("{b} people leave.", "losing"), ("A bus takes {b} people home.", "taking home")),
         double="Then the number of people doubles.",
         halve="Half of the people go home.",
         ask="How many people are there in the camp?",
@@ -130,11 +135,7 @@ def problems(
 
 def equations(problem: Problem) -> list[tuple[str, str]]:
     """The arithmetic of a worked solution by itself: pairs such as ("48 + 5 =", " 53.")."""
-    pairs = []
-    for line in problem.answer.splitlines()[:-1]:
-        left, _, right = line.partition(": ")[2].partition("=")
-        pairs.append((f"{left}=", right))
-    return pairs
+    return re.findall(r"(\d+ [-+*/] \d+ =)( \d+\.)", problem.answer)
 
 
 def write_jsonl(path: Path, items: Iterable[Problem]) -> None:
@@ -145,6 +146,7 @@ def write_jsonl(path: Path, items: Iterable[Problem]) -> None:
 
 def _draw(rng: random.Random, steps: int, largest: int) -> Problem:
     story, words = rng.choice(STORIES), {"name": rng.choice(NAMES), "thing": rng.choice(THINGS)}
+    words["unit"] = story.unit.format(**words)
     value, told, worked = _opening(rng, story, words, largest)
     while len(worked) < steps:
         value, sentence, line = _event(rng, story, words, value, largest)
@@ -160,7 +162,8 @@ def _opening(rng: random.Random, story: Story, words: dict, largest: int) -> tup
     if rng.random() < 0.5:
         return a, [story.start.format(a=a, **words)], []
     a, c = rng.randint(2, largest), rng.randint(2, 9)
-    return a * c, [story.groups.format(a=a, c=c, **words)], [f"At first: {c} * {a} = {a * c}."]
+    worked = f"First, {c} times {a} {words['unit']} are {c} * {a} = {a * c}."
+    return a * c, [story.groups.format(a=a, c=c, **words)], [worked]
 
 
 def _event(rng: random.Random, story: Story, words: dict, value: int, largest: int) -> tuple[int, str, str]:
@@ -168,11 +171,16 @@ def _event(rng: random.Random, story: Story, words: dict, value: int, largest: i
     kinds = ["gain"] * 3 * (value + largest < LIMIT) + ["loss"] * 3 * (value > 3)
     kinds += ["double"] * (2 * value < LIMIT) + ["halve"] * (value > 3 and value % 2 == 0)
     kind = rng.choice(kinds)
+    unit = words["unit"]
     if kind == "double":
-        return 2 * value, story.double.format(**words), f"After doubling: {value} * 2 = {2 * value}."
+        return 2 * value, story.double.format(**words), f"After doubling, the {unit} are {value} * 2 = {2 * value}."
     if kind == "halve":
-        return value // 2, story.halve.format(**words), f"After halving: {value} / 2 = {value // 2}."
+        worked = f"After halving, the {unit} left are {value} / 2 = {value // 2}."
+        return value // 2, story.halve.format(**words), worked
     sentence, label = rng.choice(story.gains if kind == "gain" else story.losses)
     b = rng.randint(2, largest if kind == "gain" else min(largest, value - 1))
-    sign, result = ("+", value + b) if kind == "gain" else ("-", value - b)
-    return result, sentence.format(b=b, **words), f"After {label}: {value} {sign} {b} = {result}."
+    if kind == "gain":
+        worked = f"After {label} {b} more {unit}, the {unit} are {value} + {b} = {value + b}."
+        return value + b, sentence.format(b=b, **words), worked
+    worked = f"After {label} {b} {unit}, the {unit} left are {value} - {b} = {value - b}."
+    return value - b, sentence.format(b=b, **words), worked

@@ -78,7 +78,8 @@ def distill(
             raise TrainingError(
                 f"drafter update {update + 1}: loss {loss.item()}, gradient norm {norm.item()}; lower lr"
             )
-        record = {"update": update + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": schedules[0].get_last_lr()[0]}
+        rate = schedules[0].get_last_lr()[0]
+        record = {"update": update + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate}
         for stepper in (*optimizers, *schedules):
             stepper.step()
         means = sums.means()

@@ -1,4 +1,4 @@
-"""A drafter for any actor: sample the actor's own responses, distill it from them, and measure it on responses kept back.
+"""A drafter for any actor: sample the actor's own responses, distill it from them, measure it on responses kept back.
 
 The responses come from the same engine that serves the run, without speculation.
 """

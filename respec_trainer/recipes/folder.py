@@ -18,8 +18,8 @@ RECIPE = "recipe.json"
 def make_once(folder: Path, recipe: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> bool:
     """Have `make` fill `folder`, unless it was filled by an equal recipe before. Returns whether it was made now.
 
-    `make` creates the folder it is given, beside the final one, which it replaces only when complete: an interrupted run
-    leaves nothing that looks finished. What `make` returns is kept in recipe.json.
+    `make` creates the folder it is given, beside the final one, which it replaces only when complete: an interrupted
+    run leaves nothing that looks finished. What `make` returns is kept in recipe.json.
 
     Raises ConfigError if `folder` holds something that was not made here, instead of replacing it.
     """

@@ -62,7 +62,7 @@ class Lessons:
         rows = []
         while len(rows) < count:
             pairs = [pair for problem in self._take(8 * POOL) for pair in equations(problem)]
-            left, right = (self._encode([text for text in side]) for side in zip(*pairs, strict=True))
+            left, right = (self._encode(list(side)) for side in zip(*pairs, strict=True))
             newline = self._encode(["\n"])[0]
             row = Row([], [])
             for question, result in zip(left, right, strict=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from respec_trainer.config import Config, DType, EngineConfig, SpeculationConfig
+from respec_trainer.errors import ConfigError
 
 NO_SPECULATION = SpeculationConfig(algorithm="none")
 
@@ -32,6 +33,13 @@ class EngineSettings:
     load_format: Literal["auto", "dummy"] = "auto"
     actor_version: str = "initial"
     drafter_version: str = "initial"
+
+    def __post_init__(self) -> None:
+        if self.device == "cpu" and self.engine.tp > 1:
+            raise ConfigError(
+                f"rollout.engine.tp={self.engine.tp} needs GPUs: without one an engine is one process; to share it "
+                f"among trainer ranks set rollout.engine.span={self.engine.tp} and rollout.engine.tp=1"
+            )
 
     @classmethod
     def from_config(cls, config: Config, device: str, index: int = 0) -> EngineSettings:

@@ -1,37 +1,71 @@
-"""Drafting a chain without a GPU: the drafter's steps in one loop.
+"""Drafting a chain without a GPU: the drafter's passes, and nothing around them.
 
-sglang builds a batch, runs its model runner and its logits processor for every draft step. For a one-layer drafter that
-is most of the time; here a step is the layer, the head and an argmax. Trees go sglang's way.
+For each of them sglang makes a batch and takes it through its model runner and logits processor. For a one-layer
+drafter that is most of the time; here a pass is the layer, the head and an argmax. Trees go sglang's way.
+
+Shapes: B requests, n tokens verified a request, H hidden size.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from sgl_kernel.attention import plan_decode
 
 from respec_trainer.rollout.sglang_cpu_models import Context, drafter_step, is_plain
 
 
 def draft_chain(original, worker, forward_batch):
     """Stands for EagleDraftWorker.draft_forward: (parents, candidate numbers, draft tokens [B, steps], None)."""
-    from sglang.srt.runtime_context import get_spec
-
-    head = worker.draft_runner.model
     batch = forward_batch.batch_size
-    simple = worker.topk == 1 and batch <= len(worker._topk1_parents_prealloc) and is_plain(head.model)
-    if not simple or forward_batch.forward_mode.is_idle() or get_spec().speculative_use_rejection_sampling:
+    if not _is_simple(worker, forward_batch) or batch > len(worker._topk1_parents_prealloc):
         return original(worker, forward_batch)
-    steps, spec = worker.speculative_num_steps, forward_batch.spec_info
-    to_target = worker.hot_token_id  # the drafter's vocabulary in the target's numbers; None where they are the same
-    tokens, features, positions = spec.topk_index, spec.hidden_states, forward_batch.positions
-    tokens = tokens if to_target is None else to_target[tokens]
-    cache_locs = forward_batch.out_cache_loc.view(batch, steps)
-    vocabulary, weight = head.logits_processor.config.vocab_size, head.lm_head.weight
-    chain = [tokens]
+    model, spec = worker.draft_runner.model.model, forward_batch.spec_info
+    tokens, features = spec.topk_index, spec.hidden_states
+    chain = [tokens if worker.hot_token_id is None else worker.hot_token_id[tokens]]
+    cache_locs = forward_batch.out_cache_loc.view(batch, worker.speculative_num_steps)
     for step, backend in enumerate(worker.draft_attn_backend.attn_backends):
-        context = Context(head.model, positions + step, forward_batch, backend, cache_locs[:, step], features.dtype)
-        hidden, features = drafter_step(head.model, chain[-1].flatten(), features, context)
-        tokens = F.linear(hidden, weight)[:, :vocabulary].argmax(-1, keepdim=True)
-        chain.append(tokens if to_target is None else to_target[tokens])
+        req_to_token, seq_lens, slots = backend.draft_decode_metadata
+        plan = plan_decode(req_to_token, slots, seq_lens)
+        positions = forward_batch.positions + step
+        context = Context(model, positions, plan, backend.token_to_kv_pool, cache_locs[:, step])
+        hidden, features = drafter_step(model, chain[-1].flatten(), features, context)
+        tokens = _likeliest(worker, hidden)
+        chain.append(tokens if worker.hot_token_id is None else worker.hot_token_id[tokens])
     parents, candidates = worker._topk1_parents_prealloc[:batch], worker._topk1_score_indices_prealloc[:batch]
     return parents, candidates, torch.cat(chain, 1), None
+
+
+def catch_up(original, worker, batch, result) -> None:
+    """Stands for EagleDraftWorker._draft_extend_for_decode: the drafter reads what was verified and drafts one token.
+
+    Every verified token gets a key and a value, but only at the last accepted one is anything asked of the drafter.
+    """
+    if not _is_simple(worker, batch):
+        return original(worker, batch, result)
+    runner, n, count = worker.draft_runner, worker.speculative_num_draft_tokens, len(batch.seq_lens)
+    model, lens = runner.model.model, batch.seq_lens  # before this round
+    wanted = torch.arange(0, count * n, n) + result.accept_lens - 1
+    plan = plan_decode(worker.req_to_token_pool.req_to_token, batch.req_pool_indices, lens + result.accept_lens)
+    positions = (lens[:, None] + torch.arange(n)).flatten()
+    context = Context(model, positions, plan, runner.token_to_kv_pool, batch.out_cache_loc, wanted)
+    hidden, features = drafter_step(model, result.next_token_ids.long(), result.logits_output.hidden_states, context)
+    draft = result.next_draft_input
+    draft.topk_index, draft.hidden_states = _likeliest(worker, hidden), features
+    draft.topk_p = torch.ones(count, 1)
+    draft.cuda_graph_compatible = True
+    return None
+
+
+def _is_simple(worker, batch) -> bool:
+    from sglang.srt.runtime_context import get_spec
+
+    one_branch = worker.topk == 1 and not get_spec().speculative_use_rejection_sampling
+    return one_branch and not batch.forward_mode.is_idle() and is_plain(worker.draft_runner.model.model)
+
+
+def _likeliest(worker, hidden) -> torch.Tensor:
+    """The drafter's choice [B, 1] after hidden [B, H], in its own vocabulary."""
+    head = worker.draft_runner.model
+    logits = F.linear(hidden, head.lm_head.weight)[:, : head.logits_processor.config.vocab_size]
+    return logits.argmax(-1, keepdim=True)

@@ -4,7 +4,7 @@ sglang's layers are built for every model, device and parallelism, and that gene
 a small model: 0.5 ms a layer on one core. A plain dense decoder (Qwen2, Qwen3, Llama, and the EAGLE-3 drafter) needs
 none of it. These functions stand before sglang's own, use the same modules, parameters, caches and metadata, and hand
 everything that is not plain to sglang's. Rounding is that of transformers: the residual stream is kept in the model's
-dtype, and rotary factors are applied in it.
+dtype, and rotary factors are applied in it. Importable in the engine's processes only, where `sgl_kernel` is.
 
 Shapes: T new tokens of all requests, H hidden size, A query heads, K key heads, D head size.
 """
@@ -22,31 +22,15 @@ class Context:
     rotated = x * cos + (x with its halves swapped) * sin
     """
 
-    def __init__(self, model, positions, forward_batch, backend, cache_loc, dtype: torch.dtype):
-        """`backend` holds sglang's metadata of this pass; the new tokens go to cache rows `cache_loc` [T]."""
-        attention = model.layers[0].self_attn
-        self.pool, self.cache_loc = backend.token_to_kv_pool, cache_loc
-        self.wanted: torch.Tensor | None = None  # tokens [B] whose output is asked for; None for all
-        self.plan = self._plan(forward_batch, backend, attention.num_heads // attention.num_kv_heads)
-        table = attention.rotary_emb.cos_sin_cache.index_select(0, positions)
-        cos, sin = table.to(dtype).unsqueeze(1).chunk(2, -1)
-        self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    def __init__(self, model, positions, plan: Plan, pool, cache_loc, wanted: torch.Tensor | None = None):
+        """New tokens at `positions` [T] go to rows `cache_loc` [T] of sglang's cache `pool`.
 
-    def _plan(self, batch, backend, group: int) -> Plan:
-        if backend.draft_decode_metadata is not None:  # a drafter's step: every branch is a request
-            req_to_token, seq_lens, slots = backend.draft_decode_metadata
-            return plan_decode(req_to_token, slots, seq_lens)
-        slots, req_to_token = batch.req_pool_indices, backend.req_to_token_pool.req_to_token
-        if backend.extend_metadata is None:
-            return plan_decode(req_to_token, slots, batch.seq_lens)
-        seq_lens, new, _, tree_mask = backend.extend_metadata
-        if batch.forward_mode.is_draft_extend_v2():
-            # The drafter catches up with a verified tree. Every node gets a key and a value, but what comes out is
-            # read at the last accepted one only.
-            accepted = batch.spec_info.num_accept_tokens
-            self.wanted = new.cumsum(0) - new + accepted - 1
-            return plan_decode(req_to_token, slots, seq_lens - new + accepted)
-        return plan_extend(req_to_token, slots, seq_lens, new, group, tree_mask)
+        wanted: tokens [B] whose output is asked for, which `plan` is about; None for all of them.
+        """
+        self.plan, self.pool, self.cache_loc, self.wanted = plan, pool, cache_loc, wanted
+        table = model.layers[0].self_attn.rotary_emb.cos_sin_cache.index_select(0, positions)
+        cos, sin = table.to(model.embed_tokens.weight.dtype).unsqueeze(1).chunk(2, -1)
+        self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def pick(self, x) -> torch.Tensor:
         """The tokens of x [T, ...] whose output is asked for."""
@@ -60,6 +44,26 @@ class Context:
         return attend(self.plan, self.pick(q), keys, values, layer.scaling)
 
 
+def current_context(model, positions, forward_batch) -> Context:
+    """Of the pass that sglang is running, by the metadata of its attention backend."""
+    from sglang.srt.model_executor.forward_context import get_attn_backend
+
+    backend = get_attn_backend()
+    slots, req_to_token = forward_batch.req_pool_indices, backend.req_to_token_pool.req_to_token
+    if backend.draft_decode_metadata is not None:  # a drafter's step: every branch is a request
+        req_to_token, seq_lens, slots = backend.draft_decode_metadata
+        plan = plan_decode(req_to_token, slots, seq_lens)
+    elif backend.extend_metadata is None:
+        plan = plan_decode(req_to_token, slots, forward_batch.seq_lens)
+    else:
+        seq_lens, new, _, tree_mask = backend.extend_metadata
+        attention = model.layers[0].self_attn
+        plan = plan_extend(
+            req_to_token, slots, seq_lens, new, attention.num_heads // attention.num_kv_heads, tree_mask
+        )
+    return Context(model, positions, plan, backend.token_to_kv_pool, forward_batch.out_cache_loc)
+
+
 def target_forward(original, model, input_ids, positions, forward_batch, input_embeds=None, pp_proxy_tensors=None):
     """Stands for the forward of sglang's Qwen2Model, Qwen3Model and LlamaModel: the final hidden states [T, H].
 
@@ -68,7 +72,7 @@ def target_forward(original, model, input_ids, positions, forward_batch, input_e
     if not is_plain(model) or input_embeds is not None or input_ids.numel() == 0:
         return original(model, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
     residual = F.embedding(input_ids, model.embed_tokens.weight)
-    context = _current_context(model, positions, forward_batch, residual.dtype)
+    context = current_context(model, positions, forward_batch)
     captured = []
     for index, layer in enumerate(model.layers):
         if index in model.layers_to_capture:
@@ -80,18 +84,12 @@ def target_forward(original, model, input_ids, positions, forward_batch, input_e
 
 
 def drafter_forward(original, model, input_ids, positions, forward_batch, input_embeds=None, pp_proxy_tensors=None):
-    """Stands for the forward of sglang's EAGLE-3 LlamaModel: (normed output, [features for its own next step]).
-
-    Rows that nobody reads are zero.
-    """
+    """Stands for the forward of sglang's EAGLE-3 LlamaModel: (normed output, [features for its own next step])."""
     if not is_plain(model) or input_embeds is not None or input_ids.numel() == 0:
         return original(model, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
-    context = _current_context(model, positions, forward_batch, model.embed_tokens.weight.dtype)
+    context = current_context(model, positions, forward_batch)
     hidden, features = drafter_step(model, input_ids, forward_batch.spec_info.hidden_states, context)
-    if context.wanted is None:
-        return hidden, [features]
-    zeros = hidden.new_zeros(2, input_ids.numel(), hidden.shape[-1])
-    return zeros[0].index_copy_(0, context.wanted, hidden), [zeros[1].index_copy_(0, context.wanted, features)]
+    return hidden, [features]
 
 
 def drafter_step(model, input_ids, features, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,12 +113,6 @@ def is_plain(model) -> bool:
     if "respec_is_plain" not in vars(model):
         model.respec_is_plain = _looks_plain(model)
     return model.respec_is_plain
-
-
-def _current_context(model, positions, forward_batch, dtype) -> Context:
-    from sglang.srt.model_executor.forward_context import get_attn_backend
-
-    return Context(model, positions, forward_batch, get_attn_backend(), forward_batch.out_cache_loc, dtype)
 
 
 def _attention(module, x, context: Context) -> torch.Tensor:

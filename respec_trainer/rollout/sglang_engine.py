@@ -108,9 +108,8 @@ class SGLangEngine(RolloutEngine):
             return  # there is no second memory to make room in
         from sglang.srt.managers import io_struct
 
-        process.call(getattr(process.manager, method), getattr(io_struct, message)(tags=tags), None).result(
-            self.settings.engine.timeout
-        )
+        request = getattr(io_struct, message)(tags=tags)
+        process.wait(process.call(getattr(process.manager, method), request, None), f"{method} of {' and '.join(tags)}")
 
     def _sampling(self, params: SamplingParams) -> dict[str, Any]:
         """sglang's sampling parameters of one request, all of them: some defaults come from the model's folder."""

@@ -55,6 +55,7 @@ class SGLangProcess:
         self._lock = threading.Lock()
         self._closing = False
         self._loop: asyncio.AbstractEventLoop
+        sglang_workers.prepare_process(settings.device)
         before = set(multiprocessing.active_children())
         self.engine = self._start(before)
         self.children = [child for child in multiprocessing.active_children() if child not in before]
@@ -70,6 +71,7 @@ class SGLangProcess:
     def call(self, function: Callable[..., Awaitable], *args: Any) -> Future:
         """Run `function(*args)` on the engine's loop. If the engine dies meanwhile, the future raises EngineError."""
         answer: Future = Future()
+        answer.set_running_or_notify_cancel()  # nobody may cancel it but `fail`
         with self._lock:
             if self.failure is not None:
                 raise self.failure
@@ -78,14 +80,23 @@ class SGLangProcess:
         running.add_done_callback(functools.partial(self._settle, answer))
         return answer
 
+    def wait(self, answer: Future, doing: str) -> Any:
+        """The result of `answer`; an engine that does not give it within `rollout.engine.timeout` counts as dead."""
+        limit = self.settings.engine.timeout
+        try:
+            return answer.result(limit)
+        except concurrent.futures.TimeoutError:
+            self.fail(f"{doing}: no answer for {limit:.0f} s (rollout.engine.timeout)")
+            raise self.failure from None
+
     def fail(self, reason: str) -> None:
         """Declare the engine dead: whoever waits for it, and every later call, gets an EngineError."""
         with self._lock:
             if self.failure is None:
                 self.failure = EngineError(reason)
-            for answer in self._waiting:
-                answer.set_exception(self.failure)
-            self._waiting.clear()
+            waiting, self._waiting = self._waiting, set()
+        for answer in waiting:
+            answer.set_exception(self.failure)
 
     def shutdown(self) -> None:
         """Kill the engine's processes and end its thread."""
@@ -121,7 +132,6 @@ class SGLangProcess:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                sglang_workers.prepare_process(self.settings.device)
                 engine_class = _engine_class(self.settings, self.fail)
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
@@ -150,12 +160,12 @@ class SGLangProcess:
             if answer not in self._waiting:
                 return  # `fail` was first
             self._waiting.discard(answer)
-            if running.cancelled():
-                answer.set_exception(EngineError("the rollout engine dropped a request"))
-            elif error := running.exception():
-                answer.set_exception(error)
-            else:
-                answer.set_result(running.result())
+        if running.cancelled():
+            answer.set_exception(EngineError("the rollout engine dropped a request"))
+        elif error := running.exception():
+            answer.set_exception(error)
+        else:
+            answer.set_result(running.result())
 
     def _watch(self) -> None:
         """Notice a dead child at once, whatever it died of."""

@@ -10,7 +10,6 @@ import json
 import struct
 from collections.abc import Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ class WeightUpdater:
     def __init__(self, process: SGLangProcess, settings: EngineSettings):
         self.process, self.settings = process, settings
         self.role: Role | None = None
-        self._names = {"target": weight_names(settings.model_path)}
+        self._shapes = {"target": weight_shapes(settings.model_path)}
         if settings.speculative:
-            self._names["draft"] = weight_names(settings.drafter_path)
+            self._shapes["draft"] = weight_shapes(settings.drafter_path)
 
     def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:
         return self._send(
@@ -51,19 +50,19 @@ class WeightUpdater:
     def leave_group(self, name: str) -> None:
         doing = f"leaving process group {name}"
         message = "DestroyWeightsUpdateGroupReqInput"
-        self._wait(self._send(doing, "destroy_weights_update_group", message, group_name=name), doing)
+        self.process.wait(self._send(doing, "destroy_weights_update_group", message, group_name=name), doing)
 
     def begin(self, role: Role) -> None:
         if self.role is not None:
             raise EngineError(f"an update of the {self.role} weights is open already: end it first")
-        if role not in self._names:
+        if role not in self._shapes:
             raise EngineError(f"the engine has no {role} model to update: it was started without speculation")
         doing = f"beginning an update of the {role} weights"
-        self._wait(self._send(doing, "begin_weight_update", "BeginWeightUpdateReqInput", selector=role), doing)
+        self.process.wait(self._send(doing, "begin_weight_update", "BeginWeightUpdateReqInput", selector=role), doing)
         self.role = role
 
     def receive_broadcast(self, specs: Sequence[TensorSpec], role: Role, group: str) -> Future:
-        self._check([spec.name for spec in specs], role)
+        self._check({spec.name: spec.shape for spec in specs}, role)
         return self._send(
             f"receiving {len(specs)} {role} tensors from group {group}",
             "update_weights_from_distributed",
@@ -77,47 +76,47 @@ class WeightUpdater:
         )
 
     def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> None:
-        self._check([name for name, _ in tensors], role)
+        self._check({name: tuple(tensor.shape) for name, tensor in tensors}, role)
         if not tensors:
             return
-        load_format = None if self.settings.device == "cpu" else "flattened_bucket"
+        on_gpu = self.settings.device == "cuda"
+        content = _flatten(tensors) if on_gpu else [(name, tensor.detach()) for name, tensor in tensors]
         doing = f"loading {len(tensors)} {role} tensors"
         sent = self._send(
             doing,
             "update_weights_from_tensor",
             "UpdateWeightsFromTensorReqInput",
-            serialized_named_tensors=_serialize(list(tensors), self.settings.engine.tp, load_format),
-            load_format=load_format,
+            serialized_named_tensors=_serialize(content, self.settings.engine.tp),
+            load_format="flattened_bucket" if on_gpu else None,
             flush_cache=False,
             selector=role,
         )
-        self._wait(sent, doing)
+        self.process.wait(sent, doing)  # `content` lives until then: the engine reads this process's memory
 
     def end(self, role: Role) -> None:
-        self._check([], role)
+        self._check({}, role)
         doing = f"ending the update of the {role} weights"
-        self._wait(self._send(doing, "end_weight_update", "EndWeightUpdateReqInput"), doing)
+        self.process.wait(self._send(doing, "end_weight_update", "EndWeightUpdateReqInput"), doing)
         self.role = None
-        flushed = self._wait(self.process.call(self.process.manager.flush_cache), "flushing the KV cache")
+        flushed = self.process.wait(self.process.call(self.process.manager.flush_cache), "flushing the KV cache")
         if not flushed.success:
             raise EngineError(f"flushing the KV cache: {flushed.message}")
 
-    def _check(self, names: Sequence[str], role: Role) -> None:
-        """Refuse what sglang would take without a word, or drop without one."""
+    def _check(self, shapes: dict[str, tuple[int, ...]], role: Role) -> None:
+        """Refuse what sglang would take without a word, drop without one, or die of."""
         if self.role is None:
             raise EngineError(f"{role} weights outside of an update: call begin_weight_update({role!r}) first")
         if role != self.role:
             raise EngineError(f"{role} weights during an update of the {self.role} weights")
-        fixed = [name for name in names if role == "draft" and name in FIXED_IN_DRAFTER]
+        fixed = [name for name in shapes if role == "draft" and name in FIXED_IN_DRAFTER]
         if fixed:
             raise EngineError(f"the drafter's {', '.join(fixed)} cannot be updated while the engine runs: leave it out")
-        known = self._names[role]
-        unknown = sorted(set(names) - known) if known else []
-        if unknown:
-            raise EngineError(
-                f"the {role} model has no {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''} "
-                f"({len(unknown)} unknown of {len(names)} names); it would be dropped in silence"
-            )
+        known = self._shapes[role]
+        for name, shape in shapes.items() if known else ():
+            if name not in known:
+                raise EngineError(f"the {role} model has no {name}; sglang would drop it in silence")
+            if tuple(shape) != known[name]:
+                raise EngineError(f"{role} weight {name} has shape {tuple(shape)}, but the model's is {known[name]}")
 
     def _send(self, doing: str, method: str, message: str, **fields: Any) -> Future:
         """Send one message; the future gives None, or raises EngineError with the engine's own words."""
@@ -126,38 +125,34 @@ class WeightUpdater:
         request = getattr(io_struct, message)(**fields)
         return self.process.call(_checked, doing, getattr(self.process.manager, method), request)
 
-    def _wait(self, sent: Future, doing: str) -> Any:
-        limit = self.settings.engine.timeout
-        try:
-            return sent.result(limit)
-        except FutureTimeoutError:
-            self.process.fail(f"{doing}: no answer for {limit:.0f} s (rollout.engine.timeout)")
-            raise self.process.failure from None
 
-
-def weight_names(folder: str) -> set[str]:
-    """Names of the tensors in a folder's safetensors files, from their headers; empty if there are none."""
-    names: set[str] = set()
+def weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a folder's safetensors files, from their headers; empty if there are none."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in Path(folder).glob("*.safetensors"):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            names |= json.loads(file.read(length)).keys() - {"__metadata__"}
-    return names
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return shapes
 
 
-def _serialize(tensors: list[tuple[str, torch.Tensor]], tp: int, load_format: str | None) -> list:
-    """One payload a rank of the engine, so that each rank's references to shared memory end with its own load."""
-    from sglang.srt.utils import MultiprocessingSerializer
+def _flatten(tensors: Sequence[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    """One buffer of its own with all tensors, as sglang's load format "flattened_bucket" has it."""
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-    payloads = []
-    for _ in range(tp):
-        content: Any = [(name, tensor.detach()) for name, tensor in tensors]
-        if load_format == "flattened_bucket":
-            bucket = FlattenedTensorBucket(named_tensors=content)  # copies into a fresh buffer of its own
-            content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
-        payloads.append(MultiprocessingSerializer.serialize(content))
-    return payloads
+    monkey_patch_torch_reductions()  # names devices by UUID: the engine may number them differently
+    bucket = FlattenedTensorBucket(named_tensors=[(name, tensor.detach()) for name, tensor in tensors])
+    return {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+
+
+def _serialize(content: Any, tp: int) -> list[bytes]:
+    """One payload of handles for each rank of the engine, whose references end with its own load."""
+    from sglang.srt.utils import MultiprocessingSerializer
+
+    return [MultiprocessingSerializer.serialize(content) for _ in range(tp)]
 
 
 async def _checked(doing: str, method, request) -> None:

@@ -31,11 +31,8 @@ def engine_environment(device: str, threads: int) -> dict[str, str | None]:
     changes: dict[str, str | None] = dict.fromkeys(LAUNCHER)
     changes |= {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     if device == "cpu":
-        changes |= {
-            "SGLANG_USE_CPU_ENGINE": "1",
-            "TORCHDYNAMO_DISABLE": "1",  # its first compilation takes 25 s, for nothing
-            "OMP_NUM_THREADS": str(threads),
-        }
+        changes["OMP_NUM_THREADS"] = str(threads)
+        changes["TORCHDYNAMO_DISABLE"] = "1"  # its first compilation takes 25 s, for nothing
     else:
         # Expandable segments cannot be shared by CUDA IPC, nor released by the memory saver.
         changes |= {"PYTORCH_CUDA_ALLOC_CONF": None, "PYTORCH_ALLOC_CONF": None}
@@ -55,6 +52,7 @@ def prepare_process(device: str) -> None:
         from respec_trainer.rollout.cpu import put_stand_in_on_path
 
         put_stand_in_on_path()
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # sglang looks once, at its first import
 
 
 @dataclass

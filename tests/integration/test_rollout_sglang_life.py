@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -63,8 +64,16 @@ def test_stop_strings(engine):
     assert tokenizer.decode(stopped.response_ids).endswith(text)
 
 
-def test_a_killed_scheduler_is_noticed_and_the_engine_can_be_started_again(engine):
-    """The last test of this engine: it ends it."""
+def test_an_idle_engine_leaves_the_cores_alone(engine):
+    processes = [psutil.Process(child.pid) for child in engine.process.children]
+    ask(engine, GREEDY)
+    used = [sum(p.cpu_times()[:2]) for p in processes]
+    time.sleep(2)
+    assert sum(sum(p.cpu_times()[:2]) for p in processes) - sum(used) < 0.4
+
+
+def test_a_killed_scheduler_is_noticed_and_so_is_a_silent_one(engine):
+    """The last test of this engine: it ends it, twice."""
     children = engine.process.children
     assert len(children) == 2  # scheduler and detokenizer
     pending = engine.submit([Request("k", PROMPT, SamplingParams(200, temperature=1.0, ignore_eos=True))])
@@ -80,9 +89,15 @@ def test_a_killed_scheduler_is_noticed_and_the_engine_can_be_started_again(engin
     with pytest.raises(EngineError, match="not running"):
         ask(engine, GREEDY)
     assert not any(child.is_alive() for child in children)
+
     engine.start()
     assert len(ask(engine, GREEDY)[0].response_ids) == 24
     pids = [child.pid for child in engine.process.children]
+    impatient = engine.settings.engine.model_copy(update={"timeout": 1.0})
+    engine.settings = replace(engine.settings, engine=impatient)
+    os.kill(pids[0], signal.SIGSTOP)
+    with pytest.raises(EngineError, match="not answered for 1 s"):
+        ask(engine, GREEDY)
     engine.shutdown()
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert multiprocessing.active_children() == []

@@ -18,6 +18,7 @@ from respec_trainer.network import free_port
 from respec_trainer.rollout.engine import TensorSpec
 from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang_workers import prepare_process
 from tests.rollout_models import Reference, save_target
 
 PROMPTS = ((5, 6, 7), (9,), (3, 100, 130, 17, 22, 64, 64, 65))
@@ -50,6 +51,7 @@ def engine(target):
         engine = SGLangEngine(
             EngineSettings(str(target), dtype="fp32", seeded=True, engine=EngineConfig(max_total_tokens=8192))
         )
+        prepare_process("cpu")
         before = state()
         engine.start()
         assert state() == before
@@ -223,7 +225,7 @@ def test_updates_that_would_go_wrong_are_refused(engine, reference):
             engine.receive_tensors([("model.nomr.weight", weight[1])], "target")
         with pytest.raises(EngineError, match="draft weights during an update of the target"):
             engine.receive_tensors([weight], "draft")
-        with pytest.raises(EngineError, match="2 target tensors|1 target tensors"):
+        with pytest.raises(EngineError, match=r"shape \(3,\), but the model's is \(64,\)"):
             engine.receive_tensors([(weight[0], torch.ones(3))], "target")
         with pytest.raises(EngineError, match="from group nobody"):
             engine.receive_broadcast([TensorSpec(weight[0], "float32", (64,))], "target", "nobody").result(30)

@@ -21,7 +21,6 @@ from .cache import (
     fill_bonus_tokens_cpu,
 )
 from .hashing import murmur_hash32_cpu
-from .norm import fused_qk_norm_cpu
 from .sampling import top_k_renorm_prob, top_p_renorm_prob, tree_speculative_sampling_target_only
 from .tree import build_tree_kernel_efficient_cpu, verify_tree_greedy_cpu
 
@@ -46,10 +45,9 @@ def rotate_input_ids_cpu(*_args, **_kwargs):
     raise NotImplementedError("the CPU stand-in of sgl_kernel does not serve multi-layer EAGLE drafters")
 
 
-# sglang looks these up in torch.ops. Attributes of the namespace do, and spare each layer of each step the dispatcher.
+# sglang looks these up in torch.ops. Attributes of the namespace do, and spare each call the dispatcher.
 torch.ops.sgl_kernel.decode_attention_cpu = decode_attention_cpu
 torch.ops.sgl_kernel.extend_attention_cpu = extend_attention_cpu
-torch.ops.sgl_kernel.fused_qk_norm_cpu = fused_qk_norm_cpu
 
 # This one is asked for by its overload, so it has to be an operator.
 _library = torch.library.Library("sgl_kernel", "FRAGMENT")
