@@ -13,10 +13,15 @@ def prepare(device: Literal["auto", "cpu", "cuda"]) -> str:
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 
     define_torchvision_operators()
-    import torch
-
     from respec_trainer.compat.deepspeed_cpu import prepare_deepspeed
 
-    resolved = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = resolve_device(device)
     prepare_deepspeed(resolved)
     return resolved
+
+
+def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> str:
+    """What `run.device` means on this machine, "cpu" or "cuda"."""
+    import torch
+
+    return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

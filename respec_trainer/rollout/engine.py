@@ -74,7 +74,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def end_weight_update(self, role: Role, version: str) -> None:
-        """Close the update, drop the KV cache made with the old weights, and stamp later samples with `version`."""
+        """Close the update and stamp later samples with `version`. No KV made with the old weights is used after it."""
 
     @abstractmethod
     def sleep(self) -> None:

@@ -29,7 +29,12 @@ LAUNCHER = (
 def engine_environment(device: str, threads: int) -> dict[str, str | None]:
     """Environment of the engine's processes; None for what must not be there."""
     changes: dict[str, str | None] = dict.fromkeys(LAUNCHER)
-    changes |= {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    changes |= {
+        "PYTHONWARNINGS": "ignore",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+    }
     if device == "cpu":
         changes["OMP_NUM_THREADS"] = str(threads)
         changes["TORCHDYNAMO_DISABLE"] = "1"  # its first compilation takes 25 s, for nothing
@@ -52,6 +57,7 @@ def prepare_process(device: str) -> None:
         from respec_trainer.rollout.cpu import put_stand_in_on_path
 
         put_stand_in_on_path()
+        logging.getLogger("sglang.kernels.jit.utils.arch").setLevel(logging.ERROR)  # it misses a GPU
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # sglang looks once, at its first import
 
 
