@@ -18,7 +18,7 @@ export DS_BUILD_OPS := 0
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart actor drafter test test-gpu lint clean
+.PHONY: quickstart actor drafter test lint clean
 
 quickstart: drafter
 	$(BIN)/deepspeed --quiet --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml actor.parallel.tp=$(RANKS) $(ARGS)
@@ -32,10 +32,7 @@ drafter: actor
 
 test: $(INSTALLED)
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
-
-test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -57,7 +57,6 @@ def prepare_process(device: str) -> None:
         from respec_trainer.rollout.cpu import put_stand_in_on_path
 
         put_stand_in_on_path()
-        logging.getLogger("sglang.kernels.jit.utils.arch").setLevel(logging.ERROR)  # it misses a GPU
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # sglang looks once, at its first import
 
 
