@@ -17,6 +17,7 @@ endif
 export DS_BUILD_OPS := 0
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+export PYTHONUNBUFFERED := 1
 
 .PHONY: quickstart actor drafter test lint clean
 
