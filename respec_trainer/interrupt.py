@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import threading
+from dataclasses import dataclass
 
 import psutil
 
@@ -23,8 +24,8 @@ def end_on_signal() -> None:
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    launcher = _ancestors()
-    threading.Thread(target=_watch, args=(read, launcher), daemon=True, name="respec-interrupt").start()
+    arguments = (read, Launcher.of_this_process())
+    threading.Thread(target=_watch, args=arguments, daemon=True, name="respec-interrupt").start()
 
 
 def end_children() -> None:
@@ -36,13 +37,13 @@ def end_children() -> None:
             continue
 
 
-def _watch(pipe: int, launcher: tuple[int, ...]) -> None:
+def _watch(pipe: int, launcher: Launcher) -> None:
     while True:
         ready, _, _ = select.select([pipe], [], [], POLL_SECONDS)
         numbers = set(os.read(pipe, 64)) if ready else set()
         if numbers & {signal.SIGINT, signal.SIGTERM}:
             _end(128 + min(numbers))
-        if _ancestors() != launcher:
+        if launcher.is_gone():
             _end(1)
 
 
@@ -51,17 +52,28 @@ def _end(status: int) -> None:
     os._exit(status)
 
 
-def _ancestors() -> tuple[int, ...]:
-    """Processes that must live for this rank to go on: its launcher and, under deepspeed, the command the user typed.
+@dataclass(frozen=True)
+class Launcher:
+    """The processes that must live for this rank to go on; None for those that need not.
 
-    deepspeed's per-node launcher lives on, unaware, if the user's command is killed; the ranks end the run for it. A
-    rank started by hand has no launcher, and may outlive the shell it was started from.
+    deepspeed's per-node launcher, the parent, lives on unaware if the command the user typed is killed; the ranks end
+    the run for it. A rank started by hand has no launcher, and may outlive the shell it was started from.
     """
-    if "RANK" not in os.environ:
-        return ()
-    try:
-        parent = psutil.Process().parent()
-        typed = (parent.ppid(),) if parent and "deepspeed.launcher.launch" in parent.cmdline() else ()
-        return (parent.pid, *typed) if parent else (0,)
-    except psutil.Error:
-        return (0,)
+
+    parent: int | None
+    typed: int | None
+
+    @classmethod
+    def of_this_process(cls) -> Launcher:
+        if "RANK" not in os.environ:
+            return cls(None, None)
+        parent = psutil.Process(os.getppid())
+        return cls(parent.pid, parent.ppid() if "deepspeed.launcher.launch" in parent.cmdline() else None)
+
+    def is_gone(self) -> bool:
+        if self.parent is None:
+            return False
+        try:
+            return os.getppid() != self.parent or self.typed not in (None, psutil.Process(self.parent).ppid())
+        except psutil.Error:
+            return True

@@ -11,6 +11,8 @@ import time
 import psutil
 import pytest
 
+from respec_trainer.interrupt import Launcher
+
 # The main thread waits in C++ for a peer that never comes, as a rank does in a collective.
 STUCK = """
 import subprocess, sys
@@ -50,6 +52,13 @@ def test_signal_ends_a_stuck_rank_and_its_children(number):
         assert gone(child)
     finally:
         rank.kill()
+
+
+def test_rank_lives_on_when_the_engine_hides_its_environment(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    launcher = Launcher.of_this_process()
+    monkeypatch.delenv("RANK")  # as while the engine's processes start
+    assert not launcher.is_gone()
 
 
 def test_rank_ends_when_its_launcher_is_killed():
