@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from respec_trainer.drafter.format import save_drafter
 from respec_trainer.drafter.learner import FrozenDrafter, setup_learner
 from respec_trainer.errors import ConfigError
-from respec_trainer.rollout.sglang_weights import FIXED_IN_DRAFTER, weight_names
+from respec_trainer.rollout.sglang_weights import FIXED_IN_DRAFTER, weight_shapes
 from tests.drafters import DRAFT_IDS, target_config, tiny_drafter
 from tests.models import tiny_run_config
 
@@ -39,7 +39,7 @@ def test_a_frozen_drafter_pushes_its_file_and_stays_as_it_is(folder):
 
 def test_it_pushes_every_tensor_that_the_engine_takes_and_no_other(folder):
     learner = setup_learner(config_for(folder), target_config())
-    assert {name for name, _ in learner.named_tensors()} == weight_names(str(folder)) - set(FIXED_IN_DRAFTER)
+    assert {name for name, _ in learner.named_tensors()} == set(weight_shapes(str(folder))) - set(FIXED_IN_DRAFTER)
 
 
 def test_a_drafter_of_another_target_is_refused(folder):
