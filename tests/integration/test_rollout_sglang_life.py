@@ -100,12 +100,13 @@ def test_a_killed_scheduler_is_noticed_and_so_is_a_silent_one(engine):
         ask(engine, GREEDY)
     engine.shutdown()
     assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert multiprocessing.active_children() == []
+    assert not set(children) & set(multiprocessing.active_children())
 
 
 def test_a_model_that_is_not_there(tmp_path):
+    before = set(multiprocessing.active_children())  # other tests keep ranks waiting
     engine = SGLangEngine(EngineSettings(str(tmp_path / "nothing")))
     with pytest.raises(EngineError, match="did not start"):
         engine.start()
     engine.shutdown()
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
