@@ -77,10 +77,9 @@ class Job:
         self.report.summary()
 
     def close(self) -> None:
-        """End the engine's processes and the process groups. Call it whatever happened."""
+        """End a job that ran to its end: the engine's processes, then the process groups."""
         self.report.close()
-        if hasattr(self, "fleet"):
-            self.fleet.shutdown()
+        self.fleet.shutdown()
         shutdown_parallel()
 
 
