@@ -81,11 +81,20 @@ class EngineConfig(Section):
     tp: PositiveInt = 1  # devices one engine spans
     span: PositiveInt | None = None  # trainer ranks that share one engine; default tp. On a CPU: usually all ranks.
     max_running_requests: PositiveInt = 64
+    min_free_slots: PositiveInt = 1  # of them, before waiting responses start and have their prompts read together
     max_total_tokens: PositiveInt | None = None  # KV pool; default: from mem_fraction
     mem_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     threads: PositiveInt = 1  # OpenMP threads of each engine process, without a GPU
     timeout: PositiveFloat = 600.0  # seconds without an answer before the engine counts as hung
     log_level: Literal["debug", "info", "warning", "error"] = "error"
+
+    @model_validator(mode="after")
+    def _slots_can_be_free(self) -> EngineConfig:
+        if self.min_free_slots > self.max_running_requests:
+            raise ValueError(
+                f"min_free_slots={self.min_free_slots} are never free of max_running_requests={self.max_running_requests}"
+            )
+        return self
 
 
 class RolloutConfig(Section):

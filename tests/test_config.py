@@ -88,6 +88,7 @@ def test_every_bad_key_is_named_at_once(write):
         ("actor.optim.lr=.inf", "actor.optim.lr"),
         ("data.template=no place", "{prompt}"),
         ("speculation.draft_tokens=7", "draft_tokens=4"),
+        ("rollout.engine.min_free_slots=65", "max_running_requests=64"),
         ("drafter.path=null", "drafter.path"),
         ("objective.minibatches=3", "objective.minibatches=3"),
         ("actor.parallel.sequence_parallel=true", "tp >= 2"),

@@ -31,7 +31,8 @@ def test_the_cpu_pool_holds_a_full_batch_of_the_longest_samples(tmp_path):
     lengths = ("data.max_prompt_tokens=100", "rollout.sampling.max_new_tokens=50")
     config = smallest_config(tmp_path, *SPECULATIVE, *lengths, "rollout.engine.max_running_requests=8")
     arguments = server_arguments(EngineSettings.from_config(config, "cpu"))
-    assert 8 * (100 + 50) < arguments["max_total_tokens"] < 8 * (100 + 50 + 16)
+    prompts = config.data.prompts_per_step * 100
+    assert 8 * (100 + 50) < arguments["max_total_tokens"] - prompts < 8 * (100 + 50 + 16)
     config = smallest_config(tmp_path, "rollout.engine.max_total_tokens=999")
     assert server_arguments(EngineSettings.from_config(config, "cpu"))["max_total_tokens"] == 999
     on_gpu = EngineSettings.from_config(smallest_config(tmp_path), "cuda")
@@ -44,7 +45,9 @@ def test_arguments(device, tp):
         "actor",
         "drafter",
         device=device,
-        engine=EngineConfig(tp=tp, max_running_requests=5, timeout=9.0, log_level="info", mem_fraction=0.4),
+        engine=EngineConfig(
+            tp=tp, max_running_requests=5, min_free_slots=2, timeout=9.0, log_level="info", mem_fraction=0.4
+        ),
         speculation=SpeculationConfig(steps=2, topk=3, draft_tokens=6),
         base_gpu_id=4,
         seed=3,
@@ -58,6 +61,7 @@ def test_arguments(device, tp):
         "base_gpu_id": 4,
         "random_seed": 3,
         "max_running_requests": 5,
+        "min_free_slots_delay": 2,
         "mem_fraction_static": 0.4,
         "log_level": "info",
         "watchdog_timeout": 9.0,
@@ -69,7 +73,7 @@ def test_arguments(device, tp):
         "speculative_num_draft_tokens": 6,
         "speculative_accept_threshold_single": 1.0,
         "speculative_accept_threshold_acc": 1.0,
-        "disable_radix_cache": True,
+        "disable_radix_cache": False,
     }.items() <= arguments.items()
     backends = {arguments["speculative_draft_attention_backend"], arguments.get("decode_attention_backend", "triton")}
     assert backends == ({"intel_amx"} if device == "cpu" else {"triton"})

@@ -67,14 +67,15 @@ class EngineSettings:
 
 
 def tokens_of_full_batch(config: Config) -> int:
-    """KV cache rows that hold `max_running_requests` of the longest samples.
+    """KV cache rows that hold `max_running_requests` of the longest samples, and every prompt of a step.
 
     On a CPU the pool is made no larger: rows are reused in turn, so a larger one only spreads over more memory.
     """
     longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
     # Rows set aside ahead of verification: sglang reserves two rounds of drafts a request.
     drafts = 2 * config.speculation.draft_tokens * config.speculation.topk
-    return config.rollout.engine.max_running_requests * (longest + drafts + 1)
+    prompts = config.data.prompts_per_step * config.data.max_prompt_tokens
+    return config.rollout.engine.max_running_requests * (longest + drafts + 1) + prompts
 
 
 def server_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -97,8 +98,11 @@ def server_arguments(settings: EngineSettings) -> dict[str, Any]:
         "skip_tokenizer_init": not settings.tokenizer,
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
-        # Weights change every step, which empties it; and a prefix shared by a group costs little to compute again.
-        "disable_radix_cache": True,
+        # The samples of a group read their prompt once. Every update of the weights empties the cache of prefixes.
+        "disable_radix_cache": False,
+        # In the order given: looking for the best prefix among all that wait costs more than it finds.
+        "schedule_policy": "fcfs",
+        "min_free_slots_delay": engine.min_free_slots,
         # An idle engine must leave the cores to the trainer, and not poll.
         "sleep_on_idle": True,
         "weight_version": settings.actor_version,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from respec_trainer.rollout.sglang_weights import WeightUpdater
 __all__ = ["EngineSettings", "SGLangEngine"]
 
 POLL_SECONDS = 1.0
+COUNTERS = ("requests", "prompt_tokens", "prompt_tokens_cached", "tokens", "verify_passes", "drafts_accepted")
 
 
 class SGLangEngine(RolloutEngine):
@@ -32,7 +34,7 @@ class SGLangEngine(RolloutEngine):
         self._process: SGLangProcess | None = None
         self._updater: WeightUpdater | None = None
         self._pending: list[SGLangPending] = []
-        self._counters = dict.fromkeys(("requests", "prompt_tokens", "tokens", "verify_passes", "drafts_accepted"), 0)
+        self._counters = dict.fromkeys(COUNTERS, 0)
         self._seeds = torch.Generator().manual_seed(settings.seed)
 
     def start(self) -> None:
@@ -94,7 +96,7 @@ class SGLangEngine(RolloutEngine):
         self._occupy("resume_memory_occupation", "ResumeMemoryOccupationReqInput", [part])
 
     def stats(self) -> dict[str, float]:
-        """Counters over collected samples: requests, prompt_tokens, tokens, verify_passes, drafts_accepted."""
+        """Sums over collected samples, by the names of COUNTERS."""
         return dict(self._counters)
 
     def shutdown(self) -> None:
@@ -151,6 +153,7 @@ class SGLangPending(Pending):
         # Updates wait until no request runs, so what is in the engine now draws the whole response.
         self.versions = dict(engine.versions)
         self.ids = [uuid.uuid4().hex for _ in requests]
+        self.order = spread_groups(requests)
         self.samples: list[Sample] | None = None
         self.submitted = time.time()
         if not requests:
@@ -159,10 +162,11 @@ class SGLangPending(Pending):
             return
         from sglang.srt.managers.io_struct import GenerateReqInput
 
+        ordered = [requests[index] for index in self.order]
         batch = GenerateReqInput(
             rid=list(self.ids),
-            input_ids=[list(request.prompt_ids) for request in requests],
-            sampling_params=[engine._sampling(request.sampling) for request in requests],
+            input_ids=[list(request.prompt_ids) for request in ordered],
+            sampling_params=[engine._sampling(request.sampling) for request in ordered],
             return_logprob=True,
         )
         self.future = process.call(_first, process.manager.generate_request, batch)
@@ -170,8 +174,10 @@ class SGLangPending(Pending):
     def collect(self) -> list[Sample]:
         if self.samples is None:
             outputs = self._wait()
-            self.samples = [self._sample(*pair) for pair in zip(self.requests, outputs, strict=True)]
+            by_request = dict(zip(self.order, outputs, strict=True))
+            self.samples = [self._sample(request, by_request[i]) for i, request in enumerate(self.requests)]
             self.engine._count(self.samples)
+            self.engine._counters["prompt_tokens_cached"] += sum(o["meta_info"]["cached_tokens"] for o in outputs)
         return self.samples
 
     def done(self) -> int:
@@ -215,6 +221,19 @@ class SGLangPending(Pending):
             verify_count=meta.get("spec_verify_ct", 0),
             accept_histogram=meta.get("spec_correct_drafts_histogram", []),
         )
+
+
+def spread_groups(requests: Sequence[Request]) -> list[int]:
+    """The requests' positions, the first of every prompt before the second of any.
+
+    Requests that start together each compute their prompt; one that starts later finds it in the engine's cache.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    turns = []
+    for request in requests:
+        turns.append(seen[tuple(request.prompt_ids)])
+        seen[tuple(request.prompt_ids)] += 1
+    return sorted(range(len(requests)), key=turns.__getitem__)
 
 
 async def _first(generator_function, batch) -> Any:

@@ -71,7 +71,7 @@ class WeightUpdater:
             dtypes=[spec.dtype for spec in specs],
             shapes=[list(spec.shape) for spec in specs],
             group_name=group,
-            flush_cache=False,
+            flush_cache=True,  # what earlier weights made of a prefix is not these weights' (cheap: no memory is freed)
             selector=role,
         )
 
@@ -88,7 +88,7 @@ class WeightUpdater:
             "UpdateWeightsFromTensorReqInput",
             serialized_named_tensors=_serialize(content, self.settings.engine.tp),
             load_format="flattened_bucket" if on_gpu else None,
-            flush_cache=False,
+            flush_cache=True,
             selector=role,
         )
         self.process.wait(sent, doing)  # `content` lives until then: the engine reads this process's memory
@@ -97,8 +97,6 @@ class WeightUpdater:
         self._check({}, role)
         doing = f"ending the update of the {role} weights"
         self.process.wait(self._send(doing, "end_weight_update", "EndWeightUpdateReqInput"), doing)
-        # Nothing made with the old weights is left to drop: without a prefix cache (disable_radix_cache) no KV outlives
-        # its request, and an update does not begin while requests run. Flushing would cost 0.4 s a push.
         self.role = None
 
     def _check(self, shapes: dict[str, tuple[int, ...]], role: Role) -> None:

@@ -136,7 +136,28 @@ def test_counters(engine):
     before = engine.stats()
     ask(engine, greedy(5), greedy(3))
     gained = {name: value - before[name] for name, value in engine.stats().items()}
+    gained.pop("prompt_tokens_cached")
     assert gained == {"requests": 2, "prompt_tokens": 6, "tokens": 8, "verify_passes": 0, "drafts_accepted": 0}
+
+
+def test_a_group_reads_its_prompt_once_until_the_weights_change(engine, reference):
+    """Those that start later than a first of their group find its prompt read, but for the last token."""
+    group, slots = 50, engine.settings.engine.max_running_requests
+    prompts = [tuple(range(10, 50)), tuple(range(60, 100))]
+    requests = [Request("k", prompt, greedy(6)) for prompt in prompts for _ in range(group)]
+
+    def cached() -> int:
+        before = engine.stats()["prompt_tokens_cached"]
+        samples = engine.submit(requests).collect()
+        assert [s.response_ids for s in samples] == [reference.greedy(p, 6) for p in prompts for _ in range(group)]
+        return engine.stats()["prompt_tokens_cached"] - before
+
+    assert (2 * group - slots) * 39 <= cached() < 2 * group * 39
+    assert cached() == 2 * group * 39
+    engine.begin_weight_update("target")
+    engine.receive_tensors(list(reference.model.state_dict().items()), "target")
+    engine.end_weight_update("target", "initial")
+    assert cached() < 2 * group * 39
 
 
 def test_what_cannot_be_served_is_refused(engine):
