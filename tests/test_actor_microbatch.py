@@ -12,7 +12,7 @@ from respec_trainer.rollout.batch import Batch
 def make_batch(lengths: list[int], width: int) -> Batch:
     tokens = torch.arange(len(lengths) * width).view(len(lengths), width)
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    return Batch(tokens, mask, torch.tensor(lengths), tokens.float())
+    return Batch(tokens, mask, torch.tensor(lengths), tokens.float(), (tokens % 3).to(torch.int8))
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(1, 4), st.sampled_from((1, 2, 4)))
@@ -24,7 +24,7 @@ def test_every_row_comes_once_whole_and_no_wider_than_needed(lengths, size, mult
         assert len(micro) <= size
         assert width % multiple == 0
         assert 0 <= width - int(micro.lengths.max()) < multiple
-        for field in ("tokens", "response_mask", "sampler_logprobs"):
+        for field in ("tokens", "response_mask", "sampler_logprobs", "origins"):
             assert torch.equal(getattr(micro, field), getattr(batch, field)[rows, :width])
         seen += rows.tolist()
     assert sorted(seen) == list(range(len(lengths)))

@@ -21,8 +21,9 @@ def loss_of(new, old, sampler, advantage: float, **settings) -> tuple[torch.Tens
     mask = torch.ones_like(new, dtype=torch.bool)
     mask[0, 0] = False
     weights = token_weights(mask, "token", tokens=float(mask.sum()), sequences=1.0)
+    origins, config = torch.zeros_like(mask, dtype=torch.int8), ObjectiveConfig(**settings)
     loss, sums = policy_loss(
-        new, torch.zeros_like(new), old, sampler, torch.tensor([advantage]), mask, weights, ObjectiveConfig(**settings)
+        new, torch.zeros_like(new), old, sampler, torch.tensor([advantage]), mask, weights, origins, config
     )
     loss.backward()
     return new.grad[0, 1:], finish_metrics(sums) | {"loss": loss.item()}
@@ -99,34 +100,60 @@ def test_what_lies_outside_the_mask_is_never_looked_at():
     hostile = torch.where(MASK, -1.0, float("nan"))
     weights = token_weights(MASK, "token", 4.0, 2.0)
     fine = torch.where(MASK, -1.0, 0.0)
-    arguments = (torch.tensor([1.0, 2.0]), MASK, weights, ObjectiveConfig())
+    arguments = (torch.tensor([1.0, 2.0]), MASK, weights, torch.zeros_like(MASK), ObjectiveConfig())
     hostile_loss, hostile_sums = policy_loss(hostile, hostile, hostile, hostile, *arguments)
     loss, sums = policy_loss(fine, fine, fine, fine, *arguments)
     assert hostile_loss == loss
     assert hostile_sums == sums
 
 
+@pytest.mark.parametrize("correction", ["none", "tis", "token_mask", "sequence_mask"])
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
-def test_micro_batches_add_up_to_the_whole(aggregation):
+def test_micro_batches_add_up_to_the_whole(aggregation, correction):
     generator = torch.Generator().manual_seed(0)
-    logprobs, entropy, old, sampler = -torch.rand(4, 2, 4, generator=generator)
-    advantages, config = torch.tensor([1.0, -1.0]), ObjectiveConfig()
+    logprobs, entropy, old, sampler = -3 * torch.rand(4, 5, 9, generator=generator)
+    sampler[2] -= 2.0  # a response that sequence_mask takes out
+    origins = torch.randint(0, 2, (5, 9), generator=generator)
+    mask = torch.arange(9) < torch.tensor([9, 4, 6, 1, 0])[:, None]
+    advantages, config = torch.randn(5, generator=generator), ObjectiveConfig(correction=correction)
 
     def run(rows: slice):
-        weights = token_weights(MASK[rows], aggregation, tokens=4.0, sequences=2.0)
-        return policy_loss(*(t[rows] for t in (logprobs, entropy, old, sampler, advantages, MASK)), weights, config)
+        weights = token_weights(mask[rows], aggregation, tokens=20.0, sequences=4.0)
+        tensors = (logprobs, entropy, old, sampler, advantages, mask)
+        return policy_loss(*(t[rows] for t in tensors), weights, origins[rows], config)
 
     whole, sums = run(slice(None))
-    parts = [run(slice(0, 1)), run(slice(1, 2))]
-    torch.testing.assert_close(parts[0][0] + parts[1][0], whole)
-    assert finish_metrics(merge_sums([part[1] for part in parts])) == pytest.approx(finish_metrics(sums))
+    parts = [run(slice(0, 1)), run(slice(1, 4)), run(slice(4, 5))]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    metrics = finish_metrics(sums)
+    assert finish_metrics(merge_sums([part[1] for part in parts])) == pytest.approx(metrics, abs=1e-6)
+    assert (metrics["mismatch/clipped"] > 0) == (correction != "none")
+
+
+def test_losses_are_means_over_updates_and_all_else_over_the_tokens_of_a_step():
+    sums = {"tokens": 3.0, "policy/loss": 1.0, "policy/kl": 6.0, "policy/grad_norm": 8.0, "mismatch/ratio_max": 2.0}
+    sums |= {"mismatch/ratio_min": 0.5, "tokens_plain": 2.0, "mismatch/kl_plain": 1.0}
+    sums |= {"tokens_bonus": 0.0, "mismatch/kl_bonus": 0.0}
+    more = {"tokens": 1.0, "policy/loss": 2.0, "policy/kl": 2.0, "policy/grad_norm": 2.0, "mismatch/ratio_max": 4.0}
+    more |= {"mismatch/ratio_min": 0.75, "tokens_plain": 0.0, "mismatch/kl_plain": 0.0}
+    more |= {"tokens_bonus": 0.0, "mismatch/kl_bonus": 0.0}
+    parts = [{name: torch.tensor(value).double() for name, value in part.items()} for part in (sums, more)]
+    assert finish_metrics(merge_sums(parts), updates=2) == {
+        "policy/loss": 1.5,
+        "policy/kl": 2.0,
+        "policy/grad_norm": 5.0,
+        "mismatch/ratio_max": 4.0,
+        "mismatch/ratio_min": 0.5,
+        "mismatch/kl_plain": 0.5,  # over both minibatches' two plain tokens; there was no bonus token
+    }
 
 
 def test_a_minibatch_without_tokens_has_no_loss():
     blank = torch.zeros(1, 3)
     mask = torch.zeros(1, 3, dtype=torch.bool)
-    loss, sums = policy_loss(
-        blank, blank, blank, blank, torch.ones(1), mask, token_weights(mask, "sequence", 1.0, 1.0), ObjectiveConfig()
-    )
+    weights = token_weights(mask, "sequence", 1.0, 1.0)
+    loss, sums = policy_loss(blank, blank, blank, blank, torch.ones(1), mask, weights, mask, ObjectiveConfig())
     assert loss == 0.0
-    assert finish_metrics(sums)["policy/kl"] == 0.0
+    metrics = finish_metrics(sums)
+    assert metrics["policy/kl"] == 0.0
+    assert not {"mismatch/ratio_max", "mismatch/ratio_min", "mismatch/kl_plain"} & metrics.keys()

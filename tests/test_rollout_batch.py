@@ -9,13 +9,15 @@ from respec_trainer.rollout.batch import collate
 from respec_trainer.rollout.sample import Sample
 
 
-def sample(prompt, response, logprobs=None) -> Sample:
+def sample(prompt, response, logprobs=None, origins=()) -> Sample:
     logprobs = [-0.5 * (i + 1) for i in range(len(response))] if logprobs is None else logprobs
-    return Sample("k", prompt, response, logprobs, "stop", "actor-0", "drafter-0")
+    return Sample("k", prompt, response, logprobs, "stop", "actor-0", "drafter-0", origins=list(origins))
 
 
 def test_collate_aligns_every_entry_with_its_own_token():
-    batch = collate([sample([5, 6], [7, 8, 9]), sample([4], [3])], pad_id=0)
+    batch = collate([sample([5, 6], [7, 8, 9], origins=[0, 1, 2]), sample([4], [3])], pad_id=0)
+    assert batch.origins.dtype == torch.int8
+    assert batch.origins.tolist() == [[0, 0, 0, 1, 2], [0, 0, 0, 0, 0]]
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
     assert batch.response_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
     assert batch.sampler_logprobs.tolist() == [[0, 0, -0.5, -1.0, -1.5], [0, -0.5, 0, 0, 0]]
@@ -27,15 +29,18 @@ def test_collate_rounds_the_length_up():
 
 
 def test_rows_keep_width():
-    batch = collate([sample([1], [2, 3]), sample([1], [2]), sample([9], [8])], pad_id=0)
+    batch = collate([sample([1], [2, 3]), sample([1], [2]), sample([9], [8], origins=[2])], pad_id=0)
     part = batch.rows(slice(1, 3))
     assert len(part) == 2 and part.tokens.shape[1] == batch.tokens.shape[1]
     assert part.tokens[1, 0] == 9
     assert batch.rows(torch.tensor([2, 0])).tokens[:, 0].tolist() == [9, 1]
+    assert part.origins.tolist() == [[0, 0, 0], [0, 2, 0]]
 
 
-def test_logprobs_must_match_the_response():
+def test_logprobs_and_origins_must_match_the_response():
     with pytest.raises(ValueError, match="1 log-probs for 2"):
         collate([sample([1], [2, 3], [-1.0])], pad_id=0)
+    with pytest.raises(ValueError, match="3 origins for 2"):
+        collate([sample([1], [2, 3], origins=[0, 1, 1])], pad_id=0)
     with pytest.raises(ValueError, match="no samples"):
         collate([], pad_id=0)

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from respec_trainer.actor.finite import step_if_finite
 from respec_trainer.actor.loading import load_hf_config, load_weights
 from respec_trainer.actor.microbatch import micro_batches
+from respec_trainer.actor.mismatch import EXTREMES, Sums
 from respec_trainer.actor.model import build_model
-from respec_trainer.actor.objective import Sums, finish_metrics, merge_sums, policy_loss, token_weights
+from respec_trainer.actor.objective import finish_metrics, merge_sums, policy_loss, token_weights
 from respec_trainer.actor.optim import learning_rate_factor, setup_optimizer
 from respec_trainer.actor.parallel import DeepSpeedMpu, Topology
 from respec_trainer.config import Config
@@ -91,9 +92,10 @@ class Actor:
                 rows make the first minibatch.
             old_logprobs: [B, S] from `infer`, before the first update. advantages: [B].
 
-        Returns policy/* and mismatch/* metrics over all data-parallel ranks, averaged over minibatches (the maximum of
-        ratio_max). Raises NonFiniteStep at the first minibatch whose loss or gradient is not finite anywhere: it
-        changes nothing and the later ones are not tried, but the ones before it stay applied.
+        Returns policy/* and mismatch/* metrics over all data-parallel ranks: means over the step's tokens, of loss,
+        gradient norm and learning rate over its updates. Raises NonFiniteStep at the first minibatch whose loss or
+        gradient is not finite anywhere: it changes nothing and the later ones are not tried, but the ones before it
+        stay applied.
         """
         self.engine.train()
         count = self.config.objective.minibatches
@@ -101,19 +103,16 @@ class Actor:
             raise ValueError(f"{len(batch)} rows do not split into objective.minibatches={count}")
         results = []
         for number, rows in enumerate(torch.arange(len(batch)).chunk(count), 1):
-            stats = self._update_minibatch(batch.rows(rows), old_logprobs[rows], advantages[rows])
-            if stats is None:
+            sums = self._update_minibatch(batch.rows(rows), old_logprobs[rows], advantages[rows])
+            if sums is None:
                 raise NonFiniteStep(
                     f"loss or gradient is not finite in minibatch {number} of {count}; it changed nothing"
                 )
-            results.append(stats)
-        means = {name: sum(stats[name] for stats in results) / count for name in results[0]}
-        return means | {"mismatch/ratio_max": max(stats["mismatch/ratio_max"] for stats in results)}
+            results.append(sums)
+        return finish_metrics(merge_sums(results), count)
 
-    def _update_minibatch(
-        self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor
-    ) -> dict[str, float] | None:
-        """One optimizer update; None if it was refused."""
+    def _update_minibatch(self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> Sums | None:
+        """One optimizer update; its sums over all data-parallel ranks, None if it was refused."""
         objective, device = self.config.objective, self.topology.device
         tokens, sequences = self._count(batch)
         lr = self.engine.get_lr()[0]
@@ -131,6 +130,7 @@ class Actor:
                 advantages[rows].to(device),
                 micro.response_mask,
                 token_weights(micro.response_mask, objective.aggregation, tokens, sequences),
+                micro.origins,
                 objective,
             )
             # The weights sum to 1 over all ranks and micro-batches, but DeepSpeed averages gradients over the ranks.
@@ -139,8 +139,8 @@ class Actor:
         merged = merge_sums(sums)
         if not step_if_finite(self.engine, merged["policy/loss"].isfinite()):
             return None
-        stats = finish_metrics(self._over_copies(merged))
-        return stats | {"policy/grad_norm": float(self.engine.get_global_grad_norm()), "policy/lr": lr}
+        update = {"policy/grad_norm": float(self.engine.get_global_grad_norm()), "policy/lr": lr}
+        return self._over_copies(merged) | {name: merged["tokens"].new_tensor(value) for name, value in update.items()}
 
     def _count(self, batch: Batch) -> tuple[float, float]:
         """Response tokens and non-empty responses of the minibatch over all data-parallel ranks."""
@@ -152,11 +152,13 @@ class Actor:
 
     def _over_copies(self, sums: Sums) -> Sums:
         """Sums over all data-parallel ranks."""
-        names = [name for name in sums if name != "mismatch/ratio_max"]
-        added, largest = torch.stack([sums[name] for name in names]), sums["mismatch/ratio_max"].clone()
+        names = [name for name in sums if name not in EXTREMES]
+        added = torch.stack([sums[name] for name in names])
+        largest = torch.stack([sign * sums[name] for name, sign in EXTREMES.items()])
         dist.all_reduce(added, group=self.topology.dp_group)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.topology.dp_group)
-        return dict(zip(names, added, strict=True)) | {"mismatch/ratio_max": largest}
+        extremes = {name: sign * value for (name, sign), value in zip(EXTREMES.items(), largest, strict=True)}
+        return dict(zip(names, added, strict=True)) | extremes
 
     def _micro_batches(self, batch: Batch):
         for rows, micro in micro_batches(batch, self.config.actor.micro_batch_size, self.multiple_of):
@@ -170,26 +172,39 @@ class Actor:
 
         One full forward pass a token, no cache, no stop token. The same prompts on every rank.
         """
-        self.engine.eval()
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.topology.device)
-        width = -(-(int(lengths.max()) + max_new_tokens) // self.multiple_of) * self.multiple_of
-        tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self.topology.device)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
-        row = torch.arange(len(prompts), device=tokens.device)
-        logprobs = []
+        rows, logprobs = [list(prompt) for prompt in prompts], []
         for _ in range(max_new_tokens):
-            last = torch.zeros_like(tokens, dtype=torch.bool)
-            last[row, lengths - 1] = True
-            shard = self.engine(tokens, last, want="logits").float().contiguous()
-            shards = [torch.empty_like(shard) for _ in range(self.topology.tp)]
-            dist.all_gather(shards, shard, group=self.topology.tp_group)
-            best = torch.cat(shards, 1).log_softmax(1).max(1)
-            tokens[row, lengths] = best.indices
+            best = self.logits_after(rows).log_softmax(1).max(1)
+            for row, token in zip(rows, best.indices.tolist(), strict=True):
+                row.append(token)
             logprobs.append(best.values)
-            lengths = lengths + 1
-        new = [tokens[i, n - max_new_tokens : n].tolist() for i, n in enumerate(lengths.tolist())]
+        new = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
         return new, torch.stack(logprobs, 1).tolist() if logprobs else [[] for _ in prompts]
+
+    @torch.no_grad()
+    def logits_after(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits [R, V] in float32 of the token after each row, the whole vocabulary; the same rows on every rank."""
+        self.engine.eval()
+        longest = max(map(len, rows))
+        tokens = torch.zeros(len(rows), -(-longest // self.multiple_of) * self.multiple_of, dtype=torch.int64)
+        last = torch.zeros_like(tokens, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = torch.tensor(row)
+            last[index, len(row) - 1] = True
+        return self.logits_at(tokens, last)
+
+    @torch.no_grad()
+    def logits_at(self, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] in float32 after the N tokens of tokens [B, S] where wanted [B, S] is true, in that order.
+
+        S is a multiple of the tensor-parallel size if sequence parallel.
+        """
+        self.engine.eval()
+        shard = self.engine(tokens.to(self.topology.device), wanted.to(self.topology.device), want="logits")
+        shard = shard.float().contiguous()
+        shards = [torch.empty_like(shard) for _ in range(self.topology.tp)]
+        dist.all_gather(shards, shard, group=self.topology.tp_group)
+        return torch.cat(shards, 1)[:, : self.hf_config.vocab_size]
 
 
 def deepspeed_settings(config: Config) -> dict:

@@ -30,5 +30,9 @@ def micro_batches(batch: Batch, size: int, multiple_of: int = 1) -> Iterator[tup
 def narrow(batch: Batch, width: int) -> Batch:
     """The first `width` positions of every row."""
     return Batch(
-        batch.tokens[:, :width], batch.response_mask[:, :width], batch.lengths, batch.sampler_logprobs[:, :width]
+        batch.tokens[:, :width],
+        batch.response_mask[:, :width],
+        batch.lengths,
+        batch.sampler_logprobs[:, :width],
+        batch.origins[:, :width],
     )

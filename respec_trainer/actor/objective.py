@@ -5,10 +5,8 @@ when it drew the token (sampler), and the response's advantage A:
 
     r    = exp(new - old)
     loss = -w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)    PPO (arXiv 1707.06347, eq. 7), GRPO (arXiv 2402.03300)
-    w    = min(exp(old - sampler), tis_clip), no gradient         truncated importance sampling
+    w    = of old - sampler, no gradient                          see mismatch.py
 
-The engine computes the same model's log-probs with other kernels, so its law is not quite the actor's; w corrects the
-expectation and the truncation bounds its variance (Ionides 2008, as Yao et al. 2025 use it for rollout engines).
 Divergences are Schulman's k3 estimator ("Approximating KL Divergence", 2020): with x drawn from q,
 KL(q || p) is the mean of p/q - 1 - log(p/q), which is never negative.
 """
@@ -17,9 +15,11 @@ from __future__ import annotations
 
 import torch
 
+from respec_trainer.actor.mismatch import EXTREMES, ORIGINS, Sums, correction_weights, k3, mismatch_sums
 from respec_trainer.config import ObjectiveConfig
 
-Sums = dict[str, torch.Tensor]
+UPDATE_MEANS = ("policy/loss", "policy/grad_norm", "policy/lr")  # one number an update; all else is of tokens
+ORIGIN_COUNTS = {f"mismatch/kl_{origin}": f"tokens_{origin}" for origin in ORIGINS}
 
 
 def token_weights(mask: torch.Tensor, aggregation: str, tokens: float, sequences: float) -> torch.Tensor:
@@ -44,21 +44,20 @@ def policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     weights: torch.Tensor,
+    origins: torch.Tensor,
     config: ObjectiveConfig,
 ) -> tuple[torch.Tensor, Sums]:
     """The weighted sum of token losses, and sums over tokens of what `finish_metrics` averages.
 
     Args:
         logprobs, entropies, old, sampler: [B, S] float32; anything where mask is False.
-        advantages: [B]. mask: [B, S] bool. weights: [B, S] from `token_weights`.
+        advantages: [B]. mask: [B, S] bool, whole rows. weights: [B, S] from `token_weights`. origins: [B, S] int8.
     """
     new, old, sampler = (torch.where(mask, t, 0.0) for t in (logprobs, old, sampler))
     ratio = (new - old).exp()
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     gain, clipped_gain = ratio * advantages[:, None], clipped_ratio * advantages[:, None]
-    mismatch = (old - sampler).exp()
-    truncated = mismatch > config.tis_clip if config.correction == "tis" else torch.zeros_like(mask)
-    correction = mismatch.clamp(max=config.tis_clip) if config.correction == "tis" else torch.ones_like(mismatch)
+    correction, changed = correction_weights(old - sampler, mask, config)
     loss = -(weights * correction * torch.minimum(gain, clipped_gain)).sum()
     with torch.no_grad():
         sums = {
@@ -67,27 +66,30 @@ def policy_loss(
             "policy/kl": (mask * k3(new - old)).sum(),
             "policy/entropy": torch.where(mask, entropies, 0.0).sum(),
             "policy/clip_fraction": (mask & (clipped_gain < gain)).sum(),
-            "mismatch/kl": (mask * k3(old - sampler)).sum(),
-            "mismatch/clipped": (mask & truncated).sum(),
         }
-        sums = {name: value.detach().double() for name, value in sums.items()}
-        sums["mismatch/ratio_max"] = torch.where(mask, mismatch, 0.0).max().double()
-    return loss, sums
-
-
-def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Schulman's k3 of log(p/q) at samples from q; its mean is KL(q || p)."""
-    return log_ratio.expm1() - log_ratio
+    sums = {name: value.detach().double() for name, value in sums.items()}
+    return loss, sums | mismatch_sums(old - sampler, mask, changed, origins)
 
 
 def merge_sums(parts: list[Sums]) -> Sums:
-    """Sums of several micro-batches as one: ratio_max is a maximum, all else adds up."""
+    """Sums of several micro-batches or minibatches as one: extremes are compared, all else adds up."""
     merged = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    return {name: values.max() if name == "mismatch/ratio_max" else values.sum() for name, values in merged.items()}
+    extremes = {name: sign * (sign * merged[name]).max() for name, sign in EXTREMES.items()}
+    return {name: values.sum() for name, values in merged.items() if name not in EXTREMES} | extremes
 
 
-def finish_metrics(sums: Sums) -> dict[str, float]:
-    """Means over tokens; the loss is already one."""
-    tokens = max(float(sums["tokens"]), 1.0)
-    whole = {"policy/loss", "mismatch/ratio_max"}
-    return {name: float(value) / (1.0 if name in whole else tokens) for name, value in sums.items() if name != "tokens"}
+def finish_metrics(sums: Sums, updates: int = 1) -> dict[str, float]:
+    """Means over tokens, and of the loss over updates. What is of tokens of one origin is left out where none is."""
+    values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))  # one copy from the device
+    metrics = {}
+    for name, value in values.items():
+        count = values[ORIGIN_COUNTS.get(name, "tokens")]
+        if name in UPDATE_MEANS:
+            metrics[name] = value / updates
+        elif name in EXTREMES and count:
+            metrics[name] = value
+        elif name in ORIGIN_COUNTS and count:
+            metrics[name] = value / count
+        elif name not in (*EXTREMES, *ORIGIN_COUNTS, *ORIGIN_COUNTS.values(), "tokens"):
+            metrics[name] = value / max(count, 1.0)
+    return metrics

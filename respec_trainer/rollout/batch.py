@@ -18,6 +18,7 @@ class Batch:
     response_mask: torch.Tensor  # [B, S] bool, True on response tokens
     lengths: torch.Tensor  # [B] int64, prompt and response
     sampler_logprobs: torch.Tensor  # [B, S] float32, 0 outside the response
+    origins: torch.Tensor  # [B, S] int8, as Sample.origins; 0 outside the response
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -33,7 +34,7 @@ class Batch:
 def collate(samples: Sequence[Sample], pad_id: int, multiple_of: int = 1) -> Batch:
     """Right-pad samples to their longest, rounded up to `multiple_of`: sequence parallelism splits S over its ranks.
 
-    Raises ValueError for an empty list and for a sample whose log-probs do not match its response.
+    Raises ValueError for an empty list and for a sample whose log-probs or origins do not match its response.
     """
     if not samples:
         raise ValueError("no samples to collate")
@@ -42,13 +43,23 @@ def collate(samples: Sequence[Sample], pad_id: int, multiple_of: int = 1) -> Bat
     tokens = torch.full((len(samples), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(samples), width, dtype=torch.bool)
     logprobs = torch.zeros(len(samples), width)
+    origins = torch.zeros(len(samples), width, dtype=torch.int8)
     for row, sample in enumerate(samples):
         start, end = len(sample.prompt_ids), int(lengths[row])
-        if len(sample.sampler_logprobs) != end - start:
-            raise ValueError(
-                f"sample {sample.key}: {len(sample.sampler_logprobs)} log-probs for {end - start} response tokens"
-            )
+        check_lists(sample)
         tokens[row, :end] = torch.tensor(sample.prompt_ids + sample.response_ids)
         mask[row, start:end] = True
         logprobs[row, start:end] = torch.tensor(sample.sampler_logprobs)
-    return Batch(tokens, mask, lengths, logprobs)
+        if sample.origins:
+            # By way of bytes: the tensor of a list is made several times as slowly.
+            origins[row, start:end] = torch.frombuffer(bytearray(sample.origins), dtype=torch.int8)
+    return Batch(tokens, mask, lengths, logprobs, origins)
+
+
+def check_lists(sample: Sample) -> None:
+    """Raise ValueError if a list over the response's tokens has another length; origins may be empty."""
+    tokens = len(sample.response_ids)
+    if len(sample.sampler_logprobs) != tokens:
+        raise ValueError(f"sample {sample.key}: {len(sample.sampler_logprobs)} log-probs for {tokens} response tokens")
+    if sample.origins and len(sample.origins) != tokens:
+        raise ValueError(f"sample {sample.key}: {len(sample.origins)} origins for {tokens} response tokens")

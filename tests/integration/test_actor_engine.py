@@ -32,7 +32,10 @@ def make_batch(vocab_size: int) -> tuple[Batch, torch.Tensor]:
     mask = (position >= torch.tensor([4, 3, 6, 5, 2, 1, 4, 8])[:, None]) & (position < lengths[:, None])
     tokens = torch.randint(1, vocab_size, (8, 16), generator=generator) * (position < lengths[:, None])
     sampler = -5.0 + torch.randn(8, 16, generator=generator)
-    return Batch(tokens, mask, lengths, sampler * mask), torch.randn(8, generator=generator)
+    advantages = torch.randn(8, generator=generator)
+    # No bonus token in the first four rows: on two data-parallel ranks, and in two minibatches, the first has none.
+    origins = torch.arange(8 * 16).view(8, 16) % torch.tensor([2] * 4 + [3] * 4)[:, None]
+    return Batch(tokens, mask, lengths, sampler * mask, (origins * mask).to(torch.int8)), advantages
 
 
 def reference_scores(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +72,22 @@ def train_reference(hf_config, batch: Batch, advantages: torch.Tensor, aggregati
         optimizer.zero_grad()
     assert norms[0] > OPTIM["actor.optim.clip"], "clipping must be part of the comparison"
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    mask = batch.response_mask
-    return {"old": old * mask, "entropy": entropy * mask, "norms": norms, "losses": losses, "weights": weights}
+    mask, mismatch = batch.response_mask, reference_mismatch(old, batch)
+    scores = {"old": old * mask, "entropy": entropy * mask, "mismatch": mismatch}
+    return scores | {"norms": norms, "losses": losses, "weights": weights}
+
+
+def reference_mismatch(old: torch.Tensor, batch: Batch) -> dict[str, float]:
+    log_ratio = (old - batch.sampler_logprobs)[batch.response_mask].double()
+    origins, ratio = batch.origins[batch.response_mask], log_ratio.exp()
+    divergence = ratio - 1 - log_ratio
+    metrics = {"kl": divergence.mean(), "ratio_max": ratio.max(), "ratio_min": ratio.min()}
+    metrics |= {"clipped": (ratio > 2).double().mean()}
+    for threshold in (1.1, 1.5, 2):
+        metrics[f"above_{threshold}"] = (torch.maximum(ratio, 1 / ratio) > threshold).double().mean()
+    for value, origin in enumerate(("plain", "accepted", "bonus")):
+        metrics[f"kl_{origin}"] = divergence[origins == value].mean()
+    return {f"mismatch/{name}": value.item() for name, value in metrics.items()}
 
 
 def build_actor(folder: Path, changes: dict):
@@ -170,6 +187,12 @@ def compare(result: dict, expected: dict, label: str) -> None:
     assert norm_error(result, expected) <= 1e-5, f"{label}: gradient norms differ by {norm_error(result, expected):.1e}"
     for stats, loss in zip(result["stats"], expected["losses"], strict=True):
         assert stats["policy/loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    check_mismatch(result["stats"][0], expected)
+
+
+def check_mismatch(stats: dict, expected: dict) -> None:
+    measured = {name: value for name, value in stats.items() if name.startswith("mismatch/")}
+    assert measured == pytest.approx(expected["mismatch"], rel=1e-4)
 
 
 def expectation(folder: Path, aggregation: str = "token", updates: list[slice] | None = None) -> dict:
@@ -236,6 +259,7 @@ def test_minibatches_are_updates_of_their_own_against_the_same_old_policy(qwen3)
     assert stats["policy/grad_norm"] == pytest.approx(sum(expected["norms"]) / 2, rel=1e-5)
     assert stats["policy/loss"] == pytest.approx(sum(expected["losses"]) / 2, rel=1e-5)
     assert stats["policy/kl"] > 0  # the second minibatch sees a policy that has moved
+    check_mismatch(stats, expected)
 
 
 def test_bf16_trains_like_fp32_up_to_its_rounding(qwen3):

@@ -1,0 +1,85 @@
+"""What the bookkeeping of tokens costs: collating samples and summing their mismatch, with and without origins.
+
+    python benchmarks/counters.py --rounds 20 --out counters.json
+
+Both arms do the same but for the origins: `split` has samples that carry one of each token, collates them and splits
+the divergence by them; `whole` has samples without. They take turns in one process. Reported is the median over rounds
+of split's time to whole's in the same round, and either's median seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from respec_trainer.actor import mismatch
+from respec_trainer.rollout.batch import collate
+from respec_trainer.rollout.sample import Sample
+
+SHAPES = ((128, 96), (1024, 2048))  # responses x tokens: the quickstart's step, and a large one
+PROMPT = [1] * 16
+ARMS = {"whole": {}, "split": mismatch.ORIGINS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = {f"{rows}x{tokens}": compare(rows, tokens, args.rounds) for rows, tokens in SHAPES}
+    report = {"rounds": args.rounds, "threads": args.threads, "shapes": results}
+    print(json.dumps(report, indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2))
+
+
+def compare(rows: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Of collating, of the sums and of both together: median seconds of each arm, and their median ratio."""
+    samples = {name: make_samples(rows, tokens, bool(origins)) for name, origins in ARMS.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ARMS}
+    for number in range(rounds + 1):
+        # The order alternates, so that neither arm always finds the other's memory warm.
+        for name in sorted(ARMS, reverse=bool(number % 2)):
+            took = step(samples[name], ARMS[name])
+            if number:  # the first round warms up
+                seconds[name].append(took)
+    parts = {"collate": lambda took: took[0], "sums": lambda took: took[1], "both": sum}
+    return {part: summary({name: list(map(pick, seconds[name])) for name in ARMS}) for part, pick in parts.items()}
+
+
+def summary(seconds: dict[str, list[float]]) -> dict[str, float]:
+    ratios = [split / whole for split, whole in zip(seconds["split"], seconds["whole"], strict=True)]
+    return {"split_to_whole": median(ratios)} | {f"{name}_seconds": median(taken) for name, taken in seconds.items()}
+
+
+def step(samples: list[Sample], origins: dict[str, int]) -> tuple[float, float]:
+    """Seconds to collate, and to measure the mismatch, split by these origins."""
+    mismatch.ORIGINS = origins  # without origins there is no division to compute, which no run can ask for
+    began = time.perf_counter()
+    batch = collate(samples, pad_id=0)
+    collated = time.perf_counter()
+    log_ratio = batch.sampler_logprobs * 0.01
+    mask, unchanged = batch.response_mask, torch.zeros_like(batch.response_mask)
+    started = time.perf_counter()
+    mismatch.mismatch_sums(log_ratio, mask, unchanged, batch.origins)
+    return collated - began, time.perf_counter() - started
+
+
+def make_samples(rows: int, tokens: int, origins: bool) -> list[Sample]:
+    """Responses of one length; drafts of three accepted and followed by a bonus token, where there are origins."""
+    ids, logprobs = list(range(tokens)), (-torch.rand(tokens)).tolist()
+    cycle = [1, 1, 1, 2] * (tokens // 4) if origins else []
+    return [
+        Sample(f"{row}", PROMPT, ids, logprobs, "length", "actor-0", "drafter-0", origins=cycle) for row in range(rows)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The mismatch between sampler and actor: what is measured of it, and how the loss is corrected for it.
+
+The engine computes the same model's log-probs with other kernels, so its law is not quite the actor's. With the actor's
+log-prob before the step's updates (old) and the engine's when it drew the token (sampler), rho_t = exp(old - sampler)
+is the importance ratio of token t. It has no gradient. A token's loss is multiplied by
+
+    none            1
+    tis             min(rho_t, tis_clip)                          truncated importance sampling (Ionides 2008, as Yao
+                                                                  et al. 2025 use it for rollout engines)
+    token_mask      rho_t if mask_low <= rho_t <= mask_high       masked importance sampling of tokens (IcePop, Ling
+                    else 0                                        team 2025)
+    sequence_mask   1 if mask_low <= rho_geo <= mask_high else 0  geometric sequence masking (Li and Liu, "Trust Region
+                    with rho_geo = (rho_1 ... rho_T)^(1/T)        Optimization via Sequence Masking", 2025, section 3)
+
+The last is the length-independent form of sequence-level masked importance sampling (Liu et al., "When Speed Kills
+Stability", 2025), which masks by the product of a response's ratios and also weighs by it: a product leaves any fixed
+bounds as responses grow longer.
+
+Masked tokens stay in the loss's denominator, which is that of the whole minibatch: a mask takes tokens out of the sum
+and does not make the others count more, so a step that is mostly masked is a small step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from respec_trainer.config import ObjectiveConfig
+from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
+
+Sums = dict[str, torch.Tensor]
+
+ORIGINS = {"plain": UNDRAFTED, "accepted": ACCEPTED, "bonus": BONUS}  # by their names in metrics
+THRESHOLDS = (1.1, 1.5, 2)  # of max(rho, 1 / rho), above which a token is counted
+# Not added up but compared; the sign makes the smallest a largest, so that one reduction does for both.
+EXTREMES = {"mismatch/ratio_max": 1.0, "mismatch/ratio_min": -1.0}
+
+
+def correction_weights(
+    log_ratio: torch.Tensor, mask: torch.Tensor, config: ObjectiveConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factor of each token's loss, and whether truncation or a mask changed it; both [B, S].
+
+    Args:
+        log_ratio: [B, S], old - sampler, 0 outside the response. mask: [B, S] bool, the response tokens of whole rows.
+
+    A ratio that is not a number gets a factor that is none, never 0: then the loss is not finite, which is noticed.
+    """
+    ratio = log_ratio.exp()
+    if config.correction == "tis":
+        return ratio.clamp(max=config.tis_clip), mask & (ratio > config.tis_clip)
+    if config.correction == "token_mask":
+        outside = _outside(ratio, config)
+        return torch.where(outside, 0.0, ratio), mask & outside
+    if config.correction == "sequence_mask":
+        geometric = (log_ratio.sum(1) / mask.sum(1).clamp(min=1)).exp()
+        outside = _outside(geometric, config)
+        factor = torch.where(geometric.isnan(), geometric, (~outside).to(ratio.dtype))
+        return factor[:, None].expand_as(ratio), mask & outside[:, None]
+    return torch.ones_like(ratio), torch.zeros_like(mask)
+
+
+def _outside(ratio: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+    return (ratio < config.mask_low) | (ratio > config.mask_high)
+
+
+@torch.no_grad()
+def mismatch_sums(log_ratio: torch.Tensor, mask: torch.Tensor, changed: torch.Tensor, origins: torch.Tensor) -> Sums:
+    """Sums over tokens and extremes, float64; the divergence also by the token's origin, with the counts it needs.
+
+    Only the whole is a divergence: origins depend on the token drawn, so they split its sum by how easy tokens are.
+
+    Args:
+        log_ratio, mask: as for `correction_weights`, which says `changed`. origins: [B, S] int8, see Sample.origins.
+    """
+    # In float64, because where sampler and actor nearly agree k3 is the small difference of two like numbers.
+    log_ratio = log_ratio.double()
+    ratio, divergence, distance = log_ratio.exp(), torch.where(mask, k3(log_ratio), 0.0), log_ratio.abs()
+    sums = {
+        "mismatch/kl": divergence.sum(),
+        "mismatch/clipped": changed.sum(),
+        "mismatch/ratio_max": torch.where(mask, ratio, -torch.inf).max(),
+        "mismatch/ratio_min": torch.where(mask, ratio, torch.inf).min(),
+    }
+    for threshold in THRESHOLDS:
+        sums[f"mismatch/above_{threshold}"] = (mask & (distance > math.log(threshold))).sum()
+    for origin, value in ORIGINS.items():
+        chosen = mask & (origins == value)
+        sums[f"tokens_{origin}"] = chosen.sum()
+        sums[f"mismatch/kl_{origin}"] = torch.where(chosen, divergence, 0.0).sum()
+    return {name: value.double() for name, value in sums.items()}
+
+
+def k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Schulman's k3 of log(p/q) at samples from q; its mean is KL(q || p)."""
+    return log_ratio.expm1() - log_ratio
