@@ -1,0 +1,173 @@
+"""Auditor: takes a real engine through its modes and tests each against the actor's own law."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from respec_trainer.actor.engine import Actor
+from respec_trainer.actor.parallel import init_parallel
+from respec_trainer.audit.cells import MODES, Cell, Mode, speculation_of
+from respec_trainer.audit.draws import NEW_TOKENS, examine
+from respec_trainer.audit.ends import Ends
+from respec_trainer.audit.law import shaped
+from respec_trainer.audit.report import CellResult, Standard
+from respec_trainer.audit.tree import Prefix
+from respec_trainer.audit.wide_drafter import widen_drafter
+from respec_trainer.config import Config
+from respec_trainer.data.prompts import load_prompts
+from respec_trainer.drafter.learner import FrozenDrafter
+from respec_trainer.resync import Resync
+from respec_trainer.resync.transport import setup_transport
+from respec_trainer.rollout.batch import collate
+from respec_trainer.rollout.sample import Request, SamplingParams
+from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+
+# What an audit asks of its configuration: one process, and float32, in which engine and actor agree to rounding that
+# no test sees. What is tested is the sampler; log-probs say, at every step of training, what lower precision costs.
+OVERRIDES = (
+    "model.dtype=fp32",
+    "actor.parallel.tp=1",
+    "actor.parallel.sequence_parallel=false",
+    "actor.optim.lr=0.003",
+    "actor.optim.warmup_steps=0",
+    "rollout.engine.tp=1",
+    "rollout.engine.span=1",
+    "rollout.engine.max_running_requests=64",
+    "rollout.engine.min_free_slots=32",
+    "rollout.sampling.temperature=1.0",
+    f"rollout.sampling.max_new_tokens={NEW_TOKENS}",
+)
+SWITCH_AT = 48  # requests at once from which speculation is off, of the 64
+PROMPTS = 2
+DEEP = 12  # response tokens before the deep ones
+UPDATES = 3  # of the actor before a resync, so that stale weights would be seen
+
+
+class Auditor:
+    """One process, one rank. `say` is told what is being done."""
+
+    def __init__(self, config: Config, standard: Standard, limit: int, say: Callable[[str], None]):
+        """config: with OVERRIDES. limit: responses drawn for a cell at most."""
+        self.config, self.standard, self.limit, self.say = config, standard, limit, say
+        self.topology = init_parallel(config)
+        self.device = self.topology.device.type
+        self.control = dist.new_group(backend="gloo")
+        self.actor = Actor(config, self.topology, total_updates=UPDATES)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        starts = [p.ids for p in load_prompts(config.data, self.tokenizer, config.data.max_prompt_tokens)]
+        self.prompts, self.continuations = self._prompts(starts[:PROMPTS])
+        self.resync, self.pushes = None, 0
+
+    def _prompts(self, starts: Sequence[Prefix]) -> tuple[list[Prefix], list[list[int]]]:
+        """Prompts as they are, and each with the actor's likeliest beginning of a response; and those beginnings."""
+        answers, _ = self.actor.generate_greedy(starts, DEEP)
+        ends = self.end_tokens
+        cut = [answer[: next((i for i, t in enumerate(answer) if t in ends), DEEP)] for answer in answers]
+        deep = [(*start, *answer) for start, answer in zip(starts, cut, strict=True)]
+        return [tuple(start) for start in starts] + deep, cut
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        given = self.actor.hf_config.eos_token_id
+        return frozenset(given if isinstance(given, list) else [given])
+
+    def run(self, cells: Sequence[Cell], modes: dict[str, Mode] = MODES) -> Iterator[CellResult]:
+        """Results of the cells, in order; cells of one mode next to each other share an engine."""
+        for name, group in groupby(cells, key=lambda cell: cell.mode):
+            self.say(f"starting the engine: {name}")
+            with self.engine(modes[name]) as engine:
+                for cell in group:
+                    yield self._examine(engine, modes[name], cell, len(cells))
+
+    @contextmanager
+    def engine(self, mode: Mode) -> Iterator[SGLangEngine]:
+        engine = SGLangEngine(self._settings(mode))
+        engine.start()
+        try:
+            yield engine
+        finally:
+            engine.shutdown()
+            gc.collect()
+
+    def _resync_of(self, engine: SGLangEngine) -> Resync:
+        if self.resync is None or self.resync.engine is not engine:
+            transport = setup_transport(self.config, self.device, engine, [0], self.control)
+            drafter = FrozenDrafter(self.config.drafter.path, self.actor.hf_config)
+            self.resync = Resync(self.config, self.actor, drafter, engine, transport, self.control)
+        return self.resync
+
+    def _settings(self, mode: Mode) -> EngineSettings:
+        config = self.config
+        speculation = speculation_of(mode, config.speculation)
+        drafters = {"eagle3": self._drafter(mode.wide), "standalone": config.model.path}
+        settings = EngineSettings.from_config(config, self.device)
+        return replace(
+            settings,
+            speculation=speculation,
+            drafter_path=drafters.get(speculation.algorithm),
+            tokenizer=mode.text,
+            steps_by_batch={1: speculation.steps, SWITCH_AT: 0} if mode.switching else None,
+        )
+
+    def _drafter(self, wide: bool) -> str | None:
+        path = self.config.drafter.path
+        if not wide or path is None:
+            return path
+        folder = tempfile.TemporaryDirectory(prefix="respec_audit_")
+        atexit.register(folder.cleanup)
+        return str(widen_drafter(path, self.actor.hf_config, Path(folder.name) / "drafter"))
+
+    def _examine(self, engine: SGLangEngine, mode: Mode, cell: Cell, cells: int) -> CellResult:
+        self.say(cell.name)
+        if cell.before != "nothing":
+            self._update_and_push(engine, sleep=cell.before == "sleep")
+        params = SamplingParams(NEW_TOKENS, **({"temperature": 1.0} | cell.sampling))
+        ends = None
+        if cell.ends:
+            params, ends = self._with_stops(params, mode), Ends(self.end_tokens, self.tokenizer).fault
+        return examine(
+            cell.name,
+            engine,
+            self.prompts,
+            params,
+            lambda prefixes: shaped(self.actor.logits_after(prefixes).cpu(), params),
+            self.standard,
+            cells,
+            self.limit,
+            ends,
+        )
+
+    def _with_stops(self, params: SamplingParams, mode: Mode) -> SamplingParams:
+        """Stops that many responses meet: a token and a piece of text from the likeliest responses."""
+        first, second = self.continuations[0], self.continuations[-1]
+        stop = (self.tokenizer.decode(first[3:5]),) if mode.text and len(first) > 4 else ()
+        return replace(params, stop=stop, stop_token_ids=tuple(second[6:7]))
+
+    def _update_and_push(self, engine: SGLangEngine, sleep: bool) -> None:
+        """What a training step does between two phases of generation, the actor changed enough to tell."""
+        drawn = engine.submit(
+            [Request(str(i), prompt, SamplingParams(NEW_TOKENS)) for i, prompt in enumerate(self.prompts * 8)]
+        ).collect()
+        if sleep:
+            engine.sleep()
+        batch = collate(drawn, pad_id=0)
+        advantages = torch.tensor([1.0, -1.0] * (len(drawn) // 2))
+        for _ in range(UPDATES):
+            self.actor.update(batch, self.actor.infer(batch).logprobs, advantages)
+        if sleep:
+            engine.wake("weights")
+        self.pushes += 1
+        self._resync_of(engine).push(self.pushes, forgot=sleep)
+        if sleep:
+            engine.wake("kv_cache")

@@ -1,0 +1,36 @@
+"""How responses must end: at the first end token or stop string, or at their limit, and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from respec_trainer.rollout.sample import Sample, SamplingParams
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Says what is wrong with a response's end. `tokenizer` is needed for stop strings only."""
+
+    end_tokens: frozenset[int]  # the model's own
+    tokenizer: Any = None
+
+    def fault(self, sample: Sample, params: SamplingParams) -> str | None:
+        tokens, limit = sample.response_ids, params.max_new_tokens
+        ends = self.end_tokens | set(params.stop_token_ids)
+        if len(tokens) > limit:
+            return f"longer than its limit of {limit}"
+        if ends & set(tokens[:-1]) or self._stopped(tokens[:-1], params):
+            return "went on after a stop"
+        stopped = (tokens and tokens[-1] in ends) or self._stopped(tokens, params)
+        if sample.finish_reason == "stop" and not stopped:
+            return "stopped without a reason"
+        if sample.finish_reason == "length" and len(tokens) < limit:
+            return f"cut off before its limit of {limit}"
+        return None
+
+    def _stopped(self, tokens: list[int], params: SamplingParams) -> bool:
+        if not params.stop or not tokens:
+            return False
+        text = self.tokenizer.decode(tokens)
+        return any(stop in text for stop in params.stop)

@@ -1,0 +1,43 @@
+"""The law a rollout engine must follow: the actor's next-token law, as sampling parameters shape it.
+
+Shapes: R prefixes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from respec_trainer.rollout.sample import SamplingParams
+
+# Prefixes (token ids, prompt included) -> logits [R, V] float32 of the token after each.
+LogitsAfter = Callable[[Sequence[Sequence[int]]], torch.Tensor]
+
+
+def shaped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Probabilities [R, V] in float64 of logits [R, V] at the parameters' temperature, top_k and top_p.
+
+    top_k keeps the k most probable tokens, of equals the first; top_p then keeps the most probable of them until they
+    hold that share of what top_k kept. That is the engine's order when it verifies drafts; without speculation it
+    measures the share before top_k, which is the same thing while only one of the two is set.
+
+    Temperature 0 gives the most probable token all of it.
+    """
+    if params.temperature == 0:
+        best = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
+        return best.double()
+    probs = (logits.double() / params.temperature).softmax(-1)
+    if params.top_k > 0:
+        probs = _keep(probs, lambda ordered: (torch.arange(ordered.shape[-1]) < params.top_k).expand_as(ordered))
+    if params.top_p < 1:
+        probs = _keep(probs, lambda ordered: ordered.cumsum(-1) - ordered <= params.top_p)
+    return probs
+
+
+def _keep(probs: torch.Tensor, wanted: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Renormalise over the tokens for which `wanted`, given each row in descending order, is true."""
+    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
+    kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, wanted(ordered))
+    probs = probs.masked_fill(~kept, 0)
+    return probs / probs.sum(-1, keepdim=True)

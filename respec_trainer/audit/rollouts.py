@@ -1,0 +1,89 @@
+"""An audit of a training step's own rollouts: every response token, against the law the actor gives it.
+
+Nothing is drawn for it. No two tokens share a law, so each law is cut into classes by rank: the likeliest token, the
+second, the third, the fourth to eighth, and the rest. How often each class was drawn must agree with what the laws
+gave it. Verification that accepts too much, or too little, moves mass between the first ranks and the rest.
+
+The engine and the actor round differently, but their errors do not favor a rank, and cancel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from respec_trainer.actor.engine import Actor
+from respec_trainer.audit.law import shaped
+from respec_trainer.audit.statistics import ClassSums
+from respec_trainer.config import Config
+from respec_trainer.errors import AuditError
+from respec_trainer.rollout.batch import Batch
+from respec_trainer.rollout.sample import SamplingParams
+
+FIRST_RANKS = (0, 1, 2, 3, 8)  # of each class
+ROWS = 16  # responses a pass, whose logits are held at once
+# Of failing a run that is right, at one audit: a run has many, and ending it costs much.
+LEVEL = 1e-6
+
+
+class RolloutAudit:
+    """Audits every `rollout.audit_every`-th step. Collective: every rank calls it."""
+
+    def __init__(self, config: Config, actor: Actor):
+        self.every, self.actor, self.lossy = config.rollout.audit_every, actor, config.speculation.lossy
+        sampling = config.rollout.sampling
+        self.params = SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k)
+
+    def __call__(self, step: int, batch: Batch) -> dict[str, float]:
+        """`audit/*` metrics of this data-parallel rank's rows and the others'; nothing on a step without an audit.
+
+        Raises AuditError on every rank where the rows do not follow the actor's law, unless the configuration allows
+        lossy speculation.
+        """
+        if not self.every or step % self.every:
+            return {}
+        evidence = self._over_copies(self._sums(batch)).evidence()
+        if evidence.p_value < LEVEL and not self.lossy:
+            raise AuditError(
+                f"the rollouts of step {step + 1} do not follow the policy: p = {evidence.p_value:.1g}, chi-square "
+                f"{evidence.statistic:.0f} with {evidence.df} degrees of freedom over {evidence.draws} tokens; run "
+                "tools/audit_rollout.py to see which way of sampling is wrong"
+            )
+        return {
+            "audit/p_value": evidence.p_value,
+            "audit/total_variation": evidence.total_variation,
+            "audit/power": evidence.power(0.02, LEVEL),
+            "audit/tokens": evidence.draws,
+        }
+
+    def _sums(self, batch: Batch) -> ClassSums:
+        drawn, masses = [], []
+        for start in range(0, len(batch), ROWS):
+            rows = batch.rows(slice(start, start + ROWS))
+            logits = self.actor.logits_at(rows.tokens, rows.response_mask.roll(-1, 1)).cpu()
+            tokens = rows.tokens[rows.response_mask].cpu()
+            some_drawn, some_masses = rank_classes(shaped(logits, self.params), tokens)
+            drawn.append(some_drawn)
+            masses.append(some_masses)
+        return ClassSums.of(torch.cat(drawn).numpy(), torch.cat(masses).numpy())
+
+    def _over_copies(self, sums: ClassSums) -> ClassSums:
+        classes = len(sums.seen)
+        parts = [sums.seen, sums.expected, sums.products.ravel(), [sums.draws]]
+        flat = torch.cat([torch.as_tensor(part, dtype=torch.float64) for part in parts])
+        flat = flat.to(self.actor.topology.device)
+        dist.all_reduce(flat, group=self.actor.topology.dp_group)
+        seen, expected, products, draws = flat.cpu().split([classes, classes, classes**2, 1])
+        return ClassSums(seen.numpy(), expected.numpy(), products.view(classes, classes).numpy(), int(draws))
+
+
+def rank_classes(probs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class of each of T tokens in its law, [T], and what the law gave each class, [T, C].
+
+    probs: [T, V] float64. tokens: [T].
+    """
+    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
+    rank = (order == tokens[:, None]).int().argmax(-1)
+    firsts = [first for first in FIRST_RANKS if first < probs.shape[-1]]
+    before = torch.nn.functional.pad(ordered.cumsum(-1), (1, 0))[:, [*firsts, -1]]
+    return torch.bucketize(rank, torch.tensor(firsts), right=True) - 1, before.diff(dim=-1)

@@ -1,0 +1,126 @@
+"""The statistics of an audit: chi-square tests, their power, and Holm's correction for many of them.
+
+Sources: Pearson 1900 (chi-square); Holm 1979; the power of the test from the noncentral chi-square law.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import chi2, ncx2, poisson
+
+LEAST_EXPECTED = 5.0  # draws expected of an outcome that is tested by itself
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A chi-square statistic and what it rests on. Evidence of independent draws adds up."""
+
+    statistic: float = 0.0
+    df: int = 0
+    draws: int = 0  # draws between several likely outcomes
+    distance: float = 0.0  # sum over those of the total variation seen
+    chance: float = 0.0  # and of that which draws from the right law would show on average
+    lone: int = 0  # draws where one outcome is likely: any other law gives more to the rare ones
+    rare: float = 0.0  # rare outcomes expected, of all draws
+
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    @property
+    def p_value(self) -> float:
+        return float(chi2.sf(self.statistic, self.df)) if self.df else 1.0
+
+    @property
+    def total_variation(self) -> float:
+        """Mean over draws, what chance shows taken off; 0 where less is seen than chance shows."""
+        return max(0.0, self.distance - self.chance) / self.draws if self.draws else 0.0
+
+    def power(self, total_variation: float, level: float) -> float:
+        """Least probability that a test at `level` detects a law this far from the right one at every draw.
+
+        The noncentrality of n draws from a law q is n sum (q - p)^2 / p >= n (sum |q - p|)^2 = 4 n TV^2
+        (Cauchy-Schwarz). Where one outcome is likely, a law this far off gives the rare ones that much more, less what
+        they had. The power grows with the noncentrality, so this is a lower bound.
+        """
+        if not self.df:
+            return 0.0
+        more = max(0.0, self.lone * total_variation - self.rare)
+        noncentrality = 4 * self.draws * total_variation**2 + more**2 / max(self.rare, LEAST_EXPECTED)
+        return float(ncx2.sf(chi2.isf(level, self.df), self.df, noncentrality))
+
+
+def multinomial(observed: np.ndarray, law: np.ndarray) -> tuple[Evidence, int, float]:
+    """Test counts [V] of draws from one law [V].
+
+    Returns the evidence of the outcomes that enough draws are expected of, given that it was one of them; how many
+    draws fell on the others; and how many were expected to. The latter two, added over many laws, make `rare`.
+    """
+    draws = int(observed.sum())
+    common = draws * law >= LEAST_EXPECTED
+    mass = float(law[common].sum())
+    here = int(observed[common].sum())
+    rest, rest_expected = draws - here, draws * max(0.0, 1.0 - mass)
+    if common.sum() < 2 or not here:
+        return Evidence(lone=draws if common.any() else 0), rest, rest_expected
+    p, seen = law[common] / mass, observed[common]
+    statistic = float(((seen - here * p) ** 2 / (here * p)).sum())
+    distance = 0.5 * float(np.abs(seen - here * p).sum())
+    chance = 0.5 * float(np.sqrt(2 / math.pi * here * p * (1 - p)).sum())
+    return Evidence(statistic, int(common.sum()) - 1, draws, distance, chance), rest, rest_expected
+
+
+def rare(observed: int, expected: float) -> Evidence:
+    """Test a sum of many rare outcomes, which is nearly a Poisson number. Too few expected show only as too many."""
+    if expected >= LEAST_EXPECTED:
+        statistic = (observed - expected) ** 2 / expected
+    else:
+        tail = float(poisson.sf(observed - 1, expected))
+        statistic = float(chi2.isf(tail, 1)) if observed > expected else 0.0
+    return Evidence(statistic, 1, rare=expected)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values: rejecting those below a level errs with at most that probability over all the tests."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class ClassSums:
+    """Sums over draws whose laws all differ, by classes that are named before each draw. Sums of parts add up."""
+
+    seen: np.ndarray  # [C] draws that fell in each class
+    expected: np.ndarray  # [C] what their laws p [C] gave it
+    products: np.ndarray  # [C, C] sum of p p'
+    draws: int
+
+    @classmethod
+    def of(cls, drawn: np.ndarray, masses: np.ndarray) -> ClassSums:
+        """drawn: [T] the class of each draw. masses: [T, C] float64, each row a law over the classes."""
+        seen = np.bincount(drawn, minlength=masses.shape[1]).astype(float)
+        return cls(seen, masses.sum(0), masses.T @ masses, len(drawn))
+
+    def evidence(self) -> Evidence:
+        """With D = seen - expected and S the sum of the covariances diag(p) - p p', D' S^-1 D is chi-square with
+        rank(S) degrees of freedom for many draws, also where each law hangs on the draws before it (a martingale's
+        central limit theorem). Errors of the laws that cancel over the draws, as rounding does, cancel here.
+        """
+        covariance = np.diag(self.expected) - self.products
+        used = np.diag(covariance) >= LEAST_EXPECTED
+        if used.sum() < 1:
+            return Evidence()
+        difference, covariance = (self.seen - self.expected)[used], covariance[np.ix_(used, used)]
+        tolerance = 1e-8 * float(covariance.max())
+        df = int(np.linalg.matrix_rank(covariance, tol=tolerance, hermitian=True))
+        inverse = np.linalg.pinv(covariance, rcond=1e-8, hermitian=True)
+        chance = 0.5 * float(np.sqrt(2 / math.pi * np.diag(covariance)).sum())
+        distance = 0.5 * float(np.abs(difference).sum())
+        return Evidence(float(difference @ inverse @ difference), df, self.draws, distance, chance)
