@@ -22,6 +22,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Threshold = Annotated[float, Field(gt=0, le=1)]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 DType = Literal["bf16", "fp32"]
 
@@ -75,6 +76,7 @@ class SamplingConfig(Section):
     top_k: Annotated[int, Field(ge=-1)] = -1  # -1: no limit
     max_new_tokens: PositiveInt
     stop: list[str] = []
+    seeded: bool = False  # every draw is a function of run.seed, step, prompt and place in the group
 
 
 class EngineConfig(Section):
@@ -86,13 +88,17 @@ class EngineConfig(Section):
     mem_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     threads: PositiveInt = 1  # OpenMP threads of each engine process, without a GPU
     timeout: PositiveFloat = 600.0  # seconds without an answer before the engine counts as hung
+    max_restarts: NonNegativeInt = 3  # times in one generation phase that dead engines are started anew
+    # After a death: go on from the tokens so far, which costs a message a pass, or draw the engine's share again.
+    resume: Literal["tokens", "start"] = "start"
     log_level: Literal["debug", "info", "warning", "error"] = "error"
 
     @model_validator(mode="after")
     def _slots_can_be_free(self) -> EngineConfig:
         if self.min_free_slots > self.max_running_requests:
             raise ValueError(
-                f"min_free_slots={self.min_free_slots} are never free of max_running_requests={self.max_running_requests}"
+                f"min_free_slots={self.min_free_slots} are never free of "
+                f"max_running_requests={self.max_running_requests}"
             )
         return self
 
@@ -100,19 +106,63 @@ class EngineConfig(Section):
 class RolloutConfig(Section):
     samples_per_prompt: Annotated[int, Field(ge=2)]
     sampling: SamplingConfig
+    audit_every: NonNegativeInt = 0  # steps from one test of the samples' law to the next; 0: never
     engine: EngineConfig = EngineConfig()
 
 
 class SpeculationConfig(Section):
-    algorithm: Literal["eagle3", "none"] = "eagle3"
+    # eagle3: a drafter of its own kind; standalone: a smaller model; ngram: what the engine has generated before
+    algorithm: Literal["eagle3", "standalone", "ngram", "none"] = "eagle3"
     steps: PositiveInt = 3  # s: draft steps
     topk: PositiveInt = 1  # t: branches a step
     draft_tokens: PositiveInt = 4  # n: tokens verified in one target pass, the root included
+    rejection_sampling: bool = False  # drafts are drawn, and accepted by min(1, p/q); else chosen, and accepted by p
+    accept_threshold_single: Threshold = 1.0  # below 1: accept drafts at least as probable as this
+    accept_threshold_acc: Threshold = 1.0  # below 1: accept drafts with p / threshold
+    allow_lossy: bool = False  # whether the thresholds may be below 1
+
+    @property
+    def lossy(self) -> bool:
+        """Whether drafts are accepted beyond the policy's law, so that samples do not follow the policy."""
+        return self.algorithm != "none" and min(self.accept_threshold_single, self.accept_threshold_acc) < 1
+
+    @property
+    def depth(self) -> int:
+        """The most drafts one pass can accept."""
+        return self.draft_tokens - 1 if self.algorithm == "ngram" else self.steps
+
+    @model_validator(mode="after")
+    def _samples_follow_the_policy(self) -> SpeculationConfig:
+        for key in ("accept_threshold_single", "accept_threshold_acc"):
+            if self.lossy and getattr(self, key) < 1 and not self.allow_lossy:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} accepts drafts that the policy would not have sampled: "
+                    f"responses would no longer follow the policy being trained; set {key}=1.0, or allow it with "
+                    "speculation.allow_lossy=true"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _rejection_sampling_is_possible(self) -> SpeculationConfig:
+        if not self.rejection_sampling or self.algorithm == "none":
+            return self
+        if self.algorithm != "eagle3" or self.topk > 1:
+            raise ValueError(
+                "rejection_sampling needs algorithm=eagle3 and topk=1, not "
+                f"algorithm={self.algorithm} and topk={self.topk}"
+            )
+        if self.lossy:
+            raise ValueError("rejection_sampling knows no accept thresholds: set accept_threshold_single and _acc to 1")
+        return self
 
     @model_validator(mode="after")
     def _shape_is_consistent(self) -> SpeculationConfig:
         if self.algorithm == "none":
             return self
+        if self.algorithm == "ngram":
+            if self.draft_tokens < 2:
+                raise ValueError("algorithm=ngram needs draft_tokens >= 2: the root and at least one draft")
+            return self  # the drafts' tree is as wide and as deep as what is found
         s, t, n = self.steps, self.topk, self.draft_tokens
         if t == 1 and n != s + 1:
             raise ValueError(f"a chain (topk=1) verifies exactly steps + 1 tokens: set draft_tokens={s + 1}, not {n}")
@@ -123,7 +173,7 @@ class SpeculationConfig(Section):
 
 
 class DrafterConfig(Section):
-    path: str | None = None  # an EAGLE-3 folder in SGLang's format
+    path: str | None = None  # an EAGLE-3 folder in SGLang's format; for standalone: a Hugging Face model folder
     weighting: Literal["none"] = "none"  # "none": the drafter stays as it is during the run
 
 
@@ -163,8 +213,10 @@ class ObjectiveConfig(Section):
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     minibatches: PositiveInt = 1  # optimizer updates a step
-    correction: Literal["none", "tis"] = "tis"  # sampler-to-actor mismatch
+    correction: Literal["none", "tis", "token_mask", "sequence_mask"] = "tis"  # sampler-to-actor mismatch
     tis_clip: PositiveFloat = 2.0
+    mask_low: Annotated[float, Field(gt=0, lt=1)] = 0.5  # bounds of the ratio that the masks let through
+    mask_high: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
 
 
 class ResyncConfig(Section):
@@ -206,11 +258,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
-        if self.speculation.algorithm == "eagle3" and self.drafter.path is None:
-            raise ValueError(
-                "speculation.algorithm=eagle3 needs drafter.path, a drafter made by tools/train_drafter.py "
-                "(or set speculation.algorithm=none)"
-            )
+        self._check_drafter_path()
         if self.samples_per_step % self.objective.minibatches:
             raise ValueError(
                 f"objective.minibatches={self.objective.minibatches} must divide data.prompts_per_step x "
@@ -224,6 +272,32 @@ class Config(Section):
                 "so every advantage is zero"
             )
         return self
+
+    @model_validator(mode="after")
+    def _seeds_fix_every_draw(self) -> Config:
+        if self.rollout.sampling.seeded and self.speculation.rejection_sampling:
+            raise ValueError(
+                "rollout.sampling.seeded does not reach the drafter, which draws under speculation.rejection_sampling; "
+                "set one of them to false"
+            )
+        return self
+
+    def _check_drafter_path(self) -> None:
+        algorithm, path = self.speculation.algorithm, self.drafter.path
+        kinds = {
+            "eagle3": "a drafter made by tools/train_drafter.py",
+            "standalone": "the folder of a smaller model with the same vocabulary",
+        }
+        if algorithm in kinds and path is None:
+            raise ValueError(
+                f"speculation.algorithm={algorithm} needs drafter.path, {kinds[algorithm]} "
+                "(or set speculation.algorithm=none)"
+            )
+        if algorithm == "ngram" and path is not None:
+            raise ValueError(
+                f"speculation.algorithm=ngram has no drafter, but drafter.path={path} is given: leave it out, "
+                "or set speculation.algorithm=eagle3"
+            )
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError where `world_size` trainer ranks cannot carry this configuration."""

@@ -17,12 +17,24 @@ class EngineError(RespecError):
     """The rollout engine refused a request, died, or did not answer in time."""
 
 
+class EngineLostError(EngineError):
+    """Engines died, and every rank knows: they can be started anew, or the run can end in order."""
+
+
 class ResyncError(RespecError):
     """Weights did not reach the engine as sent."""
 
 
+class TransferError(ResyncError):
+    """The connection to an engine broke, or was too slow, while weights were on their way."""
+
+
 class TrainingError(RespecError):
     """Training cannot go on: for example too many steps in a row with non-finite losses or gradients."""
+
+
+class AuditError(RespecError):
+    """Samples do not follow the policy's law."""
 
 
 class UnsupportedVersionError(RespecError):

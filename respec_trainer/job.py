@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from respec_trainer.actor.engine import Actor
 from respec_trainer.actor.parallel import Topology, init_parallel, shutdown_parallel
+from respec_trainer.audit.rollouts import RolloutAudit
 from respec_trainer.checkpoint.export import export_actor
 from respec_trainer.config import Config
 from respec_trainer.data.prompts import PromptStream, load_prompts
@@ -19,6 +20,7 @@ from respec_trainer.resync.transport import setup_transport
 from respec_trainer.rewards import setup_reward
 from respec_trainer.rollout.fleet import RolloutFleet
 from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+from respec_trainer.rollouts import Rollouts
 from respec_trainer.telemetry.report import Report
 
 
@@ -37,6 +39,7 @@ class Job:
         self.sequence_multiple = self.topology.tp if config.actor.parallel.sequence_parallel else 1
         self.report.phase("loading the actor")
         self.actor = Actor(config, self.topology, total_updates=config.run.steps * config.objective.minibatches)
+        self.audit = RolloutAudit(config, self.actor)
         prompts = load_prompts(config.data, self.tokenizer, context_limit(config, self.actor.hf_config))
         self.report.loaded(prompts)
         self.prompts = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
@@ -44,7 +47,8 @@ class Job:
         self.learner = setup_learner(config, self.actor.hf_config)
         self.report.phase("starting the rollout engine")
         self.fleet = RolloutFleet(config, self._make_engine, self.control, self.topology.device.type)
-        self.resync = self._setup_resync()
+        restarts = config.rollout.engine.max_restarts
+        self.rollouts = Rollouts(self.fleet, self._setup_resync(), restarts, self.report.message)
 
     def _make_engine(self, index: int) -> SGLangEngine:
         return SGLangEngine(EngineSettings.from_config(self.config, device=self.topology.device.type, index=index))
@@ -53,7 +57,7 @@ class Job:
         fleet, device = self.fleet, self.topology.device.type
         transport = setup_transport(self.config, device, fleet.engine, fleet.owners, self.control)
         drafter = self.learner if self.config.speculation.algorithm == "eagle3" else None
-        return Resync(self.config, self.actor, drafter, fleet.engine, transport)
+        return Resync(self.config, self.actor, drafter, fleet.engine, transport, self.control)
 
     def my_rows(self, total: int) -> slice:
         """The rows of a step's samples that this data-parallel rank trains on."""
@@ -72,9 +76,15 @@ class Job:
     def finish(self) -> None:
         """After the last step: export the actor if asked to, and print the summary."""
         if self.config.checkpoint.export_at_end:
-            self.report.phase("exporting the actor")
-            export_actor(self.actor, Path(self.config.model.path), self.report.folder / "actor")
+            self.export()
         self.report.summary()
+
+    def export(self) -> Path:
+        """Write the actor as it is into the run's folder, as a Hugging Face folder. Every rank calls it."""
+        self.report.phase("exporting the actor")
+        out = self.report.folder / "actor"
+        export_actor(self.actor, Path(self.config.model.path), out)
+        return out
 
     def close(self) -> None:
         """End a job that ran to its end: the engine's processes, then the process groups."""

@@ -83,11 +83,37 @@ def check_data(config: Config, hf_config) -> None:
 
 
 def check_drafter(config: Config, hf_config) -> None:
-    if config.speculation.algorithm == "none":
-        return
-    from respec_trainer.drafter.format import check_drafter_folder
+    """What drafter.path names can draft for the model, by speculation.algorithm."""
+    if config.speculation.algorithm == "eagle3":
+        from respec_trainer.drafter.format import check_drafter_folder
 
-    check_drafter_folder(Path(config.drafter.path), hf_config)
+        check_drafter_folder(Path(config.drafter.path), hf_config)
+        check_rejection_sampling(config)
+    elif config.speculation.algorithm == "standalone":
+        from respec_trainer.actor.check import check_model
+        from respec_trainer.compat import resolve_device
+        from respec_trainer.drafter.standalone import check_standalone
+
+        device = resolve_device(config.run.device)
+        drafter = check_standalone(config.drafter.path, config.model.path, hf_config, device)
+        try:
+            check_model(drafter, tp=1)  # what the actor can be, the engine can load
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model.path", "drafter.path")) from error
+
+
+def check_rejection_sampling(config: Config) -> None:
+    """The drafter's law must be over the target's own vocabulary."""
+    if not config.speculation.rejection_sampling:
+        return
+    drafter = json.loads((Path(config.drafter.path) / "config.json").read_text())
+    size, full = drafter["draft_vocab_size"], drafter["vocab_size"]
+    if size != full:
+        raise ConfigError(
+            f"speculation.rejection_sampling needs a drafter of the full vocabulary, but draft_vocab_size in "
+            f"{config.drafter.path} is {size} of {full}; train one with all {full} tokens, or set "
+            "speculation.rejection_sampling=false"
+        )
 
 
 def check_ports(config: Config, rank: int) -> None:

@@ -9,9 +9,9 @@ import torch
 from respec_trainer.actor.advantages import group_advantages
 from respec_trainer.actor.engine import NonFiniteStep
 from respec_trainer.data.prompts import Prompt
-from respec_trainer.errors import TrainingError
+from respec_trainer.errors import AuditError, EngineLostError, TrainingError
 from respec_trainer.rollout.batch import collate
-from respec_trainer.rollout.sample import Request, Sample, SamplingParams
+from respec_trainer.rollout.sample import Request, Sample, SamplingParams, with_seed
 from respec_trainer.telemetry.metrics import reward_metrics, rollout_metrics, speculation_metrics
 
 if TYPE_CHECKING:
@@ -26,42 +26,53 @@ class Trainer:
         self.bad_steps = 0  # in a row
 
     def run(self) -> None:
-        """Train for `run.steps` steps. Raises TrainingError after `run.max_bad_steps` refused steps in a row."""
-        self.resync(step=0)
-        self.job.clock.take()  # the start belongs to no step
-        for step in range(self.config.run.steps):
-            self.job.report.step(step, self.step(step))
+        """Train for `run.steps` steps. Raises TrainingError after `run.max_bad_steps` refused steps in a row.
+
+        If the engines keep dying, or samples fail their audit, the actor is exported before the error is raised.
+        """
+        try:
+            self.resync(step=0)
+            self.job.clock.take()  # the start belongs to no step
+            for step in range(self.config.run.steps):
+                self.job.report.step(step, self.step(step))
+        except (AuditError, EngineLostError) as error:
+            raise type(error)(f"{error}; the actor as it is lies in {self.job.export()}") from error
 
     def step(self, step: int) -> dict:
         """One iteration of the loop; its metrics."""
         job, clock = self.job, self.job.clock
         prompts = job.prompts.next(self.config.data.prompts_per_step)
         with clock("generate"):
-            pending = job.fleet.start(self.requests(step, prompts))
+            job.rollouts.start(self.requests(step, prompts))
             with clock("learn"):
                 job.learner.update()
-            samples = pending.collect()
+            samples = job.rollouts.collect()
         with clock("reward"):
             rewards = self.score(step, samples, prompts)
         with clock("wake"):
-            job.fleet.sleep()
+            job.rollouts.sleep()
         batch = collate(samples, job.pad_id, job.sequence_multiple).rows(job.my_rows(len(samples)))
         with clock("infer"):
             old = job.actor.infer(batch)
+        with clock("audit"):
+            audit = job.audit(step, batch)
         job.learner.observe(samples, old, rewards)
         with clock("train"):
             advantages = group_advantages(rewards, self.config.objective.advantage).flatten()
             stats = self.update(step, batch, old.logprobs, advantages[job.my_rows(len(samples))])
         self.resync(step + 1)
         generation = rollout_metrics(samples, clock.seconds["generate"])
-        speculation = speculation_metrics(samples, self.config.speculation.steps)
-        return reward_metrics(samples) | generation | speculation | stats | clock.take()
+        speculation = speculation_metrics(samples, self.config.speculation)
+        outcome = reward_metrics(samples) | generation | speculation | stats | audit
+        return outcome | job.rollouts.metrics() | clock.take()
 
     def requests(self, step: int, prompts: list[Prompt]) -> list[Request]:
         """`samples_per_prompt` requests a prompt, a group's next to each other."""
-        sampling = SamplingParams(**self.config.rollout.sampling.model_dump())
+        settings = self.config.rollout.sampling
+        sampling = SamplingParams(**settings.model_dump(exclude={"seeded"}))
         group = range(self.config.rollout.samples_per_prompt)
-        return [Request(f"{step}:{prompt.key}:{i}", prompt.ids, sampling) for prompt in prompts for i in group]
+        requests = [Request(f"{step}:{prompt.key}:{i}", prompt.ids, sampling) for prompt in prompts for i in group]
+        return [with_seed(request, self.config.run.seed) for request in requests] if settings.seeded else requests
 
     def score(self, step: int, samples: list[Sample], prompts: list[Prompt]) -> torch.Tensor:
         """Set every sample's reward; return them as [prompts, samples_per_prompt]."""
@@ -87,10 +98,6 @@ class Trainer:
         return stats | {"policy/refused": 0}
 
     def resync(self, step: int) -> None:
-        """Put the weights of both models into the engines, in the order that a sleeping engine needs."""
-        with self.job.clock("wake"):
-            self.job.fleet.wake("weights")
+        """Put the weights of both models into the engines."""
         with self.job.clock("resync"):
-            self.job.resync.push(step, forgot=self.job.fleet.sleeps)
-        with self.job.clock("wake"):
-            self.job.fleet.wake("kv_cache")
+            self.job.rollouts.push(step)

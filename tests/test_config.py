@@ -9,6 +9,7 @@ import yaml
 
 from respec_trainer.config import Config, dump_config, load_config, valid_keys
 from respec_trainer.errors import ConfigError
+from tests.configs import smallest_config
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -91,6 +92,11 @@ def test_every_bad_key_is_named_at_once(write):
         ("rollout.engine.min_free_slots=65", "max_running_requests=64"),
         ("drafter.path=null", "drafter.path"),
         ("objective.minibatches=3", "objective.minibatches=3"),
+        ("objective.mask_low=0", "objective.mask_low"),
+        ("objective.mask_low=1.0", "objective.mask_low"),
+        ("objective.mask_high=1.0", "objective.mask_high"),
+        ("objective.mask_high=.inf", "objective.mask_high"),
+        ("objective.correction=mask", "'sequence_mask'"),
         ("actor.parallel.sequence_parallel=true", "tp >= 2"),
         ("rollout.sampling.temperature=0", "greedy"),
         ("rollout.samples_per_prompt=1", "samples_per_prompt"),
@@ -152,3 +158,45 @@ def test_every_key_is_documented():
     sections = {key.rpartition(".")[0] for key in valid_keys()}
     leaves = [key for key in valid_keys() if key not in sections]
     assert [key for key in leaves if f"`{key}`" not in documented] == []
+
+
+LOSSY = ["speculation.algorithm=eagle3", "drafter.path=drafter", "speculation.accept_threshold_acc=0.9"]
+
+
+@pytest.mark.parametrize("key", ["accept_threshold_single", "accept_threshold_acc"])
+def test_speculation_that_bends_the_law_must_be_allowed(tmp_path, key):
+    shape = [*LOSSY[:2], f"speculation.{key}=0.5"]
+    words = rf"(?s)speculation.*{key}=0.5.*no longer follow the policy.*allow_lossy=true"
+    with pytest.raises(ConfigError, match=words):
+        smallest_config(tmp_path, *shape)
+    assert smallest_config(tmp_path, *shape, "speculation.allow_lossy=true").speculation.lossy
+    assert not smallest_config(tmp_path, *shape[:2], "speculation.allow_lossy=true").speculation.lossy
+    for value in (0, 1.1):
+        with pytest.raises(ConfigError, match=f"speculation.{key}"):
+            smallest_config(tmp_path, f"speculation.{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["speculation.algorithm=standalone"], "standalone needs drafter.path"),
+        (["speculation.algorithm=ngram", "drafter.path=d"], "ngram has no drafter, but drafter.path=d"),
+        (["speculation.algorithm=ngram", "speculation.draft_tokens=1"], "draft_tokens >= 2"),
+        ([*LOSSY[:2], "speculation.rejection_sampling=true", "speculation.topk=2"], "topk=1, not .* topk=2"),
+        (["speculation.algorithm=ngram", "speculation.rejection_sampling=true"], "algorithm=eagle3"),
+        ([*LOSSY, "speculation.allow_lossy=true", "speculation.rejection_sampling=true"], "no accept thresholds"),
+        (
+            [*LOSSY[:2], "speculation.rejection_sampling=true", "rollout.sampling.seeded=true"],
+            "seeded does not reach the drafter",
+        ),
+    ],
+)
+def test_speculation_that_cannot_work_is_refused(tmp_path, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        smallest_config(tmp_path, *overrides)
+
+
+def test_an_ngram_tree_is_as_deep_as_its_drafts(tmp_path):
+    shape = smallest_config(tmp_path, "speculation.algorithm=ngram", "speculation.draft_tokens=9").speculation
+    assert shape.depth == 8
+    assert smallest_config(tmp_path, *LOSSY[:2]).speculation.depth == 3

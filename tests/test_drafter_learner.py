@@ -47,8 +47,16 @@ def test_a_drafter_of_another_target_is_refused(folder):
         setup_learner(config_for(folder), target_config(vocab_size=200))
 
 
-def test_without_speculation_there_is_nothing_to_push(tmp_path):
-    learner = setup_learner(tiny_run_config("actor"), target_config())
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"speculation.algorithm": "standalone", "drafter.path": "small"},
+        {"speculation.algorithm": "ngram"},
+    ],
+)
+def test_without_a_drafter_of_our_own_there_is_nothing_to_push(changes):
+    learner = setup_learner(tiny_run_config("actor", changes), target_config())
     learner.update()
     learner.observe([], None, torch.zeros(0, 2))
     assert learner.version == "none" and list(learner.named_tensors()) == []

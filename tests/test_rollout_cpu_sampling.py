@@ -159,3 +159,44 @@ def test_every_sequence_of_the_star_is_possible():
     law = exact(parents, tokens, torch.full((4, VOCAB), 1 / VOCAB))
     assert len(law) == 3 * VOCAB + 2 and abs(sum(law.values()) - 1) < 1e-6
     assert set(law) == {(a, b) for a, b in product((1, 2, 4), range(VOCAB))} | {(0,), (3,)}
+
+
+def rejection(probs, proposals, draws=DRAWS, seed=0) -> Counter:
+    """How often each sequence came, of chains drawn from `proposals` [n - 1, V]; both laws depend on the depth only."""
+    n, generator = len(probs), torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(proposals, draws, True, generator=generator).T  # [draws, n - 1]
+    candidates = torch.nn.functional.pad(drawn, (1, 0))
+    predicts = torch.zeros(draws * n, dtype=torch.int32)
+    accept_index = torch.full((draws, n), -1, dtype=torch.int32)
+    count, index = torch.empty(draws, dtype=torch.int32), torch.arange(draws * n).view(draws, n)
+    uniform = torch.rand(draws, n, generator=generator), torch.rand(draws, generator=generator)
+    sampling.chain_speculative_sampling(
+        predicts, accept_index, count, candidates, index, None, None, *uniform,
+        probs.expand(draws, n, VOCAB), proposals.expand(draws, n - 1, VOCAB),
+    )  # fmt: skip
+    kept = [row[: c + 1] for row, c in zip(accept_index.tolist(), count.tolist(), strict=True)]
+    return Counter(tuple(predicts[row].tolist()) for row in kept)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rejection_sampling_keeps_the_law_whatever_is_proposed(seed):
+    generator = torch.Generator().manual_seed(100 + seed)
+    probs = torch.rand(3, VOCAB, generator=generator).softmax(-1)
+    proposals = (4 * torch.rand(2, VOCAB, generator=generator)).softmax(-1)
+    sequences = rejection(probs, proposals, seed=seed)
+    # A draw is accepted with the mass that both laws share.
+    shared = torch.minimum(probs[:-1], proposals).sum(-1)
+    accepted = [sum(c for s, c in sequences.items() if len(s) > depth) / DRAWS for depth in (1, 2)]
+    np.testing.assert_allclose(accepted, shared.cumprod(0), atol=0.01)  # 40,000 draws
+    for depth in range(3):
+        seen = Counter()
+        for sequence, times in sequences.items():
+            if len(sequence) > depth:
+                seen[sequence[depth]] += times
+        expected = probs[depth].double() / probs[depth].double().sum() * seen.total()
+        assert chisquare([seen[token] for token in range(VOCAB)], expected).pvalue > 1e-3
+
+
+def test_a_proposal_equal_to_the_target_is_always_accepted():
+    probs = torch.tensor([[0.5, 0.2, 0.2, 0.1, 0.0]]).expand(4, VOCAB)
+    assert {len(sequence) for sequence in rejection(probs, probs[:-1], draws=500)} == {4}

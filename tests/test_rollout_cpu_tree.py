@@ -121,3 +121,27 @@ def test_greedy_verification(n, batch, chain, seed):
         assert count[b] == len(path) - 1
         assert accept_index[b].tolist() == [b * n + i for i in path] + [-1] * (width - len(path))
         assert [predicts[b * n + i] for i in path] == [target[b, i] for i in path]
+
+
+@pytest.mark.parametrize("parents", [[[-1, 0, 0, 1, 1, 2], [-1, 0, 1, 2, 3, 4]], [[-1, 0, 0, 0, 0, 0]]])
+def test_a_tree_that_comes_as_a_mask(parents):
+    from sgl_kernel.speculative import reconstruct_indices_from_tree_mask
+
+    batch, n = len(parents), len(parents[0])
+    mask = torch.zeros(batch, n, n, dtype=torch.bool)
+    for tree_mask, row in zip(mask, parents, strict=True):
+        for node, parent in enumerate(row):
+            if parent >= 0:
+                tree_mask[node] = tree_mask[parent]
+            tree_mask[node, node] = True
+    prefix = torch.arange(10, 10 + batch)
+    positions = torch.zeros(batch * n, dtype=torch.int64)
+    index, child, sibling = torch.zeros(3, batch, n, dtype=torch.int64)
+    reconstruct_indices_from_tree_mask(mask.flatten(), prefix, positions, index, child, sibling, batch, n)
+    assert index.flatten().tolist() == list(range(batch * n))
+    for b, row in enumerate(parents):
+        for node in range(n):
+            children = [other for other in range(n) if row[other] == node]
+            siblings = [other for other in range(node + 1, n) if row[node] >= 0 and row[other] == row[node]]
+            assert child[b, node] == (children or [-1])[0] and sibling[b, node] == (siblings or [-1])[0]
+            assert positions[b * n + node] == 10 + b + mask[b, node].sum() - 1

@@ -80,6 +80,37 @@ def test_arguments(device, tp):
     assert arguments.get("enable_memory_saver", False) == (device == "cuda")
 
 
+@pytest.mark.parametrize("algorithm", ["standalone", "ngram"])
+def test_arguments_of_other_algorithms(tmp_path, algorithm):
+    path = ["drafter.path=small"] if algorithm == "standalone" else []
+    shape = ["speculation.topk=3", "speculation.draft_tokens=7", "rollout.sampling.seeded=true"]
+    config = smallest_config(tmp_path, f"speculation.algorithm={algorithm}", *path, *shape)
+    settings = EngineSettings.from_config(config, "cpu")
+    arguments = server_arguments(settings)
+    assert settings.seeded and arguments["speculative_num_draft_tokens"] == 7
+    if algorithm == "standalone":
+        assert (arguments["speculative_algorithm"], arguments["speculative_draft_model_path"]) == (
+            "STANDALONE",
+            "small",
+        )
+        assert (arguments["speculative_num_steps"], arguments["speculative_eagle_topk"]) == (3, 3)
+    else:
+        assert arguments["speculative_algorithm"] == "NGRAM" and arguments["speculative_ngram_max_bfs_breadth"] == 3
+        assert not {"speculative_draft_model_path", "speculative_num_steps"} & set(arguments)
+
+
+def test_what_bends_the_law_reaches_sglang_and_is_off_otherwise():
+    def given(**changes):
+        arguments = server_arguments(EngineSettings("actor", "drafter", speculation=SpeculationConfig(**changes)))
+        names = ("accept_threshold_single", "accept_threshold_acc", "use_rejection_sampling")
+        return [arguments[f"speculative_{name}"] for name in names]
+
+    assert given() == [1.0, 1.0, False]
+    lossy = {"accept_threshold_single": 0.4, "accept_threshold_acc": 0.5, "allow_lossy": True}
+    assert given(**lossy) == [0.4, 0.5, False]
+    assert given(rejection_sampling=True) == [1.0, 1.0, True]
+
+
 def test_a_cpu_engine_is_one_process():
     with pytest.raises(ConfigError, match=r"rollout\.engine\.span=2"):
         EngineSettings("actor", device="cpu", engine=EngineConfig(tp=2))
@@ -92,6 +123,7 @@ def test_sglang_knows_every_argument(device):
     prepare_process("cpu")
     from sglang.srt.server_args import ServerArgs
 
-    shape = SpeculationConfig(steps=3, topk=1, draft_tokens=4)
-    arguments = server_arguments(EngineSettings("actor", "drafter", device=device, speculation=shape))
-    assert set(arguments) <= set(ServerArgs.__struct_fields__)
+    for algorithm in ("eagle3", "standalone", "ngram"):
+        shape = SpeculationConfig(algorithm=algorithm, steps=3, topk=1, draft_tokens=4)
+        arguments = server_arguments(EngineSettings("actor", "drafter", device=device, speculation=shape))
+        assert set(arguments) <= set(ServerArgs.__struct_fields__)

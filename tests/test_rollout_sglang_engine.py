@@ -1,9 +1,9 @@
-"""rollout/sglang_engine.py, what needs no engine."""
+"""rollout/sglang_pending.py, what needs no engine."""
 
 from __future__ import annotations
 
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.sglang_engine import spread_groups
+from respec_trainer.rollout.sglang_pending import spread_groups
 
 
 def test_the_first_of_every_prompt_starts_before_the_second_of_any():

@@ -9,13 +9,13 @@ import time
 import pytest
 from rich.console import Console
 
-from respec_trainer.config import load_config
-from respec_trainer.rollout.sample import Sample
+from respec_trainer.config import SpeculationConfig, load_config
+from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED, Sample
 from respec_trainer.telemetry.live import Progress
 from respec_trainer.telemetry.metrics import reward_metrics, rollout_metrics, speculation_metrics
 from respec_trainer.telemetry.phases import PhaseClock
 from respec_trainer.telemetry.recorder import Recorder, new_run_folder, read_metrics
-from respec_trainer.telemetry.summary import curve, print_summary, reward_rise
+from respec_trainer.telemetry.summary import LOSSY, curve, print_summary, reward_rise
 from tests.configs import smallest_config
 
 
@@ -30,6 +30,7 @@ def sample(reward=0.0, tokens=4, verify=0, histogram=(), finish="stop") -> Sampl
         drafter_version="drafter-0",
         verify_count=verify,
         accept_histogram=list(histogram),
+        origins=[UNDRAFTED] + [BONUS if verify else UNDRAFTED] * (tokens - 1),
         reward=reward,
     )
 
@@ -55,20 +56,26 @@ def test_rollout_metrics():
 def test_speculation_metrics_count_the_bonus_token():
     # 10 passes: 2 accepted nothing, 3 one draft, 1 two, 4 three: 17 drafts, so 27 tokens in 10 passes.
     first, second = sample(verify=4, histogram=[1, 1, 0, 2]), sample(verify=6, histogram=[1, 2, 1, 2])
-    metrics = speculation_metrics([first, second], steps=3)
+    metrics = speculation_metrics([first, second], SpeculationConfig())
     assert metrics["spec/accept_length"] == pytest.approx(2.7)
     assert metrics["spec/accept_by_depth"] == pytest.approx([0.8, 0.5, 0.4])
     assert metrics["spec/off_fraction"] == 0.0
     assert first.accept_length == pytest.approx(1 + 7 / 4)
 
 
-def test_a_one_token_response_is_not_counted_as_off():
+def test_tokens_without_a_draft_are_counted_as_off_but_for_a_response_s_first():
     samples = [sample(verify=4, histogram=[1, 1, 0, 2]), sample(tokens=1), sample(tokens=3)]
-    assert speculation_metrics(samples, steps=3)["spec/off_fraction"] == 0.5
+    samples[0].origins = [UNDRAFTED, ACCEPTED, BONUS, UNDRAFTED]
+    assert speculation_metrics(samples, SpeculationConfig())["spec/off_fraction"] == 3 / 5
+
+
+def test_speculation_that_bends_the_law_is_marked():
+    lossy = SpeculationConfig(accept_threshold_acc=0.9, allow_lossy=True)
+    assert [speculation_metrics([sample()], s)["spec/lossy"] for s in (lossy, SpeculationConfig())] == [1, 0]
 
 
 def test_speculation_metrics_without_speculation():
-    metrics = speculation_metrics([sample(), sample()], steps=3)
+    metrics = speculation_metrics([sample(), sample()], SpeculationConfig())
     assert metrics["spec/accept_length"] == 1.0
     assert metrics["spec/off_fraction"] == 1.0
     assert metrics["spec/steps"] == 0
@@ -132,11 +139,39 @@ def test_reward_rise_averages_the_ends():
     assert reward_rise(steps([0.25])) == (0.25, 0.25)
 
 
+def test_summary_says_how_far_sampler_and_actor_are_apart(tmp_path):
+    text, run = io.StringIO(), steps([0.2] * 3)
+    run[0]["mismatch/kl"], run[2]["mismatch/kl"] = 1e-4, 3e-4  # the second step was refused
+    print_summary(run, tmp_path, Console(file=text, width=200))
+    assert "mismatch kl   0.0002, at most 0.0003 in a step" in text.getvalue()
+
+
 def test_summary_says_reward_speed_and_place(tmp_path):
     text = io.StringIO()
     print_summary(steps([0.2] * 5 + [0.6] * 5), tmp_path, Console(file=text, width=200))
     for words in ("0.200 -> 0.600", "+0.400", "100 tokens/s", "3.00", "20 s for 10 steps", str(tmp_path)):
         assert words in text.getvalue()
+
+
+def test_summary_says_that_samples_did_not_follow_the_policy(tmp_path):
+    texts = []
+    for lossy in (0, 1):
+        text = io.StringIO()
+        rows = [row | {"spec/lossy": lossy} for row in steps([0.5, 0.5])]
+        print_summary(rows, tmp_path, Console(file=text, width=200))
+        texts.append(text.getvalue())
+    assert [LOSSY in text for text in texts] == [False, True]
+
+
+@pytest.mark.parametrize("lossy", [True, False])
+def test_a_run_says_at_its_start_that_samples_will_not_follow_the_policy(tmp_path, monkeypatch, capsys, lossy):
+    from respec_trainer.telemetry import report
+
+    monkeypatch.setattr(report.dist, "broadcast_object_list", lambda *_args, **_kwargs: None)
+    thresholds = ["speculation.accept_threshold_single=0.5", "speculation.allow_lossy=true"] * lossy
+    shape = ["speculation.algorithm=ngram", "telemetry.live=lines", f"run.dir={tmp_path}"]
+    report.Report(smallest_config(tmp_path, *shape, *thresholds), rank=0, control=None).close()
+    assert (LOSSY in capsys.readouterr().out) == lossy
 
 
 @pytest.mark.parametrize("mode", ["lines", "panel", "off"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from respec_trainer.actor.engine import NonFiniteStep
 from respec_trainer.data.prompts import Prompt
-from respec_trainer.errors import TrainingError
+from respec_trainer.errors import EngineLostError, TrainingError
 from respec_trainer.rollout.sample import Sample
 from respec_trainer.trainer import Trainer
 from tests.configs import smallest_config
@@ -67,6 +68,20 @@ def test_requests_keep_groups_together(make):
     assert requests[0].sampling.temperature == 0.5 and requests[0].sampling.max_new_tokens == 8
 
 
+def test_seeds_follow_from_the_run_and_the_request(make):
+    plain, other = make(), make()
+    assert {r.sampling.seed for r in plain.requests(4, PROMPTS)} == {None}
+    sampling = plain.config.rollout.sampling.model_copy(update={"seeded": True})
+    rollout = plain.config.rollout.model_copy(update={"sampling": sampling})
+    plain.config = plain.config.model_copy(update={"rollout": rollout})
+    other.config = plain.config.model_copy(update={"run": plain.config.run.model_copy(update={"seed": 1})})
+    seeds = [r.sampling.seed for r in plain.requests(4, PROMPTS)]
+    assert seeds == [r.sampling.seed for r in plain.requests(4, PROMPTS)]
+    assert seeds[0] == 20407838513334143, "the same on every machine, so that a run can be repeated"
+    others = [r.sampling.seed for r in plain.requests(5, PROMPTS) + other.requests(4, PROMPTS)]
+    assert len({*seeds, *others}) == 12 and all(0 <= seed < 2**63 for seed in seeds)
+
+
 def test_each_sample_is_scored_against_its_own_prompt(make):
     samples = [sample([7, 3]), sample([5]), sample([3]), sample([1, 5])]
     rewards = make().score(0, samples, PROMPTS)
@@ -91,3 +106,18 @@ def test_refused_steps_in_a_row_stop_the_run(make):
     with pytest.raises(TrainingError, match="2 refused steps in a row"):
         trainer.update(3, "batch", zeros, zeros[:, 0])
     assert len(trainer.saved) == 3
+
+
+def test_an_actor_whose_engines_keep_dying_is_exported(make):
+    trainer = make()
+    exported = []
+
+    def push(step):
+        raise EngineLostError("3 restarts were not enough")
+
+    trainer.job.rollouts = SimpleNamespace(push=push)
+    trainer.job.clock = lambda name: contextlib.nullcontext()
+    trainer.job.export = lambda: exported.append(1) or "runs/x/actor"
+    with pytest.raises(EngineLostError, match="3 restarts were not enough; the actor as it is lies in runs/x/actor"):
+        trainer.run()
+    assert exported

@@ -51,7 +51,7 @@ class FrozenDrafter:
 
 
 class NoDrafter:
-    """The learner of a run without speculation."""
+    """The learner of a run whose engine has no drafter, or one that it reads from its folder and keeps."""
 
     version = "none"
 
@@ -67,6 +67,6 @@ class NoDrafter:
 
 def setup_learner(config: Config, hf_config) -> Learner:
     """The learner that `speculation.algorithm` and `drafter.weighting` ask for."""
-    if config.speculation.algorithm == "none":
+    if config.speculation.algorithm != "eagle3":
         return NoDrafter()
     return FrozenDrafter(config.drafter.path, hf_config)  # weighting "none", the only one

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from respec_trainer.config import Config
-from respec_trainer.errors import ConfigError, ResyncError
+from respec_trainer.errors import ConfigError, TransferError
 from respec_trainer.network import free_port
 from respec_trainer.resync.stream import NamedTensors
 from respec_trainer.rollout.engine import Role, RolloutEngine, TensorSpec
@@ -31,8 +31,12 @@ class Transport(ABC):
     receivers: list[int]  # global ranks that must hold the whole tensors of a bucket
 
     @abstractmethod
+    def disconnect(self) -> None:
+        """End the connection, where there is one; engines that died have left it already."""
+
+    @abstractmethod
     def connect(self) -> None:
-        """Make the connection to the engines; needed again after an engine was restarted."""
+        """Make the connection to the engines; needed again, after `disconnect`, when an engine was restarted."""
 
     @abstractmethod
     def send(self, bucket: NamedTensors, role: Role) -> None:
@@ -52,6 +56,14 @@ class BroadcastTransport(Transport):
         self.rank = dist.get_rank()
         self.group, self.generation = None, 0
 
+    def disconnect(self) -> None:
+        if self.engine is not None:
+            self.engine.leave_group(f"respec_resync_{self.generation}")
+        if self.group is not None:
+            # Its engines are gone or have left, so nothing in it waits. With it goes the store, and the store's port.
+            dist.destroy_process_group(self.group)
+            self.group = None
+
     def connect(self) -> None:
         self.generation += 1
         name = f"respec_resync_{self.generation}"
@@ -69,7 +81,10 @@ class BroadcastTransport(Transport):
             offset = 1 + self.engine_ranks.index(self.rank) * self.engine_tp
             joined = self.engine.join_group(name, *place[0], world, offset, self.backend)
         if self.rank == 0:
-            self.group = _make_group(name, store, world, self.backend, timeout)
+            try:
+                self.group = _make_group(name, store, world, self.backend, timeout)
+            except RuntimeError as error:
+                raise TransferError(f"the engines did not join the weight group: {error}") from error
         if joined is not None:
             _wait([joined], self.settings.timeout, "joining the weight group")
 
@@ -91,6 +106,9 @@ class IPCTransport(Transport):
 
     def __init__(self, engine: RolloutEngine | None, engine_ranks: list[int]):
         self.engine, self.receivers = engine, list(engine_ranks)
+
+    def disconnect(self) -> None:
+        """Nothing to disconnect."""
 
     def connect(self) -> None:
         """Nothing to connect: handles travel with each bucket."""
@@ -141,10 +159,13 @@ def _wait(pending: Sequence[Future | dist.Work], timeout: float, doing: str) -> 
     left = list(pending)
     while left:
         for item in [item for item in left if (item.done() if isinstance(item, Future) else item.is_completed())]:
-            item.result() if isinstance(item, Future) else item.wait()
+            try:
+                item.result() if isinstance(item, Future) else item.wait()
+            except RuntimeError as error:
+                raise TransferError(f"{doing}: {error}") from error
             left.remove(item)
         if left and time.monotonic() > deadline:
-            raise ResyncError(f"{doing}: {len(left)} of {len(pending)} parts did not finish within {timeout:.0f} s")
+            raise TransferError(f"{doing}: {len(left)} of {len(pending)} parts did not finish within {timeout:.0f} s")
         if left:
             time.sleep(POLL_SECONDS)
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from respec_trainer.errors import EngineError
 from respec_trainer.rollout.sample import Request, Sample
 
 Role = Literal["target", "draft"]
@@ -39,11 +40,20 @@ class Pending(ABC):
     def done(self) -> int:
         """How many requests have finished so far."""
 
+    @abstractmethod
+    def delivered(self) -> list[Sample]:
+        """What there is of each request, in the order submitted, after the engine died; "lost" if not finished."""
+
 
 class RolloutEngine(ABC):
     @abstractmethod
     def start(self) -> None:
         """Launch the engine's processes and return once it answers."""
+
+    @property
+    @abstractmethod
+    def failure(self) -> EngineError | None:
+        """Why the engine is dead: no call will succeed until `shutdown` and `start`. None while it lives."""
 
     @abstractmethod
     def submit(self, requests: Sequence[Request]) -> Pending:
@@ -58,7 +68,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def leave_group(self, name: str) -> None:
-        """Leave a group made by join_group."""
+        """Leave a group made by join_group; nothing happens if this life of the engine has not joined it."""
 
     @abstractmethod
     def begin_weight_update(self, role: Role) -> None:
@@ -77,12 +87,19 @@ class RolloutEngine(ABC):
         """Close the update and stamp later samples with `version`. No KV made with the old weights is used after it."""
 
     @abstractmethod
+    def digests(self, role: Role) -> dict[str, str]:
+        """Digests of the weights that one model holds, by the name each is sent with; see `resync.proof`."""
+
+    @abstractmethod
     def sleep(self) -> None:
-        """Give back the memory of weights and KV cache, where there is a GPU."""
+        """Give back the memory of weights and KV cache, where there is a GPU. Nothing happens if it sleeps already."""
 
     @abstractmethod
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Take back that memory, in two stages; what it holds is undefined until the weights are pushed again."""
+        """Take back that memory, in two stages; what it holds is undefined until the weights are pushed again.
+
+        Nothing happens to a part that is awake.
+        """
 
     @abstractmethod
     def stats(self) -> dict[str, float]:

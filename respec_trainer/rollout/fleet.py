@@ -2,18 +2,25 @@
 
 The ranks form spans of `rollout.engine.span`; the first rank of a span owns its engine, starts it, feeds it and ends
 it. Requests are dealt to the engines group by group, and every rank gets every sample back.
+
+An engine that dies is ended, and every rank hears of it by an EngineLostError; `restart` brings it back, with the
+weights of its folders. `rollouts.py` does that, and pushes the current ones.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch.distributed as dist
 
+from respec_trainer.agreement import agree
 from respec_trainer.config import Config
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.engine import Pending, RolloutEngine
+from respec_trainer.rollout.ledger import Ledger
 from respec_trainer.rollout.sample import Request, Sample
 
 
@@ -40,16 +47,25 @@ class RolloutFleet:
         rank, world = dist.get_rank(), dist.get_world_size()
         self.control = control
         self.sleeps = device == "cuda"  # engines give their memory back while the actor trains, and forget weights
+        self.resume = config.rollout.engine.resume == "tokens"
         self.owners = list(range(0, world, span))
         self.engine = make_engine(rank // span) if rank in self.owners else None
         self.index = rank // span
+        self.counts: Counter[str] = Counter()  # of this rank's engine, since they were last taken
         self._agree(self.engine.start if self.engine else None)
 
     def start(self, requests: Sequence[Request]) -> FleetPending:
         """Hand each engine its share of the requests and return at once."""
         mine = [r for i, r in enumerate(requests) if i * len(self.owners) // len(requests) == self.index]
-        pending = self.engine.submit(mine) if self.engine is not None else None
-        return FleetPending(self, pending)
+        return FleetPending(self, mine)
+
+    def check(self) -> None:
+        """Raise EngineLostError on every rank if an engine died since it was last heard of."""
+        self._agree(self._check if self.engine else None)
+
+    def restart(self) -> None:
+        """Start every dead engine anew. Raises EngineLostError on every rank if one does not start."""
+        self._agree(self._restart if self.engine else None)
 
     def sleep(self) -> None:
         """Make room for the actor, where engines and actor share a GPU."""
@@ -61,37 +77,72 @@ class RolloutFleet:
         if self.sleeps:
             self._agree((lambda: self.engine.wake(part)) if self.engine else None)
 
+    def take_counts(self) -> Counter[str]:
+        """Sums over all engines since the last call: restarts, lost_tokens, resumed_tokens."""
+        counts, self.counts = self.counts, Counter()
+        return sum(self._agree(lambda: counts), Counter())
+
     def shutdown(self) -> None:
         if self.engine is not None:
             self.engine.shutdown()
 
+    def _check(self) -> None:
+        if self.engine.failure is not None:
+            raise self.engine.failure
+
+    def _restart(self) -> None:
+        if self.engine.failure is not None:
+            self.counts["restarts"] += 1
+            self.engine.shutdown()
+            self.engine.start()
+
     def _agree(self, action: Callable[[], Any] | None) -> list[Any]:
-        """Run `action` on the owners; every rank gets every owner's result, or all of them the first one's error."""
-        outcome: Any = None
-        if action is not None:
-            try:
-                outcome = action()
-            except EngineError as error:
-                outcome = error
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome, group=self.control)
-        for owner in self.owners:
-            if isinstance(outcomes[owner], EngineError):
-                raise EngineError(f"engine of rank {owner}: {outcomes[owner]}") from outcomes[owner]
-        return [outcomes[owner] for owner in self.owners]
+        """Run `action`, None on ranks that own no engine; every rank gets every owner's result, or all raise."""
+        results = agree(action, self.engine, self.control)
+        return [results[owner] for owner in self.owners]
 
 
 class FleetPending:
-    """Requests the engines are working on."""
+    """Requests the engines are working on. They run from the moment this is made."""
 
-    def __init__(self, fleet: RolloutFleet, pending: Pending | None):
-        self.fleet, self.pending = fleet, pending
+    def __init__(self, fleet: RolloutFleet, mine: Sequence[Request]):
+        self.fleet = fleet
+        self.ledger = Ledger(mine, fleet.resume)
+        self.pending: Pending | None = None
+        with contextlib.suppress(EngineError):  # only this rank knows of it: `collect` tries again, and all hear of it
+            self._submit()
 
     def collect(self) -> list[Sample]:
-        """Every sample of every engine, in the order the requests were given, on every rank."""
-        shares = self.fleet._agree(self.pending.collect if self.pending else None)
+        """Every sample of every engine, in the order the requests were given, on every rank.
+
+        Raises EngineLostError on every rank if an engine died, once the others have finished. What they drew is kept:
+        after `RolloutFleet.restart` and a push of the same weights, collect again.
+        """
+        shares = self.fleet._agree(self._collect if self.fleet.engine else None)
         return [sample for share in shares for sample in share]
 
     def done(self) -> int:
         """How many of this rank's own engine's requests have finished."""
         return self.pending.done() if self.pending else 0
+
+    def _submit(self) -> None:
+        if self.fleet.engine is not None and self.pending is None and self.ledger.open():
+            self.pending = self.fleet.engine.submit(self.ledger.remaining())
+
+    def _collect(self) -> list[Sample]:
+        self._submit()
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            try:
+                self.ledger.add(pending.collect())
+            except EngineError:
+                if self.fleet.engine.failure is not None:
+                    self._salvage(pending)
+                raise
+        return self.ledger.samples()
+
+    def _salvage(self, pending: Pending) -> None:
+        before = self.ledger.lost_tokens, self.ledger.resumed_tokens
+        self.ledger.add(pending.delivered())
+        self.fleet.counts["lost_tokens"] += self.ledger.lost_tokens - before[0]
+        self.fleet.counts["resumed_tokens"] += self.ledger.resumed_tokens - before[1]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+# lost: the engine died before the response was finished. Such a Sample never leaves rollout/.
+FinishReason = Literal["stop", "length", "lost"]
+
+# Where a response token came from.
+UNDRAFTED, ACCEPTED, BONUS = 0, 1, 2  # drawn without a draft; a draft that was accepted; drawn after the accepted ones
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,12 @@ class Request:
     sampling: SamplingParams
 
 
+def with_seed(request: Request, run_seed: int) -> Request:
+    """The request with a seed of 63 bits: of the run's and its key, the same on every machine."""
+    digest = hashlib.sha256(f"{run_seed}:{request.key}".encode()).digest()
+    return replace(request, sampling=replace(request.sampling, seed=int.from_bytes(digest[:8], "big") >> 1))
+
+
 @dataclass
 class Sample:
     """One response. Lists run over response tokens unless said otherwise."""
@@ -44,6 +55,8 @@ class Sample:
     drafter_version: str
     verify_count: int = 0  # target passes that verified drafts; 0 without speculation
     accept_histogram: list[int] = field(default_factory=list)  # [d] = verify passes in which d drafts were accepted
+    origins: list[int] = field(default_factory=list)  # UNDRAFTED, ACCEPTED or BONUS
+    restarts: int = 0  # times the engine died while drawing it, and another life went on from the tokens so far
     reward: float | None = None
 
     @property

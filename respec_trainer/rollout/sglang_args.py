@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from respec_trainer.config import Config, DType, EngineConfig, SpeculationConfig
@@ -14,7 +18,7 @@ NO_SPECULATION = SpeculationConfig(algorithm="none")
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """One engine. Without `drafter_path`, or with speculation.algorithm "none", it decodes plainly."""
+    """One engine. `drafter_path` is for the algorithms that have a drafter: eagle3 and standalone."""
 
     model_path: str
     drafter_path: str | None = None
@@ -34,6 +38,9 @@ class EngineSettings:
     actor_version: str = "initial"
     drafter_version: str = "initial"
 
+    # Draft steps from each batch size on, as sglang's own table switches them; None: always speculation.steps.
+    steps_by_batch: dict[int, int] | None = None
+
     def __post_init__(self) -> None:
         if self.device == "cpu" and self.engine.tp > 1:
             raise ConfigError(
@@ -49,6 +56,7 @@ class EngineSettings:
             tokens = tokens_of_full_batch(config)
             engine = engine.model_copy(update={"max_total_tokens": tokens})
         speculative = config.speculation.algorithm != "none"
+        sampling = config.rollout.sampling
         return cls(
             model_path=config.model.path,
             drafter_path=config.drafter.path if speculative else None,
@@ -57,8 +65,9 @@ class EngineSettings:
             engine=engine,
             speculation=config.speculation if speculative else NO_SPECULATION,
             seed=config.run.seed + index,
-            base_gpu_id=int(os.environ.get("LOCAL_RANK", "0")),
-            tokenizer=bool(config.rollout.sampling.stop),
+            base_gpu_id=int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else 0,  # on a CPU: a NUMA node
+            tokenizer=bool(sampling.stop),
+            seeded=sampling.seeded,
         )
 
     @property
@@ -110,6 +119,8 @@ def server_arguments(settings: EngineSettings) -> dict[str, Any]:
     arguments |= _cpu_arguments() if settings.device == "cpu" else _gpu_arguments(engine)
     if settings.speculative:
         arguments |= _speculation_arguments(settings)
+        if settings.steps_by_batch:
+            arguments |= _switching_arguments(settings.steps_by_batch)
     return arguments
 
 
@@ -137,14 +148,28 @@ def _gpu_arguments(engine: EngineConfig) -> dict[str, Any]:
 
 def _speculation_arguments(settings: EngineSettings) -> dict[str, Any]:
     shape = settings.speculation
-    return {
-        "speculative_algorithm": "EAGLE3",
+    arguments = {
+        "speculative_algorithm": shape.algorithm.upper(),
+        "speculative_num_draft_tokens": shape.draft_tokens,
+        # One means lossless; they are sglang's defaults, said here because the policy's law hangs on them.
+        "speculative_accept_threshold_single": shape.accept_threshold_single,
+        "speculative_accept_threshold_acc": shape.accept_threshold_acc,
+        "speculative_use_rejection_sampling": shape.rejection_sampling,
+    }
+    if shape.algorithm == "ngram":
+        return arguments | {"speculative_ngram_max_bfs_breadth": shape.topk}
+    return arguments | {
         "speculative_draft_model_path": settings.drafter_path,
         "speculative_num_steps": shape.steps,
         "speculative_eagle_topk": shape.topk,
-        "speculative_num_draft_tokens": shape.draft_tokens,
         "speculative_draft_attention_backend": "intel_amx" if settings.device == "cpu" else "triton",
-        # One means lossless; they are sglang's defaults, said here because the policy's law hangs on them.
-        "speculative_accept_threshold_single": 1.0,
-        "speculative_accept_threshold_acc": 1.0,
     }
+
+
+def _switching_arguments(steps_by_batch: dict[int, int]) -> dict[str, Any]:
+    """sglang reads its table from a file, in this process and in its schedulers."""
+    table = {str(batch): {"candidate_steps": [steps]} for batch, steps in steps_by_batch.items()}
+    with tempfile.NamedTemporaryFile("w", prefix="respec_steps_", suffix=".json", delete=False) as file:
+        json.dump(table, file)
+    atexit.register(Path(file.name).unlink, missing_ok=True)
+    return {"speculative_adaptive": True, "speculative_adaptive_config": file.name}

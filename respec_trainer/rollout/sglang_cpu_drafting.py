@@ -60,6 +60,8 @@ def catch_up(original, worker, batch, result) -> None:
 def _is_simple(worker, batch) -> bool:
     from sglang.srt.runtime_context import get_spec
 
+    if not worker.speculative_algorithm.is_eagle3():
+        return False
     one_branch = worker.topk == 1 and not get_spec().speculative_use_rejection_sampling
     return one_branch and not batch.forward_mode.is_idle() and is_plain(worker.draft_runner.model.model)
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import time
-import uuid
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from respec_trainer.errors import EngineError
-from respec_trainer.rollout.engine import Pending, Role, RolloutEngine, TensorSpec
+from respec_trainer.rollout.engine import Role, RolloutEngine, TensorSpec
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 from respec_trainer.rollout.sglang_args import EngineSettings
+from respec_trainer.rollout.sglang_pending import SGLangPending
 from respec_trainer.rollout.sglang_process import SGLangProcess
 from respec_trainer.rollout.sglang_weights import WeightUpdater
 
 __all__ = ["EngineSettings", "SGLangEngine"]
 
-POLL_SECONDS = 1.0
+# Engines of a run count their seeds up from the run's; lives must not meet them.
+SEEDS_BETWEEN_LIVES = 1_000_003
 COUNTERS = ("requests", "prompt_tokens", "prompt_tokens_cached", "tokens", "verify_passes", "drafts_accepted")
 
 
@@ -36,17 +35,28 @@ class SGLangEngine(RolloutEngine):
         self._pending: list[SGLangPending] = []
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._seeds = torch.Generator().manual_seed(settings.seed)
+        self._lives = 0
+        self._asleep: set[str] = set()
 
     def start(self) -> None:
         """Launch the engine's processes and return once it answers; possible again after `shutdown`.
 
         An engine starts with the weights of the folders: push the current ones before sampling from a later policy.
+        Each life draws with a seed of its own: from the same one it would draw the second half of a response with the
+        random numbers of the first half, and the two would not be independent.
         """
         if self._process is not None:
             raise EngineError("the rollout engine has been started already")
-        self._process = SGLangProcess(self.settings)
+        seed = (self.settings.seed + self._lives * SEEDS_BETWEEN_LIVES) % 2**31
+        self._lives += 1
+        self._pending, self._asleep = [], set()
+        self._process = SGLangProcess(replace(self.settings, seed=seed))
         self._updater = WeightUpdater(self._process, self.settings)
         self.versions = {"target": self.settings.actor_version, "draft": self.settings.drafter_version}
+
+    @property
+    def failure(self) -> EngineError | None:
+        return EngineError("the rollout engine is not running") if self._process is None else self._process.failure
 
     @property
     def process(self) -> SGLangProcess:
@@ -89,11 +99,18 @@ class SGLangEngine(RolloutEngine):
         self.weights.end(role)
         self.versions[role] = version
 
+    def digests(self, role: Role) -> dict[str, str]:
+        return self.weights.digests(role)
+
     def sleep(self) -> None:
-        self._occupy("release_memory_occupation", "ReleaseMemoryOccupationReqInput", ["kv_cache", "weights"])
+        parts = [part for part in ("kv_cache", "weights") if part not in self._asleep]
+        self._occupy("release_memory_occupation", "ReleaseMemoryOccupationReqInput", parts)
+        self._asleep |= set(parts)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        self._occupy("resume_memory_occupation", "ResumeMemoryOccupationReqInput", [part])
+        parts = [part] if part in self._asleep else []
+        self._occupy("resume_memory_occupation", "ResumeMemoryOccupationReqInput", parts)
+        self._asleep -= set(parts)
 
     def stats(self) -> dict[str, float]:
         """Sums over collected samples, by the names of COUNTERS."""
@@ -106,8 +123,8 @@ class SGLangEngine(RolloutEngine):
 
     def _occupy(self, method: str, message: str, tags: list[str]) -> None:
         process = self.process
-        if self.settings.device == "cpu":
-            return  # there is no second memory to make room in
+        if self.settings.device == "cpu" or not tags:
+            return  # on a CPU there is no second memory to make room in
         from sglang.srt.managers import io_struct
 
         request = getattr(io_struct, message)(tags=tags)
@@ -143,98 +160,3 @@ class SGLangEngine(RolloutEngine):
             self._counters["tokens"] += len(sample.response_ids)
             self._counters["verify_passes"] += sample.verify_count
             self._counters["drafts_accepted"] += sum(d * n for d, n in enumerate(sample.accept_histogram))
-
-
-class SGLangPending(Pending):
-    """Requests on their way. They run from the moment this is made."""
-
-    def __init__(self, engine: SGLangEngine, process: SGLangProcess, requests: list[Request]):
-        self.engine, self.process, self.requests = engine, process, requests
-        # Updates wait until no request runs, so what is in the engine now draws the whole response.
-        self.versions = dict(engine.versions)
-        self.ids = [uuid.uuid4().hex for _ in requests]
-        self.order = spread_groups(requests)
-        self.samples: list[Sample] | None = None
-        self.submitted = time.time()
-        if not requests:
-            self.future: Future = Future()
-            self.future.set_result([])
-            return
-        from sglang.srt.managers.io_struct import GenerateReqInput
-
-        ordered = [requests[index] for index in self.order]
-        batch = GenerateReqInput(
-            rid=list(self.ids),
-            input_ids=[list(request.prompt_ids) for request in ordered],
-            sampling_params=[engine._sampling(request.sampling) for request in ordered],
-            return_logprob=True,
-        )
-        self.future = process.call(_first, process.manager.generate_request, batch)
-
-    def collect(self) -> list[Sample]:
-        if self.samples is None:
-            outputs = self._wait()
-            by_request = dict(zip(self.order, outputs, strict=True))
-            self.samples = [self._sample(request, by_request[i]) for i, request in enumerate(self.requests)]
-            self.engine._count(self.samples)
-            self.engine._counters["prompt_tokens_cached"] += sum(o["meta_info"]["cached_tokens"] for o in outputs)
-        return self.samples
-
-    def done(self) -> int:
-        if self.future.done():
-            return len(self.requests)
-        return sum(rid not in self.process.manager.rid_to_state for rid in self.ids)
-
-    def _wait(self) -> list[dict[str, Any]]:
-        """The engine's outputs. The time limit runs from the last sign of life, not from the start."""
-        limit = self.engine.settings.engine.timeout
-        while True:
-            try:
-                return self.future.result(POLL_SECONDS)
-            except concurrent.futures.TimeoutError:
-                silent = time.time() - max(self.submitted, self.process.manager.last_receive_tstamp)
-                if silent > limit:
-                    self.process.fail(f"the rollout engine has not answered for {limit:.0f} s (rollout.engine.timeout)")
-            except EngineError:
-                raise
-            except Exception as error:
-                raise EngineError(f"the rollout engine refused a request: {error}") from error
-
-    def _sample(self, request: Request, output: dict[str, Any]) -> Sample:
-        meta = output["meta_info"]
-        reason = meta["finish_reason"]["type"]
-        if reason not in ("stop", "length"):
-            raise EngineError(f"request {request.key}: the rollout engine ended it with {meta['finish_reason']}")
-        logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
-        if len(logprobs) != len(output["output_ids"]):
-            raise EngineError(
-                f"request {request.key}: {len(logprobs)} log-probs for {len(output['output_ids'])} tokens"
-            )
-        return Sample(
-            key=request.key,
-            prompt_ids=list(request.prompt_ids),
-            response_ids=output["output_ids"],
-            sampler_logprobs=logprobs,
-            finish_reason=reason,
-            actor_version=self.versions["target"],
-            drafter_version=self.versions["draft"],
-            verify_count=meta.get("spec_verify_ct", 0),
-            accept_histogram=meta.get("spec_correct_drafts_histogram", []),
-        )
-
-
-def spread_groups(requests: Sequence[Request]) -> list[int]:
-    """The requests' positions, the first of every prompt before the second of any.
-
-    Requests that start together each compute their prompt; one that starts later finds it in the engine's cache.
-    """
-    seen: Counter[tuple[int, ...]] = Counter()
-    turns = []
-    for request in requests:
-        turns.append(seen[tuple(request.prompt_ids)])
-        seen[tuple(request.prompt_ids)] += 1
-    return sorted(range(len(requests)), key=turns.__getitem__)
-
-
-async def _first(generator_function, batch) -> Any:
-    return await generator_function(batch, None).__anext__()

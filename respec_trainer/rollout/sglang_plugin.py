@@ -4,6 +4,9 @@
   verification is greedy only where every request of the batch is.
 - On a CPU, dense decoders and their drafters take short forward passes (`sglang_cpu_models`, `sglang_cpu_drafting`).
 - Requests may carry seeds without sglang's deterministic mode, which CPU backends do not have.
+- N-gram trees are filled up with different tokens. sglang fills them with copies of token 0, and verification, which
+  adds up the mass of a node's children, would accept that token once for each copy, which bends the policy too.
+- Every response token brings back where it came from: an accepted draft, or a draw of the target's own.
 
 sglang calls `activate` in every process that loads plugins, for anybody who has this package installed. It acts only in
 the schedulers of this package's own engine, which set SETTINGS.
@@ -14,11 +17,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from typing import Any
 
 from respec_trainer.compat.versions import require_version
 from respec_trainer.errors import EngineError
+from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
 
 SETTINGS = "RESPEC_ENGINE_PLUGIN"
+ORIGINS = "respec_origins"  # of response tokens, in a request's meta_info; absent without speculation
 
 # What `activate` hooked; None until it is through. sglang only logs a plugin that failed and a hook that it could not
 # apply, so `require_active` looks.
@@ -37,8 +43,15 @@ def activate() -> None:
     require_version("sglang", "0.5.21", "respec_trainer.rollout.sglang_plugin")
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from respec_trainer.rollout.sglang_digest import digest_hooks
+
     settings = json.loads(os.environ[SETTINGS])
     hooks = _cpu_hooks() if settings["device"] == "cpu" else {}
+    processor = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+    hooks[f"{processor}._resolve_spec_v2_tokens"] = (_with_origins, "AROUND")
+    hooks["sglang.srt.managers.schedule_batch.Req.update_finish_state"] = (_note_prefill, "BEFORE")
+    hooks["sglang.srt.speculative.ngram_worker.NGRAMWorker._prepare_draft_tokens"] = (_with_distinct_drafts, "AFTER")
+    hooks |= digest_hooks()
     if settings["seeded"]:
         batch = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
         hooks[f"{batch}.from_schedule_batch"] = (_with_seeds, "AFTER")
@@ -61,15 +74,27 @@ def require_active() -> None:
         raise EngineError(f"sglang did not apply respec_trainer's hooks on {', '.join(missing)}; see its log above")
 
 
+def read_origins(meta: dict[str, Any], tokens: int, key: str) -> list[int]:
+    """The origins of a response of `tokens` tokens, out of its meta_info. Requests of one message fill up with None."""
+    origins = [origin or UNDRAFTED for origin in meta.get(ORIGINS, [UNDRAFTED] * tokens)]
+    if len(origins) != tokens:
+        raise EngineError(f"request {key}: {len(origins)} origins for {tokens} tokens")
+    return origins
+
+
 def _cpu_hooks() -> dict[str, tuple[Callable, str]]:
     """Target -> (function, kind of hook)."""
+    from sgl_kernel.sampling import chain_speculative_sampling
+
     from respec_trainer.rollout.sglang_cpu_drafting import catch_up, draft_chain
     from respec_trainer.rollout.sglang_cpu_models import drafter_forward, target_forward
 
     srt = "sglang.srt"
     worker = f"{srt}.speculative.eagle_worker_v2.EagleDraftWorker"
+    rejection = "sglang.kernels.ops.speculative.reject_sampling.chain_speculative_sampling_triton"
     return {
         f"{srt}.speculative.eagle_utils._verify_uses_greedy": (_verify_uses_greedy, "REPLACE"),
+        rejection: (chain_speculative_sampling, "REPLACE"),
         f"{srt}.model_executor.forward_batch_info.compute_position_torch": (_compute_position, "REPLACE"),
         f"{srt}.models.qwen2.Qwen2Model.forward": (target_forward, "AROUND"),
         f"{srt}.models.qwen3.Qwen3Model.forward": (target_forward, "AROUND"),
@@ -92,6 +117,49 @@ def _compute_position(extend_prefix_lens, extend_seq_lens):
     owner = torch.repeat_interleave(extend_seq_lens.long())
     positions = torch.arange(owner.numel()) + (extend_prefix_lens - start).long()[owner]
     return positions, start.to(extend_seq_lens.dtype)
+
+
+def _with_distinct_drafts(result, worker, _batch):
+    """(drafts [B * n], mask [B * n * n]) with no token twice below a root. Padding is below the root and last."""
+    import numpy as np
+
+    drafts, mask = result
+    n = worker.draft_token_num
+    for tokens, tree in zip(drafts.reshape(-1, n), mask.reshape(-1, n, n), strict=True):
+        children = np.flatnonzero(tree.sum(1) == 2)  # they see the root and themselves
+        _, first = np.unique(tokens[children], return_index=True)
+        copies = np.delete(children, first)
+        unused = np.setdiff1d(np.arange(2 * n), tokens[children])
+        tokens[copies] = unused[: len(copies)]
+    return drafts, mask
+
+
+def _with_origins(original, processor, result, batch):
+    """Note where each token of a verify pass came from; sglang sends such lists along with the tokens."""
+    runs = original(processor, result, batch)
+    drafted = (result.speculative_output_stride or result.speculative_num_draft_tokens) > 1
+    for request, run in zip(batch.reqs, runs, strict=True):
+        if request.is_retracted or request.finished() or not run:
+            continue  # sglang throws these tokens away
+        origins = _origins(request)  # the run is not among the request's tokens yet
+        origins += [ACCEPTED] * (len(run) - 1) + [BONUS if drafted else UNDRAFTED]
+    return runs
+
+
+def _note_prefill(request, *_args, **_kwargs) -> None:
+    """A prompt's first token, and one after a retraction, come without a verify pass, and may be sent at once."""
+    from sglang.srt.runtime_context import get_spec
+
+    if get_spec().speculative_algorithm is not None:
+        _origins(request)
+
+
+def _origins(request) -> list[int]:
+    """The request's list, as long as its tokens are many: sglang sends the same part of both."""
+    request.customized_info = request.customized_info or {}
+    origins = request.customized_info.setdefault(ORIGINS, [])
+    origins += [UNDRAFTED] * (len(request.output_ids) - len(origins))
+    return origins
 
 
 def _with_seeds(info, _cls, batch, *_args, **_kwargs):

@@ -12,16 +12,12 @@ import atexit
 import concurrent.futures
 import contextlib
 import functools
-import logging
 import multiprocessing
 import multiprocessing.connection
-import os
-import sys
 import threading
 import time
-import types
 import warnings
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -31,6 +27,8 @@ import psutil
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout import sglang_workers
 from respec_trainer.rollout.sglang_args import EngineSettings, server_arguments
+from respec_trainer.rollout.sglang_delivery import Deliveries, delivery_environment
+from respec_trainer.rollout.sglang_host import environment_of, side_effects_undone
 from respec_trainer.rollout.sglang_plugin import plugin_settings
 
 KILL_SECONDS = 10.0
@@ -51,6 +49,7 @@ class SGLangProcess:
             raise EngineError("this process already runs an sglang engine and can hold only one: shut that down first")
         self.settings = settings
         self.failure: EngineError | None = None
+        self.deliveries = Deliveries()
         self._waiting: set[Future] = set()
         self._lock = threading.Lock()
         self._closing = False
@@ -116,7 +115,8 @@ class SGLangProcess:
         ready: Future = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True, name="sglang-engine")
         environment = sglang_workers.engine_environment(self.settings.device, self.settings.engine.threads)
-        with _side_effects_undone(), _environment(environment):
+        environment |= delivery_environment(self.settings.engine.resume)
+        with side_effects_undone(), environment_of(environment):
             self._thread.start()
             try:
                 return ready.result(self.settings.engine.timeout)
@@ -132,7 +132,7 @@ class SGLangProcess:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                engine_class = _engine_class(self.settings, self.fail)
+                engine_class = _engine_class(self.settings, self.deliveries, self.fail)
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
             engine = engine_class(**server_arguments(self.settings))
@@ -180,7 +180,7 @@ class SGLangProcess:
         _kill(self.children)
 
 
-def _engine_class(settings: EngineSettings, fail: Callable[[str], None]) -> type:
+def _engine_class(settings: EngineSettings, deliveries: Deliveries, fail: Callable[[str], None]) -> type:
     """sglang's Engine with this package's processes, and without a detokenizer that would have nothing to do."""
     from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -191,6 +191,11 @@ def _engine_class(settings: EngineSettings, fail: Callable[[str], None]) -> type
                 await super().handle_loop()
             except Exception as error:  # noqa: BLE001 - the base class would kill this process
                 fail(f"sglang's tokenizer manager failed: {error!r}")
+
+        async def _handle_batch_output(self, message: Any) -> None:
+            states = [self.rid_to_state.get(rid) for rid in message.rids]
+            await super()._handle_batch_output(message)
+            deliveries.commit(states, message)
 
     plugin = plugin_settings(settings.device, settings.seeded)
     make_manager = functools.partial(init_tokenizer_manager, TokenizerManagerClass=Manager)
@@ -207,39 +212,6 @@ def _engine_class(settings: EngineSettings, fail: Callable[[str], None]) -> type
             return super()._launch_detokenizer_subprocesses(server_args, port_args, run_detokenizer_process_func)
 
     return TrainersEngine
-
-
-@contextlib.contextmanager
-def _environment(changes: dict[str, str | None]) -> Iterator[None]:
-    """Environment variables as the engine's processes inherit them, and as they were afterwards, whoever set them."""
-    before = dict(os.environ)
-    for name, value in changes.items():
-        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _side_effects_undone() -> Iterator[None]:
-    """Put back what starting an engine changes: logging, multiprocessing's start method, the policy of event loops.
-
-    `__main__` is hidden meanwhile: spawned processes would run the trainer's script again, imports and all.
-    """
-    root, main = logging.getLogger(), sys.modules["__main__"]
-    level, handlers = root.level, list(root.handlers)
-    method, policy = multiprocessing.get_start_method(allow_none=True), asyncio.get_event_loop_policy()
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        asyncio.set_event_loop_policy(policy)
-        multiprocessing.set_start_method(method, force=True)
-        root.handlers[:] = handlers
-        root.setLevel(level)
 
 
 def _kill(children: list) -> None:

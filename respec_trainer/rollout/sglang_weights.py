@@ -30,11 +30,13 @@ class WeightUpdater:
     def __init__(self, process: SGLangProcess, settings: EngineSettings):
         self.process, self.settings = process, settings
         self.role: Role | None = None
+        self._groups: set[str] = set()
         self._shapes = {"target": weight_shapes(settings.model_path)}
-        if settings.speculative:
+        if settings.speculation.algorithm == "eagle3":  # the only drafter that changes
             self._shapes["draft"] = weight_shapes(settings.drafter_path)
 
     def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:
+        self._groups.add(name)
         return self._send(
             f"joining process group {name}",
             "init_weights_update_group",
@@ -48,6 +50,9 @@ class WeightUpdater:
         )
 
     def leave_group(self, name: str) -> None:
+        if name not in self._groups:
+            return
+        self._groups.discard(name)
         doing = f"leaving process group {name}"
         message = "DestroyWeightsUpdateGroupReqInput"
         self.process.wait(self._send(doing, "destroy_weights_update_group", message, group_name=name), doing)
@@ -98,6 +103,17 @@ class WeightUpdater:
         doing = f"ending the update of the {role} weights"
         self.process.wait(self._send(doing, "end_weight_update", "EndWeightUpdateReqInput"), doing)
         self.role = None
+
+    def digests(self, role: Role) -> dict[str, str]:
+        """Digests that `sglang_digest` makes inside the engine, by the names of sglang's modules."""
+        from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+        request = CheckWeightsReqInput(action="checksum", selector=role)
+        sent = self.process.call(self.process.manager.check_weights, request)
+        success, message, ranks, _ = self.process.wait(sent, f"digesting the {role} weights")
+        if not success:
+            raise EngineError(f"digesting the {role} weights: {message}")
+        return {key.removeprefix(f"{role}."): value for key, value in ranks[0]["checksums"].items()}
 
     def _check(self, shapes: dict[str, tuple[int, ...]], role: Role) -> None:
         """Refuse what sglang would take without a word, drop without one, or die of."""

@@ -12,7 +12,7 @@ from respec_trainer.rollout.sample import Sample
 from respec_trainer.telemetry.live import Progress
 from respec_trainer.telemetry.phases import PhaseClock
 from respec_trainer.telemetry.recorder import Recorder, new_run_folder
-from respec_trainer.telemetry.summary import print_summary
+from respec_trainer.telemetry.summary import LOSSY, print_summary
 
 
 class Report:
@@ -28,6 +28,8 @@ class Report:
         self.progress = Progress(config.run.steps, config.telemetry.live if self.first else "off")
         self.progress.__enter__()
         self.clock = PhaseClock(self.progress.phase)
+        if config.speculation.lossy:
+            self.message(LOSSY)
 
     def phase(self, name: str) -> None:
         self.progress.phase(name)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 BARS = " ▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 60
+LOSSY = "lossy speculation: responses do not follow the policy"
 # How many steps at either end are averaged for "from" and "to": one step's mean reward is noisy.
 END_STEPS = 5
 
@@ -34,6 +35,12 @@ def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     return "".join(BARS[1 + round((value - low) / span * (len(BARS) - 2))] for value in values)
 
 
+def mismatch(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and largest divergence of the actor from the sampler; a refused step has none."""
+    values = [step["mismatch/kl"] for step in steps if "mismatch/kl" in step]
+    return f"{fmean(values):.2g}, at most {max(values):.2g} in a step" if values else "not measured"
+
+
 def print_summary(steps: Sequence[Mapping[str, Any]], folder: Path, console: Console | None = None) -> None:
     """Print the summary of a finished run's steps."""
     console = console or Console()
@@ -48,7 +55,12 @@ def print_summary(steps: Sequence[Mapping[str, Any]], folder: Path, console: Con
         f"              {curve([step['reward/mean'] for step in steps])}",
         f"rollouts      {tokens / generate:,.0f} tokens/s over {tokens:,} tokens; {generate / total:.0%} of the time",
         f"accept length {fmean(step['spec/accept_length'] for step in steps):.2f}",
+        f"mismatch kl   {mismatch(steps)}",
+        *([f"warning       {LOSSY}"] if any(step.get("spec/lossy") for step in steps) else []),
         f"time          {total:.0f} s for {len(steps)} steps",
         f"run           {folder}",
     ]
+    if restarts := sum(step.get("engine/restarts", 0) for step in steps):
+        lost = sum(step["engine/lost_tokens"] for step in steps)
+        lines.insert(-1, f"restarts      {restarts} of rollout engines; {lost:,} tokens drawn again")
     console.print(Panel(Group(*(Text(line) for line in lines)), title="summary", title_align="left", expand=False))

@@ -53,12 +53,11 @@ def push_and_speak(config):
     fleet = RolloutFleet(config, lambda i: SGLangEngine(EngineSettings.from_config(config, "cpu", i)), control, "cpu")
     try:
         transport = setup_transport(config, "cpu", fleet.engine, fleet.owners, control)
-        resync = Resync(
-            config, actor, learner if config.speculation.algorithm != "none" else None, fleet.engine, transport
-        )
+        drafter = learner if config.speculation.algorithm != "none" else None
+        resync = Resync(config, actor, drafter, fleet.engine, transport, control)
         before = speak(fleet)
         step(actor)
-        reports = resync.push(1)
+        reports = resync.push(1, prove=True)
         after = speak(fleet)
         tokens, logprobs = actor.generate_greedy(PROMPTS, NEW_TOKENS)
     finally:

@@ -25,8 +25,10 @@ METRICS = {
     "rollout": "tokens tokens_per_second response_length truncated",
     "spec": "accept_length steps off_fraction accept_by_depth",
     "policy": "loss kl entropy grad_norm clip_fraction refused",
-    "mismatch": "kl ratio_max clipped",
-    "time": "generate reward infer train learn resync wake step",
+    "mismatch": "kl ratio_max ratio_min above_1.1 above_1.5 above_2 clipped",
+    "engine": "restarts lost_tokens resumed_tokens",
+    "audit": "p_value total_variation power tokens",
+    "time": "generate reward infer audit train learn resync wake step",
 }
 
 
@@ -50,7 +52,8 @@ def test_two_iterations_on_gsm8k(small_actor, small_drafter, tmp_path):
     # An actor this young solves nothing, so no reward moves it; weight decay does.
     moving = ["actor.optim.weight_decay=10", "actor.optim.lr=0.01"]
     room = ["data.max_prompt_tokens=400", "rollout.engine.max_total_tokens=null", "run.steps=2"]
-    process = start(small_actor, small_drafter, tmp_path, f"data.path={prompts}", *shape, *room, *moving)
+    options = [*shape, *room, *moving, f"data.path={prompts}", "rollout.audit_every=1"]
+    process = start(small_actor, small_drafter, tmp_path, *options)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     steps = read_metrics(tmp_path / "test")
@@ -59,7 +62,8 @@ def test_two_iterations_on_gsm8k(small_actor, small_drafter, tmp_path):
     for step in steps:
         assert {name for name in wanted if name not in step} == set()
         assert step["rollout/tokens"] > 64 and step["spec/off_fraction"] == 0.0
-        assert step["policy/refused"] == 0
+        assert step["policy/refused"] == 0 and step["audit/tokens"] == step["rollout/tokens"]
+        assert step["audit/p_value"] > 1e-3 and step["audit/power"] > 0
     samples = [json.loads(line) for line in (tmp_path / "test/samples.jsonl").read_text().splitlines()]
     assert {s["actor_version"] for s in samples} == {"actor-0", "actor-1"}
     assert "summary" in output and str(tmp_path / "test") in output

@@ -1,4 +1,4 @@
-"""Stand-in for sglang's kernel package on a CPU: what sglang 0.5.21 asks for to serve EAGLE-3, vectorized, in torch.
+"""Stand-in for sglang's kernel package on a CPU: what sglang 0.5.21 asks for to speculate, vectorized, in torch.
 
 Only names that sglang imports or looks up while `SGLANG_USE_CPU_ENGINE=1` are here. `convert_weight_packed` is left
 out on purpose: its absence tells sglang that no AMX kernels exist, so that every layer takes its native path.

@@ -1,9 +1,9 @@
 """Verification that samples: drafts are accepted so that the output follows the target's law exactly.
 
-The draft tokens are not drawn but chosen, so their own probabilities play no part (Leviathan et al. 2023 with a draft
-law of one point; for trees Miao et al. 2024, SpecInfer): at a node, a uniform number u in [0, 1) falls either into
-the target's mass of one of the children, taken in order, and that child is accepted, or into the rest, and a token is
-drawn from the rest.
+Usually the draft tokens are not drawn but chosen, so their own probabilities play no part (Leviathan et al. 2023 with
+a draft law of one point; for trees Miao et al. 2024, SpecInfer): at a node, a uniform number u in [0, 1) falls either
+into the target's mass of one of the children, taken in order, and that child is accepted, or into the rest, and a token
+is drawn from the rest. So no two children of a node may be the same token.
 """
 
 from __future__ import annotations
@@ -51,6 +51,31 @@ def tree_speculative_sampling_target_only(
     last_law = target_probs[request, node]
     tokens[request, node] = _draw_rest(last_law, candidates, rejected, uniform_samples_for_final_sampling)
     accept_token_num.copy_(count)
+    store_predictions(predicts, accept_index, count, tokens.flatten())
+
+
+def chain_speculative_sampling(
+    predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token, retrive_next_sibling,
+    uniform_samples, uniform_samples_for_final_sampling, target_probs, draft_probs, threshold_single=1.0,
+    threshold_acc=1.0, deterministic=True,
+) -> None:  # fmt: skip
+    """Accept each draft with min(1, p / q) and draw one more token: from the target's law p where all were accepted,
+    else from what p has more than q at the rejected one (Leviathan et al. 2023).
+
+    For chains whose drafts were drawn from draft_probs [B, n - 1, V]. Everything else is as in
+    `tree_speculative_sampling_target_only`; the thresholds are not read.
+    """
+    drafts = candidates[:, 1:].long()
+    p = target_probs[:, :-1].gather(2, drafts[:, :, None]).squeeze(2)
+    q = draft_probs.gather(2, drafts[:, :, None]).squeeze(2)
+    count = accept_chain(accept_index, retrive_index, (q > 0) & (uniform_samples[:, :-1] * q < p))
+    accept_token_num.copy_(count)
+    request, length = torch.arange(len(candidates)), drafts.shape[1]
+    law = target_probs[request, count].double()
+    surplus = (law - draft_probs[request, count.clamp(max=length - 1)]).clamp(min=0)
+    rest = torch.where((count < length)[:, None], surplus, law)
+    tokens = torch.nn.functional.pad(drafts, (0, 1))
+    tokens[request, count] = _draw(rest, uniform_samples_for_final_sampling, law)
     store_predictions(predicts, accept_index, count, tokens.flatten())
 
 
@@ -112,11 +137,16 @@ def _draw_rest(probs, candidates, rejected, uniform) -> torch.Tensor:
     who, which = rejected.nonzero(as_tuple=True)
     rest = probs.double()
     rest[who, candidates[who, which].long()] = 0
+    return _draw(rest, uniform, probs)
+
+
+def _draw(rest, uniform, probs) -> torch.Tensor:
+    """Draw a token [B] in proportion to rest [B, V]."""
     cumulative = rest.cumsum(-1)
     total = cumulative[:, -1:]
     # u < 1, so the point lies below the total, and the first token whose cumulative mass exceeds it has mass itself.
     token = torch.searchsorted(cumulative, uniform.view(-1, 1).double() * total, right=True).squeeze(1)
-    # Rounding can leave nothing, the children's mass being one but for the last bit: then the likeliest is right.
+    # Rounding can leave nothing, when what was refused had all the mass but for the last bit: take the likeliest.
     return torch.where(total.squeeze(1) > 0, token.clamp(max=probs.shape[-1] - 1), probs.argmax(-1))
 
 

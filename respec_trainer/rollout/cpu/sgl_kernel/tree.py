@@ -105,11 +105,16 @@ def _structure(parents, depth: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     mask = torch.eye(n, dtype=torch.bool).expand(len(parents), n, n)
     for _ in range(depth):
         mask = mask | mask.gather(1, parents[:, :, None].expand(mask.shape))
-    node = torch.arange(n)
-    parents = torch.where(node > 0, parents, -1)  # the root's parent is itself, but it is not its own child
+    # The root's parent is itself here, but it is not its own child.
+    return mask, *links_of(torch.where(torch.arange(n) > 0, parents, -1))
+
+
+def links_of(parents) -> tuple[torch.Tensor, torch.Tensor]:
+    """First children [B, n] and next siblings [B, n], from parents [B, n], the root's being -1."""
+    node = torch.arange(parents.shape[1])
     is_child = parents[:, None, :] == node[:, None]
     follows = (parents[:, None, :] == parents[:, :, None]) & (node > node[:, None]) & (node[:, None] > 0)
-    return mask, _first_true(is_child), _first_true(follows)
+    return _first_true(is_child), _first_true(follows)
 
 
 @functools.cache

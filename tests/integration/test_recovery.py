@@ -1,0 +1,171 @@
+"""Live engines that are killed, and that hang, in the middle of generating: what comes back is as if nothing happened.
+
+Two ranks share one engine, in float32 and greedy, so that a response drawn by two lives must equal an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.configs import smallest_config
+from tests.integration.ranks import run_ranks
+from tests.integration.test_resync_engine import folders, step  # noqa: F401 - a fixture
+
+NEW_TOKENS = 48
+PROMPTS = [[5 + i, 9, 33 + i] for i in range(6)]
+
+
+def survive(config, disturb, *args):
+    """On one rank: responses undisturbed and disturbed, then what was counted; or the error that ended it."""
+    import torch.distributed as dist
+
+    from respec_trainer.actor.engine import Actor
+    from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
+    from respec_trainer.drafter.learner import setup_learner
+    from respec_trainer.errors import EngineLostError
+    from respec_trainer.resync import Resync
+    from respec_trainer.resync.transport import setup_transport
+    from respec_trainer.rollout.fleet import RolloutFleet
+    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollouts import Rollouts
+
+    topology = init_parallel(config)
+    control = dist.new_group(backend="gloo")
+    actor = Actor(config, topology, total_updates=1)
+    learner = setup_learner(config, actor.hf_config)
+    fleet = RolloutFleet(config, lambda i: SGLangEngine(EngineSettings.from_config(config, "cpu", i)), control, "cpu")
+    transport = setup_transport(config, "cpu", fleet.engine, fleet.owners, control)
+    resync = Resync(config, actor, learner, fleet.engine, transport, control)
+    said = []
+    rollouts = Rollouts(fleet, resync, config.rollout.engine.max_restarts, said.append)
+    try:
+        step(actor)
+        rollouts.push(1)
+        calm = ask(rollouts)
+        rollouts.metrics()
+        began = time.monotonic()
+        disturbed = disturb(rollouts, *args)
+        return calm, disturbed, rollouts.metrics(), said, time.monotonic() - began
+    except EngineLostError as error:
+        return str(error), rollouts.metrics()
+    finally:
+        fleet.shutdown()
+        shutdown_parallel()
+
+
+def ask(rollouts, meanwhile=lambda: None):
+    from respec_trainer.rollout.sample import Request, SamplingParams
+
+    greedy = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    rollouts.start([Request(str(i), tuple(p), greedy) for i, p in enumerate(PROMPTS)])
+    meanwhile()
+    return rollouts.collect()
+
+
+def while_generating(rollouts, number, kills, victim=0):
+    """Signal the scheduler of rank `victim`'s engine once it has begun, in `kills` of its lives one after the other."""
+    if torch.distributed.get_rank() != victim:
+        return ask(rollouts)
+    watch = threading.Thread(target=_signal, args=(rollouts.fleet.engine, number, kills), daemon=True)
+    return ask(rollouts, watch.start)
+
+
+def while_pushing(rollouts, number, victim=0):
+    """Push the same weights again, and signal the scheduler of rank `victim`'s engine once the update has begun."""
+    transport, sends = rollouts.resync.transport, []
+    original = transport.send
+
+    def send(bucket, role):
+        sends.append(role)
+        if len(sends) == 1 and transport.rank == victim:
+            os.kill(transport.engine.process.children[0].pid, number)
+        original(bucket, role)
+
+    transport.send = send
+    rollouts.push(1)
+    assert sends == ["target", "target", "draft"], "interrupted; then both models, whole"
+    return ask(rollouts)
+
+
+def _signal(engine, number, kills, after=12):
+    struck = set()
+    while len(struck) < kills:
+        time.sleep(0.001)
+        process = engine._process
+        if process is None or process in struck or process.failure is not None:
+            continue
+        begun = [p.tokens for p in list(process.deliveries._progress.values()) if p.finish_reason is None]
+        if begun and min(begun) >= after:
+            struck.add(process)
+            os.kill(process.children[0].pid, number)
+
+
+def config_of(tmp_path, folders, *overrides):  # noqa: F811
+    target, drafter = folders
+    shape = ["actor.parallel.tp=2", "rollout.engine.span=2", "actor.optim.lr=0.01", "resync.bucket_mb=1"]
+    paths = [f"model.path={target}", "model.dtype=fp32", f"drafter.path={drafter}", "speculation.algorithm=eagle3"]
+    return smallest_config(tmp_path, "rollout.engine.resume=tokens", *paths, *shape, *overrides)
+
+
+def check_whole(calm, disturbed):
+    assert [s.key for s in disturbed] == [str(i) for i in range(len(PROMPTS))]
+    assert [s.response_ids for s in disturbed] == [s.response_ids for s in calm]
+    assert [s.prompt_ids for s in disturbed] == PROMPTS
+    assert {s.actor_version for s in disturbed} == {"actor-1"}
+    assert all(s.finish_reason == "length" and len(s.origins) == NEW_TOKENS for s in disturbed)
+    given, wanted = (torch.tensor([s.sampler_logprobs for s in samples]) for samples in (disturbed, calm))
+    assert torch.allclose(given, wanted, atol=1e-4)
+
+
+def test_a_killed_scheduler_costs_nothing_but_time(tmp_path, folders):  # noqa: F811
+    config = config_of(tmp_path, folders)
+    first, second = run_ranks(2, survive, config, while_generating, signal.SIGKILL, 2, timeout=240)
+    calm, disturbed, counts, said, _ = first
+    check_whole(calm, disturbed)
+    assert [s.response_ids for s in second[1]] == [s.response_ids for s in disturbed]
+    assert max(s.restarts for s in disturbed) == 2 and min(s.restarts for s in calm) == 0
+    assert counts["engine/restarts"] == 2 and counts["engine/lost_tokens"] == 0
+    assert counts["engine/resumed_tokens"] >= 12
+    assert "signal 9" in said[0] and "restart 2 of 3" in said[1]
+
+
+def test_a_hanging_scheduler_is_noticed_in_time(tmp_path, folders):  # noqa: F811
+    timeout = 20.0  # a restart must fit in it
+    config = config_of(tmp_path, folders, f"rollout.engine.timeout={timeout}")
+    first, _ = run_ranks(2, survive, config, while_generating, signal.SIGSTOP, 1, timeout=240)
+    calm, disturbed, counts, said, seconds = first
+    check_whole(calm, disturbed)
+    assert counts["engine/restarts"] == 1 and "not answered for 20 s" in said[0]
+    assert timeout < seconds < timeout + 60
+
+
+def test_too_many_deaths_end_the_run_on_every_rank(tmp_path, folders):  # noqa: F811
+    limit = 1
+    config = config_of(tmp_path, folders, f"rollout.engine.max_restarts={limit}")
+    for error, counts in run_ranks(2, survive, config, while_generating, signal.SIGKILL, limit + 1, timeout=240):
+        assert "signal 9" in error and "rollout.engine.max_restarts" in error
+        assert counts["engine/restarts"] == limit
+
+
+def test_the_other_engine_joins_the_new_group(tmp_path, folders):  # noqa: F811
+    config = config_of(tmp_path, folders, "rollout.engine.span=1")
+    first, _ = run_ranks(2, survive, config, while_generating, signal.SIGKILL, 1, 1, timeout=240)
+    calm, disturbed, counts, said, _ = first
+    check_whole(calm, disturbed)
+    assert counts["engine/restarts"] == 1 and "engine of rank 1" in said[0]
+    assert [s.restarts for s in disturbed[:3]] == [0, 0, 0] and max(s.restarts for s in disturbed[3:]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_push_that_is_interrupted_is_made_again(tmp_path, folders, number):  # noqa: F811
+    config = config_of(tmp_path, folders, "rollout.engine.span=1", "resync.timeout=10")
+    calm, disturbed, counts, said, _ = run_ranks(2, survive, config, while_pushing, number, 1, timeout=240)[0]
+    check_whole(calm, disturbed)
+    assert counts["engine/restarts"] == 2, "no engine is known to be whole"
+    assert len(said) == 1
