@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from respec_trainer.audit.draws import LawCache
-from respec_trainer.audit.ends import Ends
+from respec_trainer.audit.ends import Ends, check_switched
 from respec_trainer.audit.law import shaped
 from respec_trainer.audit.rollouts import rank_classes
 from respec_trainer.audit.tree import branches, joint_law
@@ -74,6 +74,15 @@ def test_ranks_are_classed():
     assert torch.allclose(masses, torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.25, 0.25]], dtype=torch.float64))
     drawn, masses = rank_classes(torch.full((1, 10), 0.1, dtype=torch.float64), torch.tensor([9]))
     assert drawn.tolist() == [4] and torch.allclose(masses.sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_switching_is_seen():
+    def sample(*origins):
+        return Sample("k", [1], [5] * len(origins), [0.0] * len(origins), "length", "a", "d", origins=list(origins))
+
+    never = sample(0, 1, 2, 1, 2), sample(0, 0, 0), sample(0, 0, 1, 2)
+    assert "never" in check_switched(never).pop()
+    assert check_switched([*never, sample(0, 1, 2, 0, 2)]) == set()
 
 
 class Letters:

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from respec_trainer.actor.engine import Actor
 from respec_trainer.actor.parallel import init_parallel
 from respec_trainer.audit.cells import MODES, Cell, Mode, speculation_of
-from respec_trainer.audit.draws import NEW_TOKENS, examine
-from respec_trainer.audit.ends import Ends
+from respec_trainer.audit.draws import NEW_TOKENS, Plan, examine
+from respec_trainer.audit.ends import Ends, check_switched
 from respec_trainer.audit.law import shaped
 from respec_trainer.audit.report import CellResult, Standard
 from respec_trainer.audit.tree import Prefix
@@ -48,6 +48,7 @@ OVERRIDES = (
     "rollout.sampling.temperature=1.0",
     f"rollout.sampling.max_new_tokens={NEW_TOKENS}",
 )
+LIMITS = (3, 8, 13, NEW_TOKENS)  # of responses in turn, where they differ
 SWITCH_AT = 48  # requests at once from which speculation is off, of the 64
 PROMPTS = 2
 DEEP = 12  # response tokens before the deep ones
@@ -133,20 +134,22 @@ class Auditor:
         if cell.before != "nothing":
             self._update_and_push(engine, sleep=cell.before == "sleep")
         params = SamplingParams(NEW_TOKENS, **({"temperature": 1.0} | cell.sampling))
-        ends = None
         if cell.ends:
-            params, ends = self._with_stops(params, mode), Ends(self.end_tokens, self.tokenizer).fault
-        return examine(
-            cell.name,
-            engine,
-            self.prompts,
-            params,
-            lambda prefixes: shaped(self.actor.logits_after(prefixes).cpu(), params),
-            self.standard,
-            cells,
-            self.limit,
-            ends,
+            params = self._with_stops(params, mode)
+        ends = Ends(self.end_tokens, self.tokenizer)
+
+        def check(samples, asked) -> set[str]:
+            return ends.check(samples, asked) | (check_switched(samples) if mode.switching else set())
+
+        plan = Plan(
+            name=cell.name,
+            prompts=self.prompts,
+            params=params,
+            law=lambda prefixes: shaped(self.actor.logits_after(prefixes).cpu(), params),
+            limits=LIMITS if cell.ends else (),
+            check=check,
         )
+        return examine(engine, plan, self.standard, cells, self.limit)
 
     def _with_stops(self, params: SamplingParams, mode: Mode) -> SamplingParams:
         """Stops that many responses meet: a token and a piece of text from the likeliest responses."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +16,6 @@ from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
 ROUND = 8192  # responses drawn before the power is looked at again
 NEW_TOKENS = 24
-LIMITS = (3, 8, 13, 24)  # of requests whose limits differ
 
 
 class LawCache:
@@ -32,44 +31,45 @@ class LawCache:
         return torch.stack([self.known[prefix] for prefix in prefixes])
 
 
-def examine(
-    name: str,
-    engine: RolloutEngine,
-    prompts: Sequence[Prefix],
-    params: SamplingParams,
-    law: Callable[[Sequence[Prefix]], torch.Tensor],
-    standard: Standard,
-    cells: int,
-    limit: int,
-    ends: Callable[[Sample, SamplingParams], str | None] | None = None,
-) -> CellResult:
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn, and the law it must follow."""
+
+    name: str
+    prompts: Sequence[Prefix]  # token ids; each gets as many draws as the others
+    params: SamplingParams
+    law: Callable[[Sequence[Prefix]], torch.Tensor]  # prefixes -> probabilities [R, V] float64
+    limits: tuple[int, ...] = ()  # of max_new_tokens, in turn; () for that of `params`
+    # Responses and what was asked of each -> what is wrong with them that needs no statistics.
+    check: Callable[[Sequence[Sample], Sequence[SamplingParams]], set[str]] = lambda samples, asked: set()
+
+    def asked(self, count: int) -> list[SamplingParams]:
+        limits = self.limits or (self.params.max_new_tokens,)
+        each = len(self.prompts)
+        return [replace(self.params, max_new_tokens=limits[i // each % len(limits)]) for i in range(count)]
+
+
+def examine(engine: RolloutEngine, plan: Plan, standard: Standard, cells: int, limit: int) -> CellResult:
     """Draw until the standard's power is reached, or `limit` responses, and test them.
 
     How many are drawn hangs on how the draws spread, never on the statistic, which would bend its law.
 
     Args:
-        prompts: token ids; each gets as many draws as the others.
-        law: prefixes -> probabilities [R, V] float64.
         cells: tests that share the standard's level.
-        ends: what is wrong with a response's end, if limits are to differ; then also given its own parameters.
     """
-    began, samples, cached = time.perf_counter(), [], LawCache(law)
+    began, samples, law = time.perf_counter(), [], LawCache(plan.law)
     faults: set[str] = set()
     while True:
-        asked = [
-            replace(params, max_new_tokens=LIMITS[i // len(prompts) % len(LIMITS)] if ends else params.max_new_tokens)
-            for i in range(min(ROUND, limit))
-        ]
-        drawn = engine.submit(
-            [Request(str(i), prompts[i % len(prompts)], ask) for i, ask in enumerate(asked)]
-        ).collect()
-        if ends is not None:
-            faults |= {fault for sample, ask in zip(drawn, asked, strict=True) if (fault := ends(sample, ask))}
+        asked = plan.asked(min(ROUND, limit))
+        prompts = [plan.prompts[i % len(plan.prompts)] for i in range(len(asked))]
+        requests = [Request(str(i), *pair) for i, pair in enumerate(zip(prompts, asked, strict=True))]
+        drawn = engine.submit(requests).collect()
+        faults |= plan.check(drawn, asked)
         samples += drawn
-        evidence = joint_law([(tuple(s.prompt_ids), s.response_ids) for s in samples], cached)
+        evidence = joint_law([(tuple(s.prompt_ids), s.response_ids) for s in samples], law)
         power = evidence.power(standard.total_variation, standard.level / cells)
         if power >= standard.power or len(samples) >= limit:
-            return _result(name, evidence, samples, time.perf_counter() - began, tuple(sorted(faults)))
+            return _result(plan.name, evidence, samples, time.perf_counter() - began, tuple(sorted(faults)))
 
 
 def _result(name: str, evidence: Evidence, samples: list[Sample], seconds: float, faults: tuple[str, ...]):

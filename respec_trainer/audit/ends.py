@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from respec_trainer.rollout.sample import Sample, SamplingParams
+from respec_trainer.rollout.sample import UNDRAFTED, Sample, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,10 @@ class Ends:
 
     end_tokens: frozenset[int]  # the model's own
     tokenizer: Any = None
+
+    def check(self, samples: Sequence[Sample], asked: Sequence[SamplingParams]) -> set[str]:
+        """What is wrong with any of them."""
+        return {fault for pair in zip(samples, asked, strict=True) if (fault := self.fault(*pair))}
 
     def fault(self, sample: Sample, params: SamplingParams) -> str | None:
         tokens, limit = sample.response_ids, params.max_new_tokens
@@ -34,3 +40,13 @@ class Ends:
             return False
         text = self.tokenizer.decode(tokens)
         return any(stop in text for stop in params.stop)
+
+
+def check_switched(samples: Sequence[Sample]) -> set[str]:
+    """Speculation must have gone on, off and on again within responses; a response's first token has no draft."""
+    for sample in samples:
+        drafted = [origin != UNDRAFTED for origin in sample.origins[1:]]
+        changes = sum(a != b for a, b in pairwise(drafted))
+        if changes > 1:
+            return set()
+    return {"speculation never went on and off and on within a response"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from respec_trainer.audit.draws import examine
+from respec_trainer.audit.draws import Plan, examine
 from respec_trainer.audit.law import shaped
 from respec_trainer.audit.report import CellResult, Standard, judge
 from respec_trainer.config import EngineConfig, SpeculationConfig
@@ -74,7 +74,7 @@ def audit(engine, reference) -> CellResult:
         logits = {n: iter(reference.logits(some)[:, -1]) for n, some in by_length.items()}
         return shaped(torch.stack([next(logits[len(prefix)]) for prefix in prefixes]), PARAMS)
 
-    return examine("cell", engine, PROMPTS, PARAMS, law, STANDARD, cells=1, limit=3000)
+    return examine(engine, Plan("cell", PROMPTS, PARAMS, law), STANDARD, cells=1, limit=3000)
 
 
 def passed(result: CellResult) -> bool:
