@@ -14,7 +14,7 @@ from respec_trainer.audit.tree import Prefix, joint_law
 from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
-ROUND = 8192  # responses drawn before the power is looked at again
+ROUND = 6144  # responses drawn before the power is looked at again
 NEW_TOKENS = 24
 
 

@@ -31,6 +31,7 @@ class RolloutAudit:
 
     def __init__(self, config: Config, actor: Actor):
         self.every, self.actor, self.lossy = config.rollout.audit_every, actor, config.speculation.lossy
+        self.total: ClassSums | None = None  # of all audits: a small bend shows in the long run
         sampling = config.rollout.sampling
         self.params = SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k)
 
@@ -42,18 +43,22 @@ class RolloutAudit:
         """
         if not self.every or step % self.every:
             return {}
-        evidence = self._over_copies(self._sums(batch)).evidence()
-        if evidence.p_value < LEVEL and not self.lossy:
-            raise AuditError(
-                f"the rollouts of step {step + 1} do not follow the policy: p = {evidence.p_value:.1g}, chi-square "
-                f"{evidence.statistic:.0f} with {evidence.df} degrees of freedom over {evidence.draws} tokens; run "
-                "tools/audit_rollout.py to see which way of sampling is wrong"
-            )
+        sums = self._over_copies(self._sums(batch))
+        self.total = sums if self.total is None else self.total + sums
+        here, all_audits = sums.evidence(), self.total.evidence()
+        for evidence, which in ((here, f"step {step + 1}"), (all_audits, f"the audits up to step {step + 1}")):
+            if evidence.p_value < LEVEL and not self.lossy:
+                raise AuditError(
+                    f"the rollouts of {which} do not follow the policy: p = {evidence.p_value:.1g}, chi-square "
+                    f"{evidence.statistic:.0f} with {evidence.df} degrees of freedom over {evidence.draws} tokens; "
+                    "run tools/audit_rollout.py to see which way of sampling is wrong"
+                )
         return {
-            "audit/p_value": evidence.p_value,
-            "audit/total_variation": evidence.total_variation,
-            "audit/power": evidence.power(0.02, LEVEL),
-            "audit/tokens": evidence.draws,
+            "audit/p_value": here.p_value,
+            "audit/p_value_run": all_audits.p_value,
+            "audit/total_variation": all_audits.total_variation,
+            "audit/power": all_audits.power(0.02, LEVEL),
+            "audit/tokens": here.draws,
         }
 
     def _sums(self, batch: Batch) -> ClassSums:

@@ -102,6 +102,9 @@ class ClassSums:
     products: np.ndarray  # [C, C] sum of p p'
     draws: int
 
+    def __add__(self, other: ClassSums) -> ClassSums:
+        return ClassSums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
     @classmethod
     def of(cls, drawn: np.ndarray, masses: np.ndarray) -> ClassSums:
         """drawn: [T] the class of each draw. masses: [T, C] float64, each row a law over the classes."""

@@ -27,7 +27,7 @@ METRICS = {
     "policy": "loss kl entropy grad_norm clip_fraction refused",
     "mismatch": "kl ratio_max ratio_min above_1.1 above_1.5 above_2 clipped",
     "engine": "restarts lost_tokens resumed_tokens",
-    "audit": "p_value total_variation power tokens",
+    "audit": "p_value p_value_run total_variation power tokens",
     "time": "generate reward infer audit train learn resync wake step",
 }
 
