@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument(
         "--total-variation", type=float, default=0.02, help="draw until a law this wrong would be found (default 0.02)"
     )
+    parser.add_argument("--draws", type=int, help="responses drawn for a cell at least (default 6144, control 20000)")
     parser.add_argument("--limit", type=int, default=40_000, help="responses drawn for a cell at most")
     parser.add_argument("--json", type=Path, help="also write the outcome here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -49,8 +50,10 @@ def audit(args: argparse.Namespace) -> int:
     config = prepare_audit(args.config, args.overrides)
     cells, modes = wanted_cells(config, args.cells, args.short, args.control)
     from respec_trainer.audit.auditor import Auditor
+    from respec_trainer.audit.draws import ROUND
 
-    auditor = Auditor(config, standard, args.limit, say=lambda text: console.print(f"[dim]{text}[/]"))
+    draws = args.draws or (20_000 if args.control else ROUND)
+    auditor = Auditor(config, standard, draws, args.limit, say=lambda text: console.print(f"[dim]{text}[/]"))
     results = []
     for result in auditor.run(cells, modes):
         results.append(result)

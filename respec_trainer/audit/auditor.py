@@ -39,7 +39,7 @@ OVERRIDES = (
     "model.dtype=fp32",
     "actor.parallel.tp=1",
     "actor.parallel.sequence_parallel=false",
-    "actor.optim.lr=0.003",
+    "actor.optim.lr=0.001",
     "actor.optim.warmup_steps=0",
     "rollout.engine.tp=1",
     "rollout.engine.span=1",
@@ -52,15 +52,16 @@ LIMITS = (3, 8, 13, NEW_TOKENS)  # of responses in turn, where they differ
 SWITCH_AT = 48  # requests at once from which speculation is off, of the 64
 PROMPTS = 2
 DEEP = 12  # response tokens before the deep ones
-UPDATES = 3  # of the actor before a resync, so that stale weights would be seen
+UPDATES = 2  # of the actor before a resync, so that stale weights would be seen
 
 
 class Auditor:
     """One process, one rank. `say` is told what is being done."""
 
-    def __init__(self, config: Config, standard: Standard, limit: int, say: Callable[[str], None]):
-        """config: with OVERRIDES. limit: responses drawn for a cell at most."""
-        self.config, self.standard, self.limit, self.say = config, standard, limit, say
+    def __init__(self, config: Config, standard: Standard, draws: int, limit: int, say: Callable[[str], None]):
+        """config: with OVERRIDES. draws, limit: responses drawn for a cell at least and at most."""
+        self.config, self.standard, self.say = config, standard, say
+        self.draws, self.limit = draws, max(draws, limit)
         self.topology = init_parallel(config)
         self.device = self.topology.device.type
         self.control = dist.new_group(backend="gloo")
@@ -149,7 +150,7 @@ class Auditor:
             limits=LIMITS if cell.ends else (),
             check=check,
         )
-        return examine(engine, plan, self.standard, cells, self.limit)
+        return examine(engine, plan, self.standard, cells, self.limit, self.draws)
 
     def _with_stops(self, params: SamplingParams, mode: Mode) -> SamplingParams:
         """Stops that many responses meet: a token and a piece of text from the likeliest responses."""

@@ -14,7 +14,7 @@ from respec_trainer.audit.tree import Prefix, joint_law
 from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
-ROUND = 6144  # responses drawn before the power is looked at again
+ROUND = 6144  # responses drawn before the power is looked at
 NEW_TOKENS = 24
 
 
@@ -49,8 +49,10 @@ class Plan:
         return [replace(self.params, max_new_tokens=limits[i // each % len(limits)]) for i in range(count)]
 
 
-def examine(engine: RolloutEngine, plan: Plan, standard: Standard, cells: int, limit: int) -> CellResult:
-    """Draw until the standard's power is reached, or `limit` responses, and test them.
+def examine(
+    engine: RolloutEngine, plan: Plan, standard: Standard, cells: int, limit: int, draws: int = ROUND
+) -> CellResult:
+    """Draw `draws` responses and test them; and as many again until the standard's power is reached, or `limit`.
 
     How many are drawn hangs on how the draws spread, never on the statistic, which would bend its law.
 
@@ -60,7 +62,7 @@ def examine(engine: RolloutEngine, plan: Plan, standard: Standard, cells: int, l
     began, samples, law = time.perf_counter(), [], LawCache(plan.law)
     faults: set[str] = set()
     while True:
-        asked = plan.asked(min(ROUND, limit))
+        asked = plan.asked(min(draws, limit))
         prompts = [plan.prompts[i % len(plan.prompts)] for i in range(len(asked))]
         requests = [Request(str(i), *pair) for i, pair in enumerate(zip(prompts, asked, strict=True))]
         drawn = engine.submit(requests).collect()
