@@ -109,6 +109,15 @@ class RolloutConfig(Section):
     audit_every: NonNegativeInt = 0  # steps from one test of the samples' law to the next; 0: never
     engine: EngineConfig = EngineConfig()
 
+    @model_validator(mode="after")
+    def _there_is_one_law_to_audit(self) -> RolloutConfig:
+        if self.audit_every and self.sampling.top_k > 0 and self.sampling.top_p < 1:
+            raise ValueError(
+                "audit_every knows top_k or top_p, not both: sglang applies them together without drafts, but one "
+                "after the other when it verifies; set one of them, or audit_every=0"
+            )
+        return self
+
 
 class SpeculationConfig(Section):
     # eagle3: a drafter of its own kind; standalone: a smaller model; ngram: what the engine has generated before

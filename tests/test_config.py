@@ -200,3 +200,10 @@ def test_an_ngram_tree_is_as_deep_as_its_drafts(tmp_path):
     shape = smallest_config(tmp_path, "speculation.algorithm=ngram", "speculation.draft_tokens=9").speculation
     assert shape.depth == 8
     assert smallest_config(tmp_path, *LOSSY[:2]).speculation.depth == 3
+
+
+def test_an_audit_knows_one_law(write):
+    filters = ["rollout.sampling.top_k=5", "rollout.sampling.top_p=0.9"]
+    assert load_config(write(), filters).rollout.audit_every == 0
+    assert load_config(write(), ["rollout.audit_every=1", filters[0]]).rollout.audit_every == 1
+    assert "not both" in refused(write(), "rollout.audit_every=1", *filters)

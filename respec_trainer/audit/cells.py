@@ -76,5 +76,5 @@ SHORT = (Cell("no speculation"), Cell("EAGLE-3 chain"), Cell("EAGLE-3 chain", be
 
 
 def speculation_of(mode: Mode, base: SpeculationConfig) -> SpeculationConfig:
-    """The configuration's speculation with the mode's keys over it."""
-    return SpeculationConfig(**(base.model_dump() | mode.speculation))
+    """The mode's speculation, with the configuration's thresholds: if those are lossy, the audit must show it."""
+    return SpeculationConfig(**(base.model_dump() | {"rejection_sampling": False} | mode.speculation))

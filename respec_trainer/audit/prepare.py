@@ -37,7 +37,7 @@ def wanted_cells(config: Config, part: str, short: bool, control: bool) -> tuple
     """
     if control:
         return [Cell(CONTROL.name)], MODES | {CONTROL.name: CONTROL}
-    has_drafter = config.drafter.path is not None
+    has_drafter = config.drafter.path is not None and config.speculation.algorithm == "eagle3"
     possible = [c for c in (SHORT if short else CELLS) if has_drafter or MODES[c.mode].needs == "nothing"]
     cells = [cell for cell in possible if part in cell.name]
     if not cells:

@@ -34,7 +34,15 @@ class Verdict:
     result: CellResult
     adjusted: float  # the p-value after Holm's correction
     power: float  # at the level of the correction's hardest step
+    refuted: bool  # by the p-value
     passed: bool
+
+    @property
+    def mark(self) -> str:
+        if self.passed:
+            return "[green]PASS[/]"
+        wrong = self.result.faults or self.refuted
+        return "[red]FAIL[/]" if wrong else "[red]FAIL: too few draws[/]"
 
     def row(self) -> dict:
         """As plain data."""
@@ -64,8 +72,9 @@ def judge(results: list[CellResult], standard: Standard) -> list[Verdict]:
     verdicts = []
     for result, p in zip(results, adjusted, strict=True):
         power = result.evidence.power(standard.total_variation, standard.level / len(results))
-        passed = p >= standard.level and power >= standard.power and not result.faults
-        verdicts.append(Verdict(result, p, power, passed))
+        refuted = p < standard.level
+        passed = not refuted and power >= standard.power and not result.faults
+        verdicts.append(Verdict(result, p, power, refuted, passed))
     return verdicts
 
 
@@ -75,7 +84,6 @@ def table(verdicts: list[Verdict], standard: Standard) -> Table:
         view.add_column(name, justify="left" if name == "cell" else "right", no_wrap=name != "")
     for verdict in verdicts:
         row = verdict.row()
-        mark = "[green]PASS[/]" if verdict.passed else "[red]FAIL[/]"
         view.add_row(
             row["cell"],
             f"{row['tested_tokens']:,}",
@@ -86,6 +94,6 @@ def table(verdicts: list[Verdict], standard: Standard) -> Table:
             f"{row['total_variation']:.4f}",
             f"{row['power']:.3f}",
             f"{row['accept_length']:.2f}",
-            mark + "".join(f"\n{fault}" for fault in row["faults"]),
+            verdict.mark + "".join(f"\n{fault}" for fault in row["faults"]),
         )
     return view
