@@ -46,5 +46,5 @@ def agree(
     if lost:
         raise EngineLostError("; ".join(f"engine of rank {rank}: {error}" for rank, error in lost.items()))
     for rank, error in errors.items():
-        raise type(error)(f"engine of rank {rank}: {error}") from error
+        raise type(error)(f"rank {rank}: {error}") from error
     return [outcome for outcome, _, _ in told]

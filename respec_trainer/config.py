@@ -183,7 +183,26 @@ class SpeculationConfig(Section):
 
 class DrafterConfig(Section):
     path: str | None = None  # an EAGLE-3 folder in SGLang's format; for standalone: a Hugging Face model folder
-    weighting: Literal["none"] = "none"  # "none": the drafter stays as it is during the run
+    # How much each response counts in the drafter's loss; "none": the drafter stays as it is during the run.
+    weighting: Literal["none", "uniform", "reward", "advantage"] = "none"
+    weight_scope: Literal["batch", "group"] = "batch"  # what rewards are normalized over
+    loss: Literal["kl", "acceptance", "log_acceptance", "mixed"] = "kl"
+    mode: Literal["async", "sync"] = "async"  # learn while the engines generate, or while they wait
+    cadence: Literal["interval", "need"] = "interval"
+    interval: PositiveInt = 1  # iterations from one training to the next, each on 1 / interval of the buffer
+    delta: PositiveFloat = 0.1  # cadence "need": by how much accept length must have fallen
+    unroll: PositiveInt = 5  # draft steps simulated in training
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.8  # of a draft step's weight in the loss, per step
+    batch_size: PositiveInt = 32  # responses an update, of all ranks
+    micro_batch_size: PositiveInt = 8  # responses one forward pass holds, each rank
+    lr: PositiveFloat = 5.0e-4  # AdamW: norms and the output layer, or everything if matrix_lr is null
+    matrix_lr: PositiveFloat | None = 5.0e-3  # Muon: the drafter's other matrices
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat = 1.0  # global gradient norm
+    warmup_updates: NonNegativeInt = 10  # over which the rates rise
+    buffer_mb: PositiveInt = 1024  # host memory of each rank for rollouts to learn from
+    retention: Literal["recency", "reservoir"] = "recency"  # what stays: the newest, or a fair sample of all
+    max_bad_updates: PositiveInt = 3  # in a row that were not finite, before the drafter stays as it is
 
 
 class ParallelConfig(Section):
@@ -232,7 +251,12 @@ class ResyncConfig(Section):
     transport: Literal["auto", "gloo", "nccl", "cuda_ipc"] = "auto"
     bucket_mb: Annotated[int, Field(ge=1, le=512)] = 256
     port: Port | None = None  # rendezvous of trainer and engines; default: a free one
-    timeout: PositiveFloat = 300.0
+    timeout: PositiveFloat = 300.0  # seconds for a bucket to arrive, and for every rank to take part
+    # checksum: digests of every tensor, here and in the engine. full: and a canary, whose greedy log-probs must agree.
+    verify: Literal["off", "checksum", "full"] = "full"
+    canary_tokens: PositiveInt = 4
+    canary_tolerance: PositiveFloat | None = None  # nats; default: 0.25 in bf16, 0.01 in fp32
+    accept_alarm: Fraction = 0.3  # share of the accepted drafts whose loss with a push is told to the user
 
 
 class CheckpointConfig(Section):
@@ -288,6 +312,24 @@ class Config(Section):
             raise ValueError(
                 "rollout.sampling.seeded does not reach the drafter, which draws under speculation.rejection_sampling; "
                 "set one of them to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_drafter_can_learn(self) -> Config:
+        drafter, speculation = self.drafter, self.speculation
+        if drafter.weighting == "none":
+            return self
+        if speculation.algorithm != "eagle3":
+            raise ValueError(
+                f"drafter.weighting={drafter.weighting} trains a drafter, but speculation.algorithm="
+                f"{speculation.algorithm} has none that could learn: set drafter.weighting=none, or "
+                "speculation.algorithm=eagle3"
+            )
+        if drafter.unroll < speculation.steps:
+            raise ValueError(
+                f"drafter.unroll={drafter.unroll} simulates fewer draft steps than the engine drafts "
+                f"(speculation.steps={speculation.steps}): set drafter.unroll={speculation.steps} or more"
             )
         return self
 

@@ -25,6 +25,10 @@ class ResyncError(RespecError):
     """Weights did not reach the engine as sent."""
 
 
+class ProofError(ResyncError):
+    """An engine does not hold, or does not speak, what was sent. Its samples are not the actor's."""
+
+
 class TransferError(ResyncError):
     """The connection to an engine broke, or was too slow, while weights were on their way."""
 

@@ -15,7 +15,10 @@ from respec_trainer.checkpoint.export import export_actor
 from respec_trainer.config import Config
 from respec_trainer.data.prompts import PromptStream, load_prompts
 from respec_trainer.drafter.learner import setup_learner
+from respec_trainer.drafter.record import Place
 from respec_trainer.resync import Resync
+from respec_trainer.resync.alarm import AcceptAlarm
+from respec_trainer.resync.canary import setup_canary
 from respec_trainer.resync.transport import setup_transport
 from respec_trainer.rewards import setup_reward
 from respec_trainer.rollout.fleet import RolloutFleet
@@ -44,11 +47,13 @@ class Job:
         self.report.loaded(prompts)
         self.prompts = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
         self.reward = setup_reward(config.reward)
-        self.learner = setup_learner(config, self.actor.hf_config)
+        place = Place.of(self.topology)
+        self.learner = setup_learner(config, self.actor.hf_config, place, self.control, self.report.message)
         self.report.phase("starting the rollout engine")
         self.fleet = RolloutFleet(config, self._make_engine, self.control, self.topology.device.type)
-        restarts = config.rollout.engine.max_restarts
-        self.rollouts = Rollouts(self.fleet, self._setup_resync(), restarts, self.report.message)
+        restarts, canary = config.rollout.engine.max_restarts, setup_canary(config.resync, config.model.dtype, prompts)
+        self.rollouts = Rollouts(self.fleet, self._setup_resync(), self.actor, restarts, self.report.message, canary)
+        self.alarm = AcceptAlarm(config.resync.accept_alarm, verified=config.resync.verify != "off")
 
     def _make_engine(self, index: int) -> SGLangEngine:
         return SGLangEngine(EngineSettings.from_config(self.config, device=self.topology.device.type, index=index))
@@ -82,6 +87,7 @@ class Job:
     def export(self) -> Path:
         """Write the actor as it is into the run's folder, as a Hugging Face folder. Every rank calls it."""
         self.report.phase("exporting the actor")
+        self.actor.onload()  # the engines may have its room: they are not needed any more
         out = self.report.folder / "actor"
         export_actor(self.actor, Path(self.config.model.path), out)
         return out

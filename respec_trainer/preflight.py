@@ -17,24 +17,11 @@ from respec_trainer.network import is_free
 def preflight(config: Config, world_size: int, rank: int) -> None:
     """Raise ConfigError or DataError for the first thing found that cannot work."""
     config.check_world(world_size)
-    check_engine(config)
     hf_config = check_model_folder(config)
     check_context(config, hf_config)
     check_data(config, hf_config)
     check_drafter(config, hf_config)
     check_ports(config, rank)
-
-
-def check_engine(config: Config) -> None:
-    """Without a GPU an engine is one process."""
-    from respec_trainer.compat import resolve_device
-
-    tp = config.rollout.engine.tp
-    if tp > 1 and resolve_device(config.run.device) == "cpu":
-        raise ConfigError(
-            f"rollout.engine.tp={tp} needs GPUs; to share one engine among trainer ranks without any, set "
-            f"rollout.engine.span={tp} and rollout.engine.tp=1"
-        )
 
 
 def check_model_folder(config: Config):

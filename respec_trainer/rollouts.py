@@ -2,6 +2,11 @@
 
 Weights come from all ranks, so a dead engine is brought back by all ranks together: started anew, connected, given both
 models whole, its weights proven; then it is asked again for what it owes.
+
+Engines and actor share the GPUs and take turns (without a GPU the same calls do nothing). Going to train, the engine
+leaves first; going to generate, the actor leaves in two steps, because its weights have to be pushed between them:
+
+    optimizer out -> engine's weights in -> push, proof -> actor's weights out -> engine's KV cache in -> canary
 """
 
 from __future__ import annotations
@@ -10,8 +15,9 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from respec_trainer.errors import EngineLostError
+from respec_trainer.errors import EngineLostError, ProofError
 from respec_trainer.resync import Resync
+from respec_trainer.resync.canary import Canary, Voice
 from respec_trainer.rollout.fleet import FleetPending, RolloutFleet
 from respec_trainer.rollout.sample import Request, Sample
 
@@ -19,21 +25,38 @@ from respec_trainer.rollout.sample import Request, Sample
 class Rollouts:
     """Every rank calls every method, in the same order. `say` tells the user of a restart."""
 
-    def __init__(self, fleet: RolloutFleet, resync: Resync, max_restarts: int, say: Callable[[str], None]):
-        self.fleet, self.resync, self.max_restarts, self.say = fleet, resync, max_restarts, say
-        self.step = 0  # of the weights that the engines must hold
+    def __init__(
+        self,
+        fleet: RolloutFleet,
+        resync: Resync,
+        actor,
+        max_restarts: int,
+        say: Callable[[str], None],
+        canary: Canary | None = None,
+    ):
+        """`canary`: sings after every push; None: no such check."""
+        self.fleet, self.resync, self.actor, self.canary = fleet, resync, actor, canary
+        self.max_restarts, self.say = max_restarts, say
+        self.canary_error = 0.0  # of the last push, in nats
         self.fresh = False  # whether an engine has been started anew and holds the weights of its folders
         self.restarts = 0  # in this generation phase
         self.pending: FleetPending | None = None
 
-    def push(self, step: int) -> None:
-        """Put the weights of both models into the engines: the actor as version `step`. A generation phase begins."""
-        self.step = step
+    def push(self) -> None:
+        """Put the weights of both models into the engines. The actor's optimizer and weights make room for them.
+
+        Raises ProofError on every rank where an engine does not hold, or not speak, what was sent, twice in a row;
+        ResyncError for weights that are not finite.
+        """
         self._outlive(self._push)
 
     def start(self, requests: Sequence[Request]) -> None:
         """Hand the requests to the engines and return at once."""
         self.pending = self.fleet.start(requests)
+
+    def generating(self) -> bool:
+        """Whether this rank's engine still draws responses; False on a rank that owns none. Not collective."""
+        return self.pending is not None and self.pending.generating()
 
     def collect(self) -> list[Sample]:
         """Every request's Sample, in order, on every rank; engines that die are brought back, and asked again.
@@ -45,14 +68,20 @@ class Rollouts:
         return samples
 
     def sleep(self) -> None:
-        """Make room for the actor. An engine that died is left for the next push: there is no room for it now."""
+        """Give the actor its room back. An engine that died is left for the next push: there is no room for it now."""
         with contextlib.suppress(EngineLostError):
             self.fleet.sleep()
+        self.actor.onload()
 
-    def metrics(self) -> dict[str, int]:
-        """`engine/*` since the last call: engines started anew, tokens drawn again, and tokens gone on from."""
+    def metrics(self) -> dict[str, float]:
+        """`engine/*` and `resync/*` since the last call.
+
+        Engines started anew, tokens drawn again, tokens gone on from; bytes pushed, and the canary's last error.
+        """
         counts = self.fleet.take_counts()
-        return {f"engine/{name}": counts[name] for name in ("restarts", "lost_tokens", "resumed_tokens")}
+        metrics: dict[str, float] = {f"engine/{n}": counts[n] for n in ("restarts", "lost_tokens", "resumed_tokens")}
+        metrics |= {"resync/bytes": self.resync.take_bytes()}
+        return metrics | ({"resync/canary_error": self.canary_error} if self.canary else {})
 
     def _outlive(self, action: Callable[[], Any]) -> Any:
         """Do `action`, and do it again after each restart that it needs."""
@@ -75,6 +104,7 @@ class Rollouts:
         self.say(f"{lost}; restart {self.restarts} of {self.max_restarts} in this phase")
         self.fresh = True
         self.fleet.restart()
+        self.fleet.sleep()  # the actor must come back to be pushed
         self.resync.connect()
 
     def _collect(self) -> list[Sample]:
@@ -83,9 +113,29 @@ class Rollouts:
         return self.pending.collect()
 
     def _push(self) -> None:
-        """In the order that a sleeping engine needs; an engine that is awake stays so."""
+        """In the order that sharing a GPU needs."""
         self.fleet.check()
+        self.actor.onload("weights")  # a push that is made again finds them out
+        self.actor.offload("optimizer")
+        voice = self.canary.actors_voice(self.actor) if self.canary else None
         self.fleet.wake("weights")
-        self.resync.push(self.step, forgot=self.fleet.sleeps or self.fresh, prove=self.fresh)
+        forgot = self.fleet.sleeps or self.fresh
+        try:
+            self.resync.push(forgot, prove=self.fresh)
+        except ProofError as error:
+            self.say(f"{error}; both models are pushed again, whole")
+            self.resync.push(forgot=True, prove=True)
+        self.actor.offload("weights")
         self.fleet.wake("kv_cache")
+        if voice is not None:
+            self._hear(voice)
         self.fresh = False
+
+    def _hear(self, voice: Voice) -> None:
+        """Have every engine continue the canary's prompt, and compare."""
+        try:
+            errors = [self.canary.check(sample, voice) for sample in self.fleet.ask_each(self.canary.request())]
+        except ProofError as error:
+            self.resync.distrust(str(error))
+            raise
+        self.canary_error = max(errors)

@@ -31,7 +31,7 @@ class Trainer:
         If the engines keep dying, or samples fail their audit, the actor is exported before the error is raised.
         """
         try:
-            self.resync(step=0)
+            self.resync()
             self.job.clock.take()  # the start belongs to no step
             for step in range(self.config.run.steps):
                 self.job.report.step(step, self.step(step))
@@ -45,7 +45,7 @@ class Trainer:
         with clock("generate"):
             job.rollouts.start(self.requests(step, prompts))
             with clock("learn"):
-                job.learner.update()
+                job.learner.update(job.rollouts.generating)
             samples = job.rollouts.collect()
         with clock("reward"):
             rewards = self.score(step, samples, prompts)
@@ -53,18 +53,20 @@ class Trainer:
             job.rollouts.sleep()
         batch = collate(samples, job.pad_id, job.sequence_multiple).rows(job.my_rows(len(samples)))
         with clock("infer"):
-            old = job.actor.infer(batch)
+            old = job.actor.infer(batch, job.learner.wants)
         with clock("audit"):
             audit = job.audit(step, batch)
-        job.learner.observe(samples, old, rewards)
+        with clock("learn"):
+            job.learner.observe(samples, old, rewards, clock.seconds["generate"])
         with clock("train"):
             advantages = group_advantages(rewards, self.config.objective.advantage).flatten()
             stats = self.update(step, batch, old.logprobs, advantages[job.my_rows(len(samples))])
-        self.resync(step + 1)
+        self.resync()
         generation = rollout_metrics(samples, clock.seconds["generate"])
         speculation = speculation_metrics(samples, self.config.speculation)
+        speculation |= self.watch(speculation["spec/accept_length"], samples[0].drafter_version)
         outcome = reward_metrics(samples) | generation | speculation | stats | audit
-        return outcome | job.rollouts.metrics() | clock.take()
+        return outcome | job.rollouts.metrics() | job.learner.metrics() | clock.take()
 
     def requests(self, step: int, prompts: list[Prompt]) -> list[Request]:
         """`samples_per_prompt` requests a prompt, a group's next to each other."""
@@ -97,7 +99,14 @@ class Trainer:
         self.bad_steps = 0
         return stats | {"policy/refused": 0}
 
-    def resync(self, step: int) -> None:
+    def resync(self) -> None:
         """Put the weights of both models into the engines."""
         with self.job.clock("resync"):
-            self.job.rollouts.push(step)
+            self.job.rollouts.push()
+
+    def watch(self, accept_length: float, drafter: str) -> dict:
+        """Tell the user when drafts are accepted much less often than before the last push."""
+        alarm = self.job.alarm.hear(accept_length, drafter)
+        if alarm:
+            self.job.report.message(alarm)
+        return {"resync/accept_alarm": int(alarm is not None)}

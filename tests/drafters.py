@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from respec_trainer.drafter.buffer import Row, Snapshot
 from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
 from respec_trainer.drafter.rollouts import Rollouts
 from tests.models import tiny_config
@@ -34,3 +35,31 @@ def random_rollouts(lengths, vocab_size: int = 131, seed: int = 0) -> Rollouts:
         return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
 
     return Rollouts.collate([(draw(prompt), draw(response)) for prompt, response in lengths])
+
+
+def stored_snapshot(hidden: int = 64, vocab_size: int = 131, seed: int = 0) -> Snapshot:
+    """Random embeddings of all tokens, and output rows of DRAFT_IDS."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(vocab_size, hidden, generator=generator)
+    return Snapshot(torch.arange(vocab_size), embeddings, torch.randn(len(DRAFT_IDS), hidden, generator=generator))
+
+
+def stored_row(snapshot: Snapshot, step: int = 0, hidden: int = 64, prompt: int = 3, response: int = 7, seed=0) -> Row:
+    """A row of random numbers; every log-sum-exp is that of the whole vocabulary's draft columns."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(response, hidden, generator=generator)
+    fits = states.shape[1] == snapshot.output_rows.shape[1]
+    return Row(
+        tokens=torch.randint(3, 131, (prompt + response,), generator=generator),
+        features=torch.randn(prompt + response, 3 * hidden, generator=generator),
+        hidden=states,
+        logsumexp=(states @ snapshot.output_rows.t()).logsumexp(-1) if fits else torch.zeros(response),
+        sampler_logprobs=torch.full((response,), -1.0),
+        snapshot=snapshot,
+        weight=1.0,
+        reward=0.0,
+        actor_version=f"actor-{step}",
+        drafter_version="drafter-0",
+        step=step,
+        passes=4,
+    )

@@ -102,10 +102,23 @@ def test_every_bad_key_is_named_at_once(write):
         ("rollout.samples_per_prompt=1", "samples_per_prompt"),
         ("run.name=../escape", "run.name"),
         ("actor.optim.betas=[0.9]", "actor.optim.betas"),
+        ("drafter.weighting=return", "'advantage'"),
+        ("drafter.buffer_mb=0", "drafter.buffer_mb"),
+        ("drafter.delta=0", "drafter.delta"),
+        ("drafter.decay=0", "drafter.decay"),
     ],
 )
 def test_what_cannot_work_is_refused(write, override, words):
     assert words in refused(write(), override)
+
+
+def test_a_drafter_that_could_not_learn_is_refused(write):
+    learns = "drafter.weighting=reward"
+    assert load_config(write(), [learns]).drafter.loss == "kl"
+    assert "drafter.unroll=3 or more" in refused(write(), learns, "drafter.unroll=2")
+    assert "none that could learn" in refused(
+        write(), learns, "speculation.algorithm=ngram", "drafter.path=null", "speculation.draft_tokens=4"
+    )
 
 
 def test_tree_shapes(write):

@@ -36,8 +36,18 @@ def test_training_lowers_the_loss_and_raises_acceptance_at_every_depth(teacher, 
         assert after.loss[k] < 0.7 * before.loss[k]
         assert after.alpha[k] > before.alpha[k] + 0.05
         assert after.top1[k] > before.top1[k]
-    assert after.accept_length(3) > before.accept_length(3) >= 1.0
+    assert after.accept_length[2] > before.accept_length[2] >= 1.0
     assert evaluate(drafter, teacher, rollouts, SETTINGS) == after  # evaluation changes nothing
+
+
+@pytest.mark.parametrize("loss", ["acceptance", "log_acceptance", "mixed"])
+def test_every_loss_raises_acceptance_from_a_random_start(teacher, rollouts, loss):
+    drafter, settings = tiny_drafter(), dataclasses.replace(SETTINGS, loss=loss)
+    before = evaluate(drafter, teacher, rollouts, settings)
+    distill(drafter, teacher, rollouts, settings)
+    after = evaluate(drafter, teacher, rollouts, settings)
+    for k in range(3):
+        assert after.loss[k] < before.loss[k] and after.alpha[k] > before.alpha[k] + 0.05
 
 
 def test_learning_rate_rises_and_falls(teacher, rollouts):

@@ -31,8 +31,8 @@ def test_a_frozen_drafter_pushes_its_file_and_stays_as_it_is(folder):
     saved = load_file(folder / "model.safetensors")
     assert set(before) == set(saved) - {"d2t", "t2d"}
     assert all(torch.equal(tensor, saved[name]) for name, tensor in before.items())
-    learner.update()
-    learner.observe([], None, torch.zeros(0, 2))
+    learner.update(lambda: True)
+    learner.observe([], None, torch.zeros(0, 2), 1.0)
     assert learner.version == version
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.named_tensors())
 
@@ -57,6 +57,6 @@ def test_a_drafter_of_another_target_is_refused(folder):
 )
 def test_without_a_drafter_of_our_own_there_is_nothing_to_push(changes):
     learner = setup_learner(tiny_run_config("actor", changes), target_config())
-    learner.update()
-    learner.observe([], None, torch.zeros(0, 2))
+    learner.update(lambda: True)
+    learner.observe([], None, torch.zeros(0, 2), 1.0)
     assert learner.version == "none" and list(learner.named_tensors()) == []

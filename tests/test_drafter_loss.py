@@ -127,6 +127,61 @@ def test_chunks_change_neither_loss_nor_gradient(teacher, batch, chunk):
     torch.testing.assert_close(sums_of_parts.alpha, sums.alpha, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["acceptance", "log_acceptance", "mixed"])
+@torch.no_grad()
+def test_other_losses_change_the_loss_alone(teacher, batch, kind):
+    drafter, target = tiny_drafter(), teacher(batch)
+    loss, sums = distill_loss(drafter, batch, target, STEPS, DECAY, kind=kind, chunk=4)
+    _, kl = distill_loss(drafter, batch, target, STEPS, DECAY)
+    expected = 0.0
+    for k, entries in enumerate(brute_force(batch, drafter)):
+        weights, divergence, alpha, _ = entries.unbind(1)
+        losses = {"acceptance": 1 - alpha, "log_acceptance": -alpha.log(), "mixed": divergence + 1 - alpha}[kind]
+        expected += DECAY**k * (weights * losses).sum().item() / weights.sum().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)  # float32 through model and drafter, sums in another order
+    for name in ("weight", "alpha", "top1", "tokens", "passes", "gained"):
+        torch.testing.assert_close(getattr(sums, name), getattr(kl, name), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_walks_count_a_choice_that_is_the_response_s_token(teacher):
+    """Responses in which the drafter is right at times, by asking it: walks follow its choices, drafts one by one."""
+    drafter, batch = tiny_drafter(), random_rollouts([(4, 12), (3, 9)])
+    target, passes = teacher(batch), []
+    choices = [DRAFT_IDS[drafter.logits(h).argmax(-1)] for h in drafter.unroll(target.embeddings, target.features, 1)]
+    tokens = batch.tokens.clone()
+    tokens[:, 9:11] = choices[0][:, 7:9]  # changes what follows x_9, so only the first of the two is sure to be hit
+    batch = dataclasses.replace(batch, tokens=tokens)
+    target = teacher(batch)
+    sums = distill_loss(drafter, batch, target, STEPS)[1]
+    hidden = list(drafter.unroll(target.embeddings, target.features, STEPS))
+    for row in range(2):
+        end, known, count = (
+            int(batch.response_mask[row].nonzero()[-1]),
+            int(batch.response_mask[row].long().argmax()),
+            0,
+        )
+        while known < end:
+            start, count = known - 1, count + 1
+            for k in range(STEPS):
+                choice = DRAFT_IDS[drafter.logits(hidden[k][row, start]).argmax()]
+                if known >= end or choice != tokens[row, known + 1]:
+                    break
+                known += 1
+            known += 1
+        passes.append(count)
+    assert sums.passes[-1].item() == sum(passes) < sums.gained[-1].item() == 11 + 8
+    assert sums.means()["accept_length"][-1] == pytest.approx(19 / sum(passes))
+
+
+@torch.no_grad()
+def test_without_the_draft_vocabulary_no_walk_is_taken(teacher, batch):
+    target = dataclasses.replace(teacher(batch), draft_ids=None)
+    sums = distill_loss(tiny_drafter(), batch, target, STEPS)[1]
+    assert not sums.passes.any() and not sums.gained.any() and sums.tokens.all()
+    assert sums.means()["accept_length"] == [1.0] * STEPS
+
+
 @torch.no_grad()
 def test_sums_of_batches_add_up(teacher, batch):
     drafter = tiny_drafter()
@@ -173,5 +228,6 @@ def test_predicted_accept_length_by_hand():
 
 
 def test_means_where_nothing_was_drafted():
-    sums = DepthSums(*(torch.zeros(2) for _ in range(5)))
-    assert sums.means() == {"loss": [0.0, 0.0], "alpha": [0.0, 0.0], "top1": [0.0, 0.0]}
+    sums = DepthSums(*(torch.zeros(2) for _ in dataclasses.fields(DepthSums)))
+    zeros, ones = [0.0, 0.0], [1.0, 1.0]
+    assert sums.means() == {"loss": zeros, "alpha": zeros, "top1": zeros, "accept_length": ones}

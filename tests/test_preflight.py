@@ -45,7 +45,6 @@ def test_a_good_configuration_passes(check):
         (["model.path=absent"], 1, "no folder absent"),
         (["rollout.sampling.max_new_tokens=256"], 1, "no room for a prompt"),
         (["actor.parallel.tp=3"], 3, "tp=3"),
-        (["rollout.engine.tp=2"], 2, "rollout.engine.span=2"),
         (["speculation.algorithm=eagle3", "drafter.path=absent"], 1, "absent"),
     ],
 )

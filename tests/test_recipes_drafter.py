@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,8 +117,27 @@ def test_what_was_measured_is_logged_and_kept(made):
     assert 1.0 <= facts["accept_length"] <= 3.0 and 0.0 <= facts["coverage"] <= 1.0
     assert lines[-2:] == summary(facts, 2)
     assert any(line.startswith("update 6/6") for line in lines)
-    first, second, third = facts["acceptance"]
-    assert facts["accept_length"] == pytest.approx(1 + first + first * second, abs=1e-3)  # the facts are rounded
+
+
+def test_a_draft_vocabulary_that_leaves_much_out_is_warned_of_with_the_number(made):
+    folder, *_ = made
+    facts = json.loads((folder / "recipe.json").read_text())["facts"]
+    assert not any("WARNING" in line for line in summary(facts | {"coverage": 0.9}, 2))
+    assert "covers only 89.9% of response tokens, less than 90%" in summary(facts | {"coverage": 0.899}, 2)[-1]
+
+
+def test_epochs_are_passes_over_the_responses(actor, tmp_path):
+    """12 prompts less 3 held out, twice each: 18 responses, in batches of 4."""
+    lines, made = [], recipe(tmp_path, "training.updates=null", "training.epochs=2", "training.loss=mixed")
+    arguments = (made, actor, actor / "prompts.jsonl", tmp_path / "out")
+    assert make_drafter(*arguments, log=lines.append, sampler=Answers())
+    assert any(line.startswith("update 10/10") for line in lines)
+
+
+@pytest.mark.parametrize("overrides", [["training.epochs=2"], ["training.updates=null"]])
+def test_updates_or_epochs_one_of_them(tmp_path, overrides):
+    with pytest.raises(ConfigError, match="one of updates and epochs"):
+        recipe(tmp_path, *overrides)
 
 
 def test_made_once_until_recipe_actor_or_data_change(actor, made, tmp_path):
@@ -152,7 +172,7 @@ def test_going_on_from_a_drafter_keeps_its_vocabulary_and_starts_from_its_weight
     [
         (["training.unroll=1"], ConfigError, "unroll=1 is less than draft_steps=2"),
         (["rollouts.held_out=19"], DataError, "19 prompts, no more than rollouts.held_out=19"),
-        (["draft_vocab=192"], ConfigError, "at most 128"),
+        (["draft_vocab=192"], ConfigError, "draft_vocab_size=192 .* at most the target's vocab_size 131"),
         (["prompts.prompt_column=text"], DataError, "line 1: no column 'text'"),
     ],
 )
@@ -167,6 +187,39 @@ def test_what_cannot_work_is_said(actor, tmp_path, overrides, error, words):
             sampler=Answers(),
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_size", 128, "hidden_size .* 128, but 64 in the target"),
+        ("vocab_size", 256, "vocab_size .* 256, but 131 in the target"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 5.0}, "rope_theta .* 5.0.*, but .* 10000.0"),
+        ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [0, 1, 7]}, r"layers 0 to 2, .* not \[0, 1, 7\]"),
+    ],
+)
+def test_a_drafter_of_another_actor_is_refused_before_anything_is_sampled(actor, made, tmp_path, key, value, words):
+    other = shutil.copytree(made[0], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {key: value}))
+    arguments = (recipe(tmp_path), actor, actor / "prompts.jsonl", tmp_path / "out")
+    with pytest.raises(ConfigError, match=words):
+        make_drafter(*arguments, start=other, log=pytest.fail, sampler=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": 3}, "three layers below the last one; the target has only 3 layers"),
+        ({"layers": 4, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn' is not"),
+    ],
+)
+def test_an_actor_that_no_drafter_fits_is_refused_before_anything_is_sampled(actor, tmp_path, changes, words):
+    other = save_tiny_model(tmp_path / "other", tiny_config("qwen3", **changes))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(actor / name, other / name)
+    with pytest.raises(ConfigError, match=words):
+        make_drafter(recipe(tmp_path), other, actor / "prompts.jsonl", tmp_path / "out", sampler=pytest.fail)
 
 
 def test_paths_that_do_not_exist(actor, tmp_path):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from respec_trainer.errors import ResyncError
-from respec_trainer.resync.proof import check
-from respec_trainer.rollout.sglang_digest import digest, named_parts
+from respec_trainer.errors import ProofError, ResyncError
+from respec_trainer.resync.proof import Held, check, check_architecture
+from respec_trainer.rollout.digest import digest
+from respec_trainer.rollout.sglang_digest import named_parts
 
 
 class Fused(nn.Module):
@@ -41,33 +42,41 @@ def test_parts_have_the_digests_of_what_was_sent():
     model = nn.ModuleDict({"layer": Fused({name.removeprefix("layer."): t for name, t in sent.items()})})
     held = {name: digest(tensor) for name, tensor in named_parts(model)}
     assert held == {name: digest(tensor) for name, tensor in sent.items()}
-    check("target", held, held)
-
-
-def test_a_digest_sees_every_bit_the_shape_and_the_dtype():
-    ones = torch.ones(3, 4)
-    nearly = ones.clone()
-    nearly[2, 3] = 1 + 2**-23
-    digests = {digest(t) for t in (ones, nearly, ones.view(4, 3), ones.bfloat16(), ones.view(torch.int32))}
-    assert len(digests) == 5
-    assert digest(ones.t().contiguous().t()) == digest(ones)
+    check("target", Held("actor-0", held), held)
 
 
 @pytest.mark.parametrize(
     ("sent", "held", "message"),
     [
-        ({"a": "1", "b": "2"}, {"a": "1", "b": "3"}, "target weights are not what was sent: b differs"),
+        ({"a": "1", "b": "2"}, {"a": "1", "b": "3"}, "target weights are not actor-3: b differs"),
         ({"a": "1"}, {}, "a is not in the engine"),
         ({}, {"lm_head.weight": "1"}, "lm_head.weight was not sent"),
     ],
 )
 def test_differences_are_named(sent, held, message):
-    with pytest.raises(ResyncError, match=message):
-        check("target", sent, held)
+    with pytest.raises(ProofError, match=message):
+        check("target", Held("actor-3", sent), held)
+
+
+def test_many_differences_are_counted():
+    with pytest.raises(ProofError, match="a differs, b differs, c differs, d differs, e differs and 2 more"):
+        check("target", Held("actor-3", dict.fromkeys("abcdefg", "1")), dict.fromkeys("abcdefg", "2"))
 
 
 def test_a_drafter_goes_by_its_stored_names_and_shares_the_embedding():
     held = {"model.layers.0.mlp.up_proj.weight": "1", "model.fc.weight": "2", "model.embed_tokens.weight": "3"}
-    check("draft", {"midlayer.mlp.up_proj.weight": "1", "fc.weight": "2"}, held)
-    with pytest.raises(ResyncError, match="draft weights .*fc.weight differs"):
-        check("draft", {"midlayer.mlp.up_proj.weight": "1", "fc.weight": "9"}, held)
+    check("draft", Held("drafter-1", {"midlayer.mlp.up_proj.weight": "1", "fc.weight": "2"}), held)
+    with pytest.raises(ProofError, match="draft weights are not drafter-1: fc.weight differs.*something else wrote"):
+        check("draft", Held("drafter-1", {"midlayer.mlp.up_proj.weight": "1", "fc.weight": "9"}), held, pushed=False)
+
+
+def test_another_architecture_is_named_by_its_first_tensor():
+    ours = {"model.norm.weight": (4,), "lm_head.weight": (9, 4)}
+    check_architecture("target", ours, dict(ours), "")
+    for theirs, words in (
+        ({**ours, "lm_head.weight": (8, 4)}, r"of shape \[8, 4\] in the engine and of shape \[9, 4\] in the trainer"),
+        ({"model.norm.weight": (4,)}, "lm_head.weight is absent in the engine"),
+        ({**ours, "b.bias": (4,)}, r"b.bias is of shape \[4\] in the engine and absent .*initial.*actor-0"),
+    ):
+        with pytest.raises(ResyncError, match=words):
+            check_architecture("target", ours, theirs, "the engine's initial, the trainer's actor-0")

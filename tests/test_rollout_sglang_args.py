@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from respec_trainer.config import EngineConfig, SpeculationConfig
-from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.sglang_args import EngineSettings, server_arguments
 from tests.configs import smallest_config
 
@@ -109,11 +108,6 @@ def test_what_bends_the_law_reaches_sglang_and_is_off_otherwise():
     lossy = {"accept_threshold_single": 0.4, "accept_threshold_acc": 0.5, "allow_lossy": True}
     assert given(**lossy) == [0.4, 0.5, False]
     assert given(rejection_sampling=True) == [1.0, 1.0, True]
-
-
-def test_a_cpu_engine_is_one_process():
-    with pytest.raises(ConfigError, match=r"rollout\.engine\.span=2"):
-        EngineSettings("actor", device="cpu", engine=EngineConfig(tp=2))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

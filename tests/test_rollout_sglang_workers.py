@@ -29,6 +29,13 @@ def test_engine_processes_are_no_ranks_of_the_trainer():
     assert "TORCHDYNAMO_DISABLE" not in sglang_workers.engine_environment("cuda", threads=3)
 
 
+def test_ranks_of_an_engine_are_not_bound_to_numa_nodes():
+    binding = "SGLANG_CPU_OMP_THREADS_BIND"
+    assert binding not in sglang_workers.engine_environment("cpu", threads=3)
+    assert sglang_workers.engine_environment("cpu", threads=3, tp=3)[binding].count("|") == 2
+    assert binding not in sglang_workers.engine_environment("cuda", threads=3, tp=3)
+
+
 def test_a_process_is_prepared_while_its_worker_is_unpickled():
     """Before the arguments that follow it, which are sglang's own classes."""
     worker = pickle.dumps(sglang_workers.SchedulerWorker("cpu", "{}"))

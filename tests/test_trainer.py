@@ -112,7 +112,7 @@ def test_an_actor_whose_engines_keep_dying_is_exported(make):
     trainer = make()
     exported = []
 
-    def push(step):
+    def push():
         raise EngineLostError("3 restarts were not enough")
 
     trainer.job.rollouts = SimpleNamespace(push=push)

@@ -12,14 +12,17 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from respec_trainer.actor.capture import captured_rows, to_host, vocabulary_rows
 from respec_trainer.actor.finite import step_if_finite
 from respec_trainer.actor.loading import load_hf_config, load_weights
 from respec_trainer.actor.microbatch import micro_batches
 from respec_trainer.actor.mismatch import EXTREMES, Sums
 from respec_trainer.actor.model import build_model
 from respec_trainer.actor.objective import finish_metrics, merge_sums, policy_loss, token_weights
+from respec_trainer.actor.offload import Offload, Part
 from respec_trainer.actor.optim import learning_rate_factor, setup_optimizer
 from respec_trainer.actor.parallel import DeepSpeedMpu, Topology
+from respec_trainer.capture import Captured, CapturedRow, Wanted
 from respec_trainer.config import Config
 from respec_trainer.errors import TrainingError
 from respec_trainer.rollout.batch import Batch
@@ -35,6 +38,7 @@ class Inference:
 
     logprobs: torch.Tensor  # [B, S] float32, at the sampling temperature
     entropy: torch.Tensor  # [B, S] float32
+    captured: Captured | None = None  # what a learner asked for
 
 
 class Actor:
@@ -66,23 +70,61 @@ class Actor:
             config=deepspeed_settings(config),
             dist_init_required=False,
         )
+        self._room = Offload(self.engine)
 
     @property
     def updates(self) -> int:
         """Optimizer updates applied so far; refused ones do not count."""
         return self.engine.global_steps - self.engine.skipped_steps
 
+    @property
+    def version(self) -> str:
+        """Changes with the weights; a refused update changes neither."""
+        return f"actor-{self.updates}"
+
+    def offload(self, part: Part) -> None:
+        """Free the GPU memory of "optimizer" (with the gradients), then of "weights"; see `actor.offload`."""
+        self._room.out(part)
+
+    def onload(self, part: Part | None = None) -> None:
+        """Bring back "weights", then "optimizer"; None: both."""
+        for wanted in ("weights", "optimizer") if part is None else (part,):
+            self._room.back(wanted)
+
     @torch.no_grad()
-    def infer(self, batch: Batch) -> Inference:
-        """Log-probs and entropies of the responses in this data-parallel rank's rows, on the batch's device."""
+    def infer(self, batch: Batch, wanted: Wanted | None = None) -> Inference:
+        """Log-probs and entropies of the responses in this data-parallel rank's rows, on the batch's device.
+
+        With `wanted` the same pass also captures what a drafter learns from.
+        """
         self.engine.eval()
         out = Inference(torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape))
+        captured: list[CapturedRow] = []
+        share = slice(self.topology.tp_rank, None, self.topology.tp)
         for rows, micro in self._micro_batches(batch):
-            logprobs, entropy = self.engine(micro.tokens, micro.response_mask)
+            answer = self.engine(micro.tokens, micro.response_mask, layers=wanted.layers if wanted else ())
+            logprobs, entropy, *states = answer
             out.logprobs[rows, : logprobs.shape[1]] = logprobs.cpu()
             out.entropy[rows, : logprobs.shape[1]] = entropy.cpu()
+            if wanted:
+                hidden, logsumexp, features = states
+                captured += captured_rows(rows.cpu(), micro, features, hidden, logsumexp, share)
         device = batch.tokens.device
-        return Inference(out.logprobs.to(device), out.entropy.to(device))
+        return Inference(
+            out.logprobs.to(device),
+            out.entropy.to(device),
+            self._with_vocabulary(batch, captured, wanted) if wanted else None,
+        )
+
+    def _with_vocabulary(self, batch: Batch, rows: list[CapturedRow], wanted: Wanted) -> Captured:
+        """The captured rows beside the vocabulary's rows that they need; every rank calls it."""
+        inside = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
+        ids, device = batch.tokens[inside].unique(), self.topology.device
+        weights, group = self.engine.module.vocabulary_weights(), self.topology.tp_group
+        with deepspeed.zero.GatheredParameters(list(weights), enabled=self.engine.zero_optimization_stage() == 3):
+            embeddings = vocabulary_rows(weights[0].detach(), ids.to(device), group)
+            output = vocabulary_rows(weights[1].detach(), wanted.draft_ids.to(device), group)
+        return Captured(rows, ids.cpu(), to_host(embeddings), to_host(output))
 
     def update(self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> dict[str, float]:
         """Train on one step's rows of this data-parallel rank, in `objective.minibatches` optimizer updates.

@@ -21,7 +21,7 @@ NEVER = -1.0e30
 class _VocabParallelLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, vocab_size: int, temperature: float, group):
-        """logits [n, V / tp], targets [n] -> log-probs [n], entropies [n], the same on all ranks of `group`."""
+        """logits [n, V / tp], targets [n] -> log-probs, entropies, log Z, [n] each, the same on every rank."""
         first = dist.get_rank(group) * logits.shape[1]
         scores = mask_padding(logits.to(torch.float32, copy=True), first, vocab_size).div_(temperature)
         top = scores.amax(-1)
@@ -38,10 +38,12 @@ class _VocabParallelLogProb(torch.autograd.Function):
         ctx.save_for_backward(scores.sub_(log_z[:, None]), entropy, column, mine)
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.temperature = logits.dtype, temperature
-        return sums[0] - log_z, entropy
+        whole = log_z + top
+        ctx.mark_non_differentiable(whole)
+        return sums[0] - log_z, entropy, whole
 
     @staticmethod
-    def backward(ctx, grad_logprob, grad_entropy):
+    def backward(ctx, grad_logprob, grad_entropy, _):
         logprobs, entropy, column, mine = ctx.saved_tensors
         grad = torch.zeros_like(logprobs)
         if grad_logprob is not None:
@@ -67,8 +69,8 @@ def chunked_logprobs(
     temperature: float,
     chunk: int,
     group: dist.ProcessGroup,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each target and entropy of its distribution, softmax(hidden @ weight.T / temperature).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob of each target, entropy and log-sum-exp of its distribution, softmax(hidden @ weight.T / temperature).
 
     Args:
         hidden: [n, H], whole on every rank; its gradient must be summed over `group` by the caller.
@@ -77,7 +79,7 @@ def chunked_logprobs(
         vocab_size: true vocabulary, without padding.
         chunk: tokens whose logits exist at one time.
 
-    Returns two float32 tensors [n].
+    Returns three float32 tensors [n]; the log-sum-exps, of the logits over the temperature, have no gradient.
     """
 
     def score(part: torch.Tensor, wanted: torch.Tensor, rows: torch.Tensor):
@@ -91,5 +93,4 @@ def chunked_logprobs(
         scored = [checkpoint(score, part, wanted, weight, **options) for part, wanted in pairs]
     else:
         scored = [score(part, wanted, weight) for part, wanted in pairs]
-    logprobs, entropies = zip(*scored, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    return tuple(torch.cat(column) for column in zip(*scored, strict=True))

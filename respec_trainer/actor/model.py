@@ -6,6 +6,7 @@ logits of the whole batch never exist.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer import TransformerConfig
 
+from respec_trainer.actor.capture import LayerOutputs
 from respec_trainer.actor.check import check_model
 from respec_trainer.actor.layers import decoder_spec, tag_sharded_parameters
 from respec_trainer.actor.logprob import chunked_logprobs, mask_padding
@@ -43,22 +45,34 @@ class PolicyModel(GPTModel):
         self.true_vocab_size, self.temperature, self.chunk = hf_config.vocab_size, temperature, chunk
         self.rotary_pos_emb.inv_freq = rope_frequencies(hf_config)
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, want: Literal["logprobs", "logits"] = "logprobs"):
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        want: Literal["logprobs", "logits"] = "logprobs",
+        layers: Sequence[int] = (),
+    ):
         """Score `tokens` [B, S], right-padded; S must be a multiple of tp under sequence parallelism.
 
         "logprobs": `mask` [B, S] marks the tokens to score, none of them a row's first. Returns log-probs and
         entropies [B, S] in float32: entry t is of token t given those before it, at the model's temperature; 0 where
-        the mask is False.
+        the mask is False. With `layers` it returns three more: of the n marked tokens, row by row, the hidden states
+        that predict them [n, H], after the final norm, and the log-sum-exps [n] at the model's temperature; and the
+        outputs of those layers [B, S, len(layers) * H].
 
         "logits": `mask` [B, S] marks n positions. Returns what they predict, [n, V / tp], at temperature 1.
         """
         embedded, rotary = self._preprocess(input_ids=tokens, position_ids=None)[:2]
-        hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary)
-        return self._logits(hidden, mask) if want == "logits" else self._score(hidden, tokens, mask)
+        with LayerOutputs(self.decoder.layers, layers) as outputs:
+            hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary)
+        if want == "logits":
+            return self._logits(hidden, mask)
+        return (*self._score(hidden, tokens, mask, bool(layers)), *([self._whole(outputs)] if layers else []))
 
-    def _score(self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor):
-        scored, entropies = chunked_logprobs(
-            self._select(hidden, mask.roll(-1, 1)),  # the token at t is predicted at t - 1
+    def _score(self, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, states: bool):
+        chosen = self._select(hidden, mask.roll(-1, 1))  # the token at t is predicted at t - 1
+        scored, entropies, logsumexp = chunked_logprobs(
+            chosen,
             self._output_weight(),
             tokens[mask],
             vocab_size=self.true_vocab_size,
@@ -67,7 +81,14 @@ class PolicyModel(GPTModel):
             group=parallel_state.get_tensor_model_parallel_group(),
         )
         blank = scored.new_zeros(tokens.shape)
-        return blank.masked_scatter(mask, scored), blank.masked_scatter(mask, entropies)
+        scores = blank.masked_scatter(mask, scored), blank.masked_scatter(mask, entropies)
+        return (*scores, chosen, logsumexp) if states else scores
+
+    def _whole(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """Layer outputs, this rank's part of each, as [B, S, layers * H]."""
+        if self.config.sequence_parallel:
+            outputs = [gather_from_sequence_parallel_region(part) for part in outputs]
+        return torch.cat(outputs, -1).transpose(0, 1)
 
     def _logits(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         logits = self._select(hidden, mask) @ self._output_weight().t()
@@ -79,6 +100,10 @@ class PolicyModel(GPTModel):
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True).transpose(0, 1)[mask]
         return copy_to_tensor_model_parallel_region(hidden.transpose(0, 1)[mask])
+
+    def vocabulary_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's rows of the embedding and of the output layer, [V / tp, H] each, padded ones at the end."""
+        return self.embedding.word_embeddings.weight, self._output_weight()
 
     def _output_weight(self) -> torch.Tensor:
         if self.share_embeddings_and_output_weights:

@@ -69,7 +69,7 @@ class Auditor:
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         starts = [p.ids for p in load_prompts(config.data, self.tokenizer, config.data.max_prompt_tokens)]
         self.prompts, self.continuations = self._prompts(starts[:PROMPTS])
-        self.resync, self.pushes = None, 0
+        self.resync: Resync | None = None
 
     def _prompts(self, starts: Sequence[Prefix]) -> tuple[list[Prefix], list[list[int]]]:
         """Prompts as they are, and each with the actor's likeliest beginning of a response; and those beginnings."""
@@ -171,7 +171,6 @@ class Auditor:
             self.actor.update(batch, self.actor.infer(batch).logprobs, advantages)
         if sleep:
             engine.wake("weights")
-        self.pushes += 1
-        self._resync_of(engine).push(self.pushes, forgot=sleep)
+        self._resync_of(engine).push(forgot=sleep)
         if sleep:
             engine.wake("kv_cache")

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from respec_trainer.resync.stream import stream_actor
+from respec_trainer.resync.stream import ActorStream
+from respec_trainer.resync.workspace import Workspace
 
 SHARD_BYTES = 4 << 30
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -30,15 +31,16 @@ def export_actor(actor, source: Path, out: Path, shard_bytes: int = SHARD_BYTES)
         shutil.copytree(source, beside, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
     shards: list[list[str]] = []
     total = 0
-    for bucket in stream_actor(actor, receivers=[0], bucket_bytes=shard_bytes):
-        if writes and bucket:
-            tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in bucket}
+    dtype, workspace = next(actor.engine.module.parameters()).dtype, Workspace(actor.topology.device)
+    for gathered in ActorStream(actor, [0], shard_bytes, dtype, workspace):
+        if writes:
+            tensors = {name: tensor.cpu() for name, tensor in gathered.copy(workspace)}
             total += sum(t.numel() * t.element_size() for t in tensors.values())
             save_file(tensors, beside / _partial_name(len(shards)), metadata={"format": "pt"})
             shards.append(list(tensors))
     if writes:
         _name_shards(beside, shards, total)
-        _set_dtype(beside / "config.json", next(actor.engine.module.parameters()).dtype)
+        _set_dtype(beside / "config.json", dtype)
         beside.rename(out)
 
 

@@ -12,7 +12,7 @@ gives a shard, sorting its segments gives back the Hugging Face tensors. For exa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,21 +85,44 @@ def megatron_shard(name: str, read: Reader, config, tp_rank: int, tp: int) -> to
 
 
 def to_hf(name: str, shards: Sequence[torch.Tensor], config) -> list[tuple[str, torch.Tensor]]:
-    """The (name, tensor)s that Megatron parameter `name` is made of; vocabulary padding is dropped.
+    """The (name, tensor)s that Megatron parameter `name` is made of, copied; vocabulary padding is dropped.
 
     Args:
         shards: the shards of all tensor-parallel ranks, in order. A replicated parameter needs only one.
     """
-    layout = parameter_layout(name, config, len(shards))
+    shapes = hf_shapes(name, shards[0].shape, config, len(shards))
+    out = {source: shards[0].new_empty(shape) for source, shape in shapes.items()}
+    copy_to_hf(name, shards, config, out)
+    return list(out.items())
+
+
+def hf_shapes(name: str, shard_shape: Sequence[int], config, tp: int) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors that Megatron parameter `name` is made of, given the shape of one of its shards."""
+    layout = parameter_layout(name, config, tp)
     if layout.dim is None:
-        return [(layout.segments[0].source, shards[0])]
-    whole = shards[0] if len(shards) == 1 else torch.cat(list(shards), layout.dim)
-    parts = whole.split([segment.length for segment in layout.segments], layout.dim)
-    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for segment, part in zip(layout.segments, parts, strict=True):
-        if segment.source is not None:
-            pieces.setdefault(segment.source, []).append((segment.start, part))
-    return [(source, _join(parts, layout.dim)) for source, parts in pieces.items()]
+        return {layout.segments[0].source: tuple(shard_shape)}
+    before, after = tuple(shard_shape[: layout.dim]), tuple(shard_shape[layout.dim + 1 :])
+    return {source: (*before, extent, *after) for source, extent in layout.extents().items()}
+
+
+def copy_to_hf(name: str, shards: Sequence[torch.Tensor], config, out: Mapping[str, torch.Tensor]) -> None:
+    """Copy Megatron parameter `name` into the Hugging Face tensors `out`, of `hf_shapes`, casting to their dtype.
+
+    Args:
+        shards: the shards of all tensor-parallel ranks, in order. A replicated parameter needs only one.
+    """
+    tp = len(shards)
+    layout = parameter_layout(name, config, tp)
+    if layout.dim is None:
+        out[layout.segments[0].source].copy_(shards[0])
+        return
+    for rank, shard in enumerate(shards):
+        offset = 0
+        for part in layout.cut(rank, tp):
+            if part.source is not None:
+                rows = shard.narrow(layout.dim, offset, part.length)
+                out[part.source].narrow(layout.dim, part.start, part.length).copy_(rows)
+            offset += part.length
 
 
 def parameter_layout(name: str, config, tp: int) -> Layout:
@@ -115,12 +138,6 @@ def parameter_layout(name: str, config, tp: int) -> Layout:
 def _read(part: Segment, read: Reader, dim: int) -> torch.Tensor:
     index = slice(part.start, part.start + part.length)
     return read(part.source, (slice(None),) * dim + (index,))
-
-
-def _join(parts: list[tuple[int, torch.Tensor]], dim: int) -> torch.Tensor:
-    if len(parts) == 1:
-        return parts[0][1]
-    return torch.cat([part for _, part in sorted(parts, key=lambda pair: pair[0])], dim)
 
 
 def _replicated(source: str):

@@ -10,13 +10,14 @@ import torch
 from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
+from respec_trainer.drafter.divergence import LossKind
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
-from respec_trainer.drafter.loss import DepthSums, distill_loss, predicted_accept_length
+from respec_trainer.drafter.loss import DepthSums, distill_loss
 from respec_trainer.drafter.rollouts import Rollouts
 from respec_trainer.drafter.teacher import Teacher
 from respec_trainer.errors import TrainingError
 
-__all__ = ["DistillSettings", "Evaluation", "distill", "distill_loss", "evaluate", "predicted_accept_length"]
+__all__ = ["DistillSettings", "Evaluation", "distill", "distill_loss", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class DistillSettings:
     batch_size: int = 32  # rows
     by_length: bool = True  # batches of rows of like length, or fair samples of all rows
     steps: int = 5  # K: unrolled draft steps; at least those the engine will draft
+    loss: LossKind = "kl"  # divergence.py
     decay: float = 0.8  # of a step's weight in the loss, per step
     lr: float = 2e-3  # of AdamW
     matrix_lr: float | None = None  # of Muon, which then trains the matrices that are not the output layer's
@@ -41,15 +43,16 @@ class DistillSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per depth, over all drafted tokens: KL, and the two acceptances that loss.py defines."""
+    """Per depth, over all drafted tokens: loss, and the two acceptances that loss.py defines.
+
+    `accept_length[s - 1]`: tokens a verify pass with chains of s drafts, the bonus token included, under the engine's
+    default verification: those of walks along the very responses (walk.py).
+    """
 
     loss: list[float]
     alpha: list[float]
     top1: list[float]
-
-    def accept_length(self, steps: int) -> float:
-        """Predicted for a chain of `steps` drafts under the engine's default verification."""
-        return predicted_accept_length(self.top1, steps)
+    accept_length: list[float]
 
 
 def distill(
@@ -104,7 +107,8 @@ def evaluate(drafter: Eagle3Drafter, teacher: Teacher, rollouts: Rollouts, setti
 
 def _loss(drafter, teacher: Teacher, batch: Rollouts, settings: DistillSettings) -> tuple[torch.Tensor, DepthSums]:
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.bf16):
-        return distill_loss(drafter, batch, teacher(batch), settings.steps, settings.decay, settings.chunk)
+        target = teacher(batch)
+        return distill_loss(drafter, batch, target, settings.steps, settings.decay, settings.chunk, settings.loss)
 
 
 def _optimizers(drafter: Eagle3Drafter, settings: DistillSettings) -> list[torch.optim.Optimizer]:

@@ -1,9 +1,8 @@
 """The loss of the unrolled drafter, and how likely its drafts are to be accepted, depth by depth.
 
-At depth k and position t the drafter's q predicts token x_{t+2+k}, of which the target said p. With p~ the target's
-distribution restricted to the draft vocabulary and renormalized:
+At depth k and position t the drafter's q predicts token x_{t+2+k}, of which the target said p:
 
-    loss   = sum_k decay^k * mean over drafted tokens of KL(p~ || q)
+    loss   = sum_k decay^k * mean over drafted tokens of divergence(p, q)
     alpha  = sum_v min(p(v), q(v))     how often verification by rejection sampling accepts the draft
     top1   = p(argmax q)               how often sampling from the target hits the drafter's first choice, which is
                                        what SGLang's default verification of sampled requests accepts
@@ -17,36 +16,51 @@ from dataclasses import dataclass, fields
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from respec_trainer.drafter.divergence import LossKind, acceptance, divergence
 from respec_trainer.drafter.eagle3 import Eagle3Drafter, shift_left
 from respec_trainer.drafter.rollouts import Rollouts
 from respec_trainer.drafter.teacher import TeacherOutput
+from respec_trainer.drafter.walk import pass_tokens, verify_passes
 
 
 @dataclass
 class DepthSums:
-    """Sums over drafted tokens, [K] each, so that those of batches add up. Row weights count in `loss` alone."""
+    """Sums over drafted tokens, [K] each, so that those of batches add up. Row weights count in `loss` alone.
+
+    `passes` and `gained` are of walks along the responses (walk.py), entry s - 1 with chains of s drafts; 0 where the
+    target did not say which its draft vocabulary is.
+    """
 
     loss: torch.Tensor
     weight: torch.Tensor
     alpha: torch.Tensor
     top1: torch.Tensor
     tokens: torch.Tensor
+    passes: torch.Tensor  # verify passes that the responses would have taken
+    gained: torch.Tensor  # tokens that those passes yield: the same for every s
 
     def __add__(self, other: DepthSums) -> DepthSums:
         return DepthSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def means(self) -> dict[str, list[float]]:
-        """Per depth: "loss", "alpha" and "top1"; 0 at a depth where nothing was drafted."""
+        """Per depth "loss", "alpha", "top1", 0 where nothing was drafted; per s "accept_length", 1 without passes."""
         tokens = self.tokens.clamp(min=1)
         return {
             "loss": _weighted_mean(self.loss, self.weight).tolist(),
             "alpha": (self.alpha / tokens).tolist(),
             "top1": (self.top1 / tokens).tolist(),
+            "accept_length": torch.where(self.passes > 0, self.gained / self.passes.clamp(min=1), 1.0).tolist(),
         }
 
 
 def distill_loss(
-    drafter: Eagle3Drafter, batch: Rollouts, target: TeacherOutput, steps: int, decay: float = 0.8, chunk: int = 1024
+    drafter: Eagle3Drafter,
+    batch: Rollouts,
+    target: TeacherOutput,
+    steps: int,
+    decay: float = 0.8,
+    chunk: int = 1024,
+    kind: LossKind = "kl",
 ) -> tuple[torch.Tensor, DepthSums]:
     """The loss of `batch` over `steps` unrolled steps, a scalar with gradient, and its per-depth sums without.
 
@@ -55,15 +69,22 @@ def distill_loss(
     """
     row_of = (batch.response_mask.flatten().cumsum(0) - 1).view_as(batch.response_mask)  # into target's M rows
     columns = []
+    hits = torch.zeros(*batch.tokens.shape, steps, dtype=torch.bool, device=batch.tokens.device)
     for k, hidden in enumerate(drafter.unroll(target.embeddings, target.features, steps)):
         drafted = drafted_positions(batch.response_mask, k)
         weights = batch.weights[:, None].expand_as(drafted)[drafted]
-        sums = _compare_chunks(drafter, hidden[drafted], target, shift_left(row_of, 2 + k)[drafted], weights, chunk)
+        rows = shift_left(row_of, 2 + k)[drafted]
+        *sums, choices = _compare_chunks(drafter, hidden[drafted], target, rows, weights, chunk, kind)
         columns.append((*sums, weights.sum(), drafted.sum().float()))
+        if target.draft_ids is not None:
+            hits[..., k][drafted] = target.draft_ids[choices] == shift_left(batch.tokens, 2 + k)[drafted]
     loss, alpha, top1, weight, tokens = (torch.stack(column) for column in zip(*columns, strict=True))
     decays = decay ** torch.arange(steps, device=loss.device, dtype=torch.float32)
     total = (decays * _weighted_mean(loss, weight)).sum()
-    return total, DepthSums(loss.detach(), weight, alpha.detach(), top1.detach(), tokens)
+    walked = target.draft_ids is not None
+    passes = verify_passes(hits, batch.response_mask).sum(0).float() * walked
+    gained = pass_tokens(batch.response_mask).sum().float().expand(steps) * walked
+    return total, DepthSums(loss.detach(), weight, alpha.detach(), top1.detach(), tokens, passes, gained)
 
 
 def drafted_positions(response_mask: torch.Tensor, depth: int) -> torch.Tensor:
@@ -71,42 +92,45 @@ def drafted_positions(response_mask: torch.Tensor, depth: int) -> torch.Tensor:
     return shift_left(response_mask, 1) & shift_left(response_mask, 2 + depth)
 
 
-def predicted_accept_length(top1: Sequence[float], steps: int) -> float:
-    """Tokens gained per verification of `steps` drafts in a chain, the bonus token included: 1 + sum of products.
+def predicted_accept_length(acceptance: Sequence[float], steps: int) -> float:
+    """Tokens gained per verify pass of `steps` drafts in a chain, the bonus token included: 1 + sum of products.
 
-    The product of the first d entries of `top1` is the chance that d drafts or more are accepted. This takes depths as
-    independent and leaves out that responses end, so the engine measures a little less.
+    The product of the first d entries of `acceptance` is the chance that d drafts or more are accepted, if depths are
+    independent and responses never end. Neither holds, so it says too much; for chosen drafts take a walk (walk.py).
     """
-    if len(top1) < steps:
-        raise ValueError(f"acceptance was measured at {len(top1)} depths, fewer than {steps} draft steps")
-    return 1.0 + torch.tensor(top1[:steps], dtype=torch.float64).cumprod(0).sum().item()
+    if len(acceptance) < steps:
+        raise ValueError(f"acceptance was measured at {len(acceptance)} depths, fewer than {steps} draft steps")
+    return 1.0 + torch.tensor(acceptance[:steps], dtype=torch.float64).cumprod(0).sum().item()
 
 
-def _compare_chunks(drafter, hidden, target: TeacherOutput, rows, weights, chunk: int) -> tuple[torch.Tensor, ...]:
-    """`_compare` summed over chunks, whose logits are computed again in the backward pass."""
+def _compare_chunks(drafter, hidden, target, rows, weights, chunk: int, kind: LossKind) -> tuple[torch.Tensor, ...]:
+    """`_compare` over chunks, whose logits are computed again in the backward pass: sums added, choices joined."""
     parts = list(zip(hidden.split(chunk), rows.split(chunk), weights.split(chunk), strict=True))
     again = torch.is_grad_enabled() and len(parts) > 1
     totals = []
     for part, row, weight in parts:
-        arguments = (drafter, part, target, row, weight)
+        arguments = (drafter, part, target, row, weight, kind)
         if again:
             totals.append(checkpoint(_compare, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             totals.append(_compare(*arguments))
-    return tuple(sum(column) for column in zip(*totals, strict=True))
+    *sums, choices = zip(*totals, strict=True)
+    return (*(sum(column) for column in sums), torch.cat(choices))
 
 
-def _compare(drafter, hidden, target: TeacherOutput, rows, weights) -> tuple[torch.Tensor, ...]:
-    """Weighted KL, alpha and top1 of the drafts from `hidden` [n, H], summed; `rows` [n] index the target's rows."""
+def _compare(drafter, hidden, target: TeacherOutput, rows, weights, kind: LossKind) -> tuple[torch.Tensor, ...]:
+    """Weighted loss, alpha and top1 of the drafts from `hidden` [n, H], summed, and the chosen draft ids [n].
+
+    `rows` [n] index the target's rows.
+    """
     log_q = drafter.logits(hidden).float().log_softmax(-1)
-    logits = target.draft_logits[rows].float()
-    log_p = logits.log_softmax(-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_p = target.draft_logits[rows].float() - target.logsumexp[rows, None]
+    losses = divergence(kind, log_p, log_q)
     with torch.no_grad():
-        whole = (logits - target.logsumexp[rows, None]).exp()
-        alpha = torch.minimum(whole, log_q.exp()).sum()
-        top1 = whole.gather(-1, log_q.argmax(-1, keepdim=True)).sum()
-    return (divergence * weights).sum(), alpha, top1
+        choices = log_q.argmax(-1)
+        alpha = acceptance(log_p, log_q).sum()
+        top1 = log_p.gather(-1, choices[:, None]).exp().sum()
+    return (losses * weights).sum(), alpha, top1, choices
 
 
 def _weighted_mean(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

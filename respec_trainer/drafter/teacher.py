@@ -25,6 +25,7 @@ class TeacherOutput:
     embeddings: torch.Tensor  # [B, S, H], of the token at each position
     draft_logits: torch.Tensor  # [M, Vd], the target's logits for each response token, the draft vocabulary's columns
     logsumexp: torch.Tensor  # [M] float32, over the whole vocabulary
+    draft_ids: torch.Tensor | None = None  # [Vd], the draft vocabulary; without it no walk is taken (walk.py)
 
 
 class Teacher(Protocol):
@@ -69,7 +70,7 @@ class HFTeacher:
         rows = hidden[:, :-1][batch.response_mask[:, 1:]]  # what stands before a token predicts it
         logits, logsumexp = draft_scores(rows, self.model.lm_head.weight, self.draft_ids, self.chunk)
         embeddings = self.model.get_input_embeddings()(batch.tokens)
-        return TeacherOutput(torch.cat(outputs, -1), embeddings, logits, logsumexp)
+        return TeacherOutput(torch.cat(outputs, -1), embeddings, logits, logsumexp, self.draft_ids)
 
 
 def draft_scores(

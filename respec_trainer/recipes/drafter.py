@@ -5,13 +5,14 @@ The responses come from the same engine that serves the run, without speculation
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.config import (
@@ -25,10 +26,12 @@ from respec_trainer.config import (
     Section,
 )
 from respec_trainer.data.prompts import Prompt, PromptSet, PromptStream, check_tokenizer_fits, load_prompts
-from respec_trainer.drafter.distill import DistillSettings, distill, evaluate
+from respec_trainer.drafter.distill import DistillSettings, Evaluation, distill, evaluate
+from respec_trainer.drafter.divergence import LossKind
 from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
 from respec_trainer.drafter.format import load_drafter, save_drafter
 from respec_trainer.drafter.rollouts import Rollouts
+from respec_trainer.drafter.shape import inverse_frequencies
 from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.drafter.vocabulary import coverage, draft_vocabulary
 from respec_trainer.errors import ConfigError, DataError
@@ -37,7 +40,10 @@ from respec_trainer.recipes.supervised import bf16_is_quick
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
 # Raise it whenever the code makes something else of an equal recipe: folders made before are then made anew.
-REVISION = 1
+REVISION = 2
+
+# Below this share of response tokens a draft vocabulary is warned of: what it lacks can never be drafted.
+LEAST_COVERAGE = 0.9
 
 Log = Callable[[str], None]
 Sampler = Callable[[Sequence[Request]], list[Sample]]
@@ -61,14 +67,26 @@ class RolloutRecipe(Section):
 
 
 class TrainingRecipe(Section):
-    updates: PositiveInt
+    updates: PositiveInt | None = None
+    epochs: PositiveInt | None = None  # over the responses; instead of updates
     batch_size: PositiveInt = 32  # responses
     by_length: bool = True  # batches of responses of like length: less padding, but no fair samples
     unroll: PositiveInt = 5  # draft steps simulated in training; at least those the engine will draft
+    loss: LossKind = "kl"  # drafter/divergence.py
     decay: Fraction = 0.8
     lr: PositiveFloat = 2e-3  # AdamW: norms and the output layer, or everything if matrix_lr is null
     matrix_lr: PositiveFloat | None = 2e-2  # Muon: the drafter's other matrices
     weight_decay: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _ends(self) -> TrainingRecipe:
+        if (self.updates is None) == (self.epochs is None):
+            raise ValueError("set one of updates and epochs, and leave the other out or null")
+        return self
+
+    def updates_for(self, responses: int) -> int:
+        """How many updates `responses` responses to learn from take."""
+        return self.updates or self.epochs * math.ceil(responses / self.batch_size)
 
 
 class DrafterRecipe(Section):
@@ -119,45 +137,62 @@ def _make(recipe: DrafterRecipe, actor: Path, data: Path, out: Path, start: Path
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hf_config, prompts = _read(recipe, actor, data)
+    drafter, ids = _begin(recipe, hf_config, start)
     samples = (sampler or engine_sampler(recipe, actor, device))(_requests(recipe, prompts))
     held_out = recipe.rollouts.held_out * recipe.rollouts.samples_per_prompt
     unseen, seen = (_rollouts(part) for part in (samples[:held_out], samples[held_out:]))
     sampling = time.perf_counter() - began
     log(f"{len(samples)} responses, {sum(len(s.response_ids) for s in samples)} tokens, in {sampling:.0f} s")
-    counts = seen.token_counts(hf_config.vocab_size)
-    if start:
-        drafter, ids = load_drafter(start, hf_config)
-    else:
-        ids = draft_vocabulary(counts, recipe.draft_vocab)
-        drafter = Eagle3Drafter(DrafterShape.for_target(hf_config, recipe.draft_vocab), seed=recipe.seed)
+    if ids is None:
+        ids = draft_vocabulary(seen.token_counts(hf_config.vocab_size), recipe.draft_vocab)
     drafter.to(device)
     teacher = HFTeacher(actor, ids, drafter.shape.feature_layers, device=device)
-    settings = _settings(recipe, device)
+    settings = _settings(recipe, device, len(seen))
     distill(drafter, teacher, seen, settings, _progress(log, settings.updates))
     # What is measured is what is served: the weights as saved, in bf16.
     save_drafter(drafter, ids, out)
     measured = evaluate(load_drafter(out, hf_config)[0].to(device), teacher, unseen, settings)
-    facts: dict[str, Any] = {
-        "acceptance": [round(p, 4) for p in measured.top1],
-        "overlap": [round(p, 4) for p in measured.alpha],
-        "accept_length": round(measured.accept_length(recipe.draft_steps), 3),
-        "coverage": round(coverage(unseen.token_counts(hf_config.vocab_size), ids), 4),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+    covered = coverage(unseen.token_counts(hf_config.vocab_size), ids)
+    facts = _facts(measured, covered, recipe.draft_steps, time.perf_counter() - began)
     for line in summary(facts, recipe.draft_steps):
         log(line)
     return facts
+
+
+def _begin(recipe: DrafterRecipe, hf_config, start: Path | None) -> tuple[Eagle3Drafter, torch.Tensor | None]:
+    """The drafter to train, and its draft vocabulary if it has one yet; before a response is sampled for it."""
+    if start:
+        return load_drafter(start, hf_config)
+    shape = DrafterShape.for_target(hf_config, recipe.draft_vocab)
+    inverse_frequencies(shape.rope, shape.head_dim)  # refuses a rope that no drafter can have
+    return Eagle3Drafter(shape, seed=recipe.seed), None
+
+
+def _facts(measured: Evaluation, covered: float, steps: int, seconds: float) -> dict[str, Any]:
+    return {
+        "acceptance": [round(p, 4) for p in measured.top1],
+        "overlap": [round(p, 4) for p in measured.alpha],
+        "accept_length": round(measured.accept_length[steps - 1], 3),
+        "coverage": round(covered, 4),
+        "seconds": round(seconds, 1),
+    }
 
 
 def summary(facts: dict[str, Any], steps: int) -> list[str]:
     """What training came to, for people."""
     row = "  ".join(f"{p:.3f}" for p in facts["acceptance"])
     overlap = "  ".join(f"{p:.3f}" for p in facts["overlap"])
-    return [
+    lines = [
         f"on unseen responses, by depth 1, 2, ...:  acceptance {row}  overlap {overlap}",
         f"predicted accept length with {steps} draft steps: {facts['accept_length']:.2f} tokens a verify pass; "
         f"the draft vocabulary covers {facts['coverage']:.2%} of response tokens; {facts['seconds']:.0f} s in all",
     ]
+    if facts["coverage"] < LEAST_COVERAGE:
+        lines.append(
+            f"WARNING: the draft vocabulary covers only {facts['coverage']:.1%} of response tokens, less than "
+            f"{LEAST_COVERAGE:.0%}; the others are never drafted: raise draft_vocab, or sample more responses"
+        )
+    return lines
 
 
 def _read(recipe: DrafterRecipe, actor: Path, data: Path) -> tuple[Any, list[Prompt]]:
@@ -207,13 +242,14 @@ def _rollouts(samples: list[Sample]) -> Rollouts:
     return Rollouts.collate([(sample.prompt_ids, sample.response_ids) for sample in samples])
 
 
-def _settings(recipe: DrafterRecipe, device: str) -> DistillSettings:
+def _settings(recipe: DrafterRecipe, device: str, responses: int) -> DistillSettings:
     training = recipe.training
     return DistillSettings(
-        updates=training.updates,
+        updates=training.updates_for(responses),
         batch_size=training.batch_size,
         by_length=training.by_length,
         steps=training.unroll,
+        loss=training.loss,
         decay=training.decay,
         lr=training.lr,
         matrix_lr=training.matrix_lr,

@@ -1,11 +1,13 @@
-"""Resync: after an update, put the actor's and the drafter's weights into every engine, and say which they are."""
+"""Resync: after an update, put the actor's and the drafter's weights into every engine, and prove it."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,15 +17,18 @@ from respec_trainer.agreement import agree
 from respec_trainer.config import Config
 from respec_trainer.errors import ResyncError, TransferError
 from respec_trainer.resync import proof
-from respec_trainer.resync.stream import NamedTensors, stream_actor
-from respec_trainer.resync.transport import Transport
+from respec_trainer.resync.finite import first_non_finite, local_weights
+from respec_trainer.resync.proof import Held
+from respec_trainer.resync.stream import ActorStream, Gathered, Whole, WholeStream, numel_of
+from respec_trainer.resync.transport import Sending, Transport
+from respec_trainer.resync.workspace import Workspace
+from respec_trainer.rollout.digest import digest
 from respec_trainer.rollout.engine import Role, RolloutEngine
-from respec_trainer.rollout.sglang_digest import digest
 
 
 @dataclass(frozen=True)
 class ResyncReport:
-    """What one push carried, as rank 0 counted it."""
+    """What the push of one model carried."""
 
     role: Role
     version: str
@@ -34,6 +39,9 @@ class ResyncReport:
 
 class Resync:
     """Pushes weights to the engines. Every rank calls every method: ranks without an engine join the gathers.
+
+    From the first tensor of a push until its proof the engines refuse to generate. A push that fails leaves them so:
+    the next one carries both models whole, and is proved whatever `resync.verify` says.
 
     A push that an engine's death or a broken connection interrupts leaves engines with weights of unknown state, and
     perhaps stuck in a collective. Then all engines are ended, and every rank gets an EngineLostError.
@@ -48,71 +56,163 @@ class Resync:
         transport: Transport,
         control: dist.ProcessGroup | None = None,
     ):
-        """`control` carries small messages between all ranks; None: the default group."""
-        self.bucket_bytes = config.resync.bucket_mb << 20
+        """Connect to the engines. `control` carries small messages between all ranks; None: the default group.
+
+        Raises ResyncError on every rank where an engine's model is not of the trainer's names and shapes.
+        """
+        self.settings, self.actor, self.drafter, self.engine = config.resync, actor, drafter, engine
+        self.transport, self.control = transport, control
         self.dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
-        self.actor, self.drafter, self.engine, self.transport = actor, drafter, engine, transport
-        self.control = control
-        self.provable = config.rollout.engine.tp == 1  # a shard of a weight has a digest of its own
-        self.pushed_drafter: str | None = None
+        self.workspace = Workspace(actor.topology.device)
+        self.held: dict[Role, Held] = {}  # what the engines hold, as far as it was pushed
+        self.doubtful = False  # whether the last push failed
+        self.bytes = 0  # pushed since `take_bytes`
         transport.connect()
+        self._together(self._check_architecture if engine else None)
+
+    @property
+    def versions(self) -> dict[Role, str]:
+        """The versions that the trainer has."""
+        versions: dict[Role, str] = {"target": self.actor.version}
+        return versions if self.drafter is None else versions | {"draft": self.drafter.version}
 
     def connect(self) -> None:
-        """Connect to the engines anew, after one was restarted."""
+        """Connect to the engines anew, after one was restarted. What they hold is not known then."""
         self._together(self.transport.disconnect)
         self._together(self.transport.connect)
+        self.held = {}
 
-    def push(self, step: int, forgot: bool = False, prove: bool = False) -> list[ResyncReport]:
-        """Push the actor as version `step`, and the drafter if it changed or the engine `forgot` it.
+    def push(self, forgot: bool = False, prove: bool = False) -> list[ResyncReport]:
+        """Push the models whose version the engines do not hold; both, and whole, if an engine `forgot` them.
 
-        With `prove` every engine's digests of both models are compared with those of what was sent; a difference
-        raises ResyncError on every rank.
+        With `prove`, as with `resync.verify`, digests of every tensor of both models are compared with those of what
+        was sent. Raises on every rank: ProofError for a difference, ResyncError for weights that are not finite (then
+        nothing was sent and the engines keep the last good version) or a rank that does not come in time.
         """
-        reports = [self._push("target", f"actor-{step}", self._actor_buckets(), prove)]
-        if self.drafter is not None and (forgot or self.drafter.version != self.pushed_drafter):
-            reports.append(self._push("draft", self.drafter.version, self._drafter_buckets(), prove))
-            self.pushed_drafter = self.drafter.version
+        self._assemble()
+        proves = prove or self.doubtful or self.settings.verify != "off"
+        whole = forgot or self.doubtful or (proves and not all(held.digests for held in self.held.values()))
+        wanted = {role: version for role, version in self.versions.items() if whole or self._lacks(role, version)}
+        self._refuse_non_finite(wanted)
+        self._together(self._begin if self.engine else None)
+        self.doubtful = True
+        reports = [self._push(role, whole, proves) for role in wanted]
+        if proves:
+            self._prove(wanted)
+        self._together(self.engine.trust if self.engine else None)
+        self.doubtful = False
+        self.workspace.release()
         return reports
 
-    def _push(self, role: Role, version: str, stream: Iterator[NamedTensors], prove: bool) -> ResyncReport:
-        began = time.perf_counter()
-        digests: dict[str, str] = {}
-        size = 0
-        self._together(lambda: self.engine and self.engine.begin_weight_update(role))
-        with closing(stream) as buckets:
-            for bucket in buckets:
-                for name, tensor in bucket:
-                    if name in digests:
-                        raise ResyncError(f"{role} weight {name} was streamed twice")
-                    digests[name] = digest(tensor) if prove and self.provable else ""
-                    size += tensor.numel() * tensor.element_size()
-                self._together(lambda: self.transport.send(bucket, role))  # noqa: B023 - called at once
+    def take_bytes(self) -> int:
+        """Bytes pushed to each engine since the last call."""
+        taken, self.bytes = self.bytes, 0
+        return taken
+
+    def distrust(self, reason: str) -> None:
+        """Let no engine generate until a push of both models has been proved."""
+        self.doubtful = True
+        if self.engine is not None:
+            self.engine.distrust(reason)
+
+    def _lacks(self, role: Role, version: str) -> bool:
+        return role not in self.held or self.held[role].version != version
+
+    def _assemble(self) -> None:
+        """Wait for every rank, and name those that do not come."""
+        limit = self.settings.timeout
+        try:
+            dist.monitored_barrier(self.control, timedelta(seconds=limit), wait_all_ranks=True)
+        except RuntimeError as error:
+            raise ResyncError(
+                f"not every rank came to push {' and '.join(self.versions.values())} within {limit:.0f} s "
+                f"(resync.timeout); the engines hold {self._holdings()}: {error}"
+            ) from error
+
+    def _refuse_non_finite(self, wanted: dict[Role, str]) -> None:
+        def look() -> None:
+            zero3 = self.actor.engine.zero_optimization_stage() == 3
+            weights = {"target": lambda: local_weights(self.actor.engine.module, zero3)}
+            weights["draft"] = lambda: self.drafter.named_tensors()
+            for role, version in wanted.items():
+                name = first_non_finite(weights[role]())
+                if name is not None:
+                    raise ResyncError(
+                        f"{version} is not sent: {role} weight {name} holds NaN or infinity; the engines keep "
+                        f"{self._holdings()}"
+                    )
+
+        self._together(look)
+
+    def _begin(self) -> None:
+        self.engine.distrust(f"{' and '.join(self.versions.values())} were being pushed and have not been verified")
+        self.engine.abort_weight_update()
+
+    def _push(self, role: Role, whole: bool, proves: bool) -> ResyncReport:
+        began, version = time.perf_counter(), self.versions[role]
+        stream = self._stream(role, frozen=whole or role not in self.held)
+        shapes = stream.shapes
+        before = self.held.pop(role, Held("none"))
+        new = Held(version, dict(before.digests) if proves else {})
+        self._together(lambda: self.engine and self.engine.begin_weight_update(role, list(shapes)))
+        sending = Sending("", 0)
+        with closing(iter(stream)) as buckets:
+            for number, bucket in enumerate(buckets, 1):  # its collectives run while the one before is on its way
+                self._together(sending.wait)
+                doing = f"sending bucket {number} of {len(stream.buckets)} of {version}, {_span(bucket.shapes)}, to an "
+                doing += f"engine that holds {before.version}"
+                sending = self._send(bucket, role, doing, new if proves else None)
+            self._together(sending.wait)
         self._together(lambda: self.engine and self.engine.end_weight_update(role, version))
-        if prove and self.provable:
-            self._prove(role, digests)
-        return ResyncReport(role, version, len(digests), size, time.perf_counter() - began)
+        self.held[role] = new
+        size = numel_of(shapes) * self.dtype.itemsize
+        self.bytes += size
+        return ResyncReport(role, version, len(shapes), size, time.perf_counter() - began)
 
-    def _prove(self, role: Role, digests: dict[str, str]) -> None:
-        sent = [digests]
-        dist.broadcast_object_list(sent, src=self.transport.receivers[0], group=self.control)
-        self._together(lambda: self.engine and proof.check(role, sent[0], self.engine.digests(role)))
+    def _send(self, bucket: Gathered | Whole, role: Role, doing: str, new: Held | None) -> Sending:
+        """Copy a bucket, set it on its way, and digest it meanwhile."""
+        tensors = bucket.copy(self.workspace)
+        sending = self.transport.start(tensors, bucket.shapes, role, doing)
+        if not self.transport.keeps_buffers:
+            self.workspace.forget("bucket")
+        if new is not None and self.actor.topology.rank == self.transport.receivers[0]:
+            new.digests |= {name: digest(tensor) for name, tensor in tensors}
+        return sending
 
-    def _together(self, action: Callable[[], Any]) -> None:
+    def _stream(self, role: Role, frozen: bool) -> ActorStream | WholeStream:
+        limit, receivers = self.settings.bucket_mb << 20, self.transport.receivers
+        if role == "draft":
+            wanted = self.actor.topology.rank in receivers
+            return WholeStream(self.drafter.named_tensors(), wanted, limit, self.dtype)
+        timeout = self.settings.timeout
+        return ActorStream(self.actor, receivers, limit, self.dtype, self.workspace, timeout, frozen)
+
+    def _prove(self, pushed: Sequence[Role]) -> None:
+        for role in self.held:
+            sent = [self.held[role]]
+            dist.broadcast_object_list(sent, src=self.transport.receivers[0], group=self.control)
+            self.held[role] = sent[0]
+            check = functools.partial(self._check_digests, role, role in pushed)
+            self._together(check if self.engine else None)
+
+    def _check_digests(self, role: Role, pushed: bool) -> None:
+        proof.check(role, self.held[role], self.engine.digests(role), pushed)
+
+    def _check_architecture(self) -> None:
+        for role, version in self.versions.items():
+            theirs = self.engine.weight_shapes(role)
+            if theirs:
+                versions = f"the engine's {self.engine.versions[role]}, the trainer's {version}"
+                proof.check_architecture(role, self._stream(role, frozen=True).shapes, theirs, versions)
+
+    def _holdings(self) -> str:
+        return " and ".join(held.version for held in self.held.values()) or "the weights of their folders"
+
+    def _together(self, action: Callable[[], Any] | None) -> None:
         """Run `action` on every rank; they go on together, or raise together."""
         agree(action, self.engine, self.control, fatal=TransferError)
 
-    def _actor_buckets(self) -> Iterator[NamedTensors]:
-        for bucket in stream_actor(self.actor, self.transport.receivers, self.bucket_bytes):
-            yield [(name, tensor.to(self.dtype).contiguous()) for name, tensor in bucket]
 
-    def _drafter_buckets(self) -> Iterator[NamedTensors]:
-        wanted = self.actor.topology.rank in self.transport.receivers
-        device = self.actor.topology.device
-        bucket: NamedTensors = []
-        for name, tensor in self.drafter.named_tensors():
-            size = sum(t.numel() * t.element_size() for _, t in bucket)
-            if bucket and size + tensor.numel() * tensor.element_size() > self.bucket_bytes:
-                yield bucket if wanted else []
-                bucket = []
-            bucket.append((name, tensor.detach().to(device, self.dtype).contiguous()))
-        yield bucket if wanted else []
+def _span(shapes: Sequence[str] | dict) -> str:
+    names = list(shapes)
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

@@ -1,84 +1,233 @@
-"""Stream a model's weights out of tensor-parallel and ZeRO shards as (Hugging Face name, tensor) buckets.
+"""Stream a model's weights out of tensor-parallel and ZeRO shards, in buckets of Hugging Face tensors.
 
 Every rank walks the parameters in the same order. A bucket is first made whole over ZeRO-3's shards (a collective of
-the data-parallel group), then gathered over tensor parallelism with one collective, then renamed and reshaped by the
-rules of `checkpoint.hf_map`. Tied weights come once; padded vocabulary rows never come.
+the data-parallel group), then gathered over tensor parallelism with one grouped collective, then copied into one flat
+buffer under the rules of `checkpoint.hf_map`, in the dtype of the receiver. Tied weights come once; padded vocabulary
+rows never come.
+
+The stream is made for double buffering. It yields a bucket as `Gathered`, not yet copied: the bucket before it may
+still be on its way out of the flat buffer, while this one is collected. So a rank holds two buckets at most, the one on
+its way and the shards of the next (or, once it has gone, those shards and their copy).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from respec_trainer.checkpoint.hf_map import to_hf
+from respec_trainer.checkpoint.hf_map import copy_to_hf, hf_shapes
+from respec_trainer.errors import TransferError
+from respec_trainer.resync.workspace import Workspace
 
 NamedTensors = list[tuple[str, torch.Tensor]]
+Shapes = dict[str, tuple[int, ...]]
+COLLECTIVE_SECONDS = 3600.0  # without a limit of the caller's
 
 
-def stream_actor(actor, receivers: Sequence[int], bucket_bytes: int) -> Iterator[NamedTensors]:
-    """Yield the actor's weights in buckets of about `bucket_bytes`, whole on the ranks in `receivers`, [] elsewhere.
+@dataclass(frozen=True)
+class Planned:
+    """One parameter of a bucket, and the Hugging Face tensors it becomes."""
 
-    Args:
-        actor: the `actor.engine.Actor`; its parameters carry `tensor_model_parallel` where they are sharded.
-        receivers: global ranks that want the tensors. The same list on every rank.
-        bucket_bytes: size of a bucket as gathered, over all tensor-parallel ranks; a larger parameter is its own.
-
-    Every rank must iterate to the end: each bucket holds collectives. Tensors are in the model's dtype, on its device,
-    and valid until the next bucket is asked for.
-    """
-    topology, zero3 = actor.topology, actor.engine.zero_optimization_stage() == 3
-    wanted = [rank for rank in dist.get_process_group_ranks(topology.tp_group) if rank in set(receivers)]
-    for bucket in _buckets(actor.engine.module.named_parameters(), bucket_bytes // topology.tp, zero3):
-        with deepspeed.zero.GatheredParameters([p for _, p in bucket], enabled=zero3):
-            shards = _gather_shards(bucket, topology, wanted) if wanted else None
-            out: NamedTensors = []
-            if shards is not None:
-                for name, parts in shards:
-                    out += to_hf(name, parts, actor.hf_config)
-            yield out
+    name: str  # Megatron's
+    parameter: torch.nn.Parameter
+    sharded: bool  # over tensor parallelism
+    shapes: Shapes
 
 
-def _buckets(named: Iterable, limit: int, zero3: bool) -> Iterator[list]:
-    bucket, held = [], 0
-    for name, parameter in named:
-        numel = parameter.ds_numel if zero3 else parameter.numel()
-        size = numel * parameter.element_size()
-        if bucket and held + size > limit:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append((name, parameter))
-        held += size
-    if bucket:
-        yield bucket
+class Gathered:
+    """A bucket whose shards are on this rank, where it wants them; valid until the next one is asked for."""
+
+    def __init__(self, plan: Sequence[Planned], shards: list[list[torch.Tensor]] | None, hf_config, dtype: torch.dtype):
+        self.plan, self.shards, self.hf_config, self.dtype = plan, shards, hf_config, dtype
+        self.shapes: Shapes = {name: shape for planned in plan for name, shape in planned.shapes.items()}
+
+    def copy(self, workspace: Workspace) -> NamedTensors:
+        """The bucket's tensors, copied into one flat buffer; [] on ranks that do not want them."""
+        if self.shards is None:
+            return []
+        out = flat_tensors(self.shapes, self.dtype, workspace)
+        for planned, shards in zip(self.plan, self.shards, strict=True):
+            copy_to_hf(planned.name, shards, self.hf_config, out)
+        return list(out.items())
 
 
-def _gather_shards(bucket: list, topology, wanted: list[int]) -> list[tuple[str, list[torch.Tensor]]] | None:
-    """All shards of each parameter of the bucket, in tensor-parallel order, on the wanted ranks; None on the others.
-
-    A replicated parameter has one shard. With one wanted rank only that rank pays for the whole bucket.
-    """
-    sharded = [p.detach() for _, p in bucket if topology.tp > 1 and getattr(p, "tensor_model_parallel", False)]
-    received = _gather_flat(torch.cat([p.reshape(-1) for p in sharded]), topology, wanted) if sharded else []
-    if topology.rank not in wanted:
-        return None
-    parts = [iter(flat.split([p.numel() for p in sharded])) for flat in received]
-    out = []
-    for name, parameter in bucket:
-        if topology.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
-            out.append((name, [next(part).view_as(parameter) for part in parts]))
-        else:
-            out.append((name, [parameter.detach().clone()]))
-    return out
+def numel_of(shapes: Shapes | Iterable[Shapes]) -> int:
+    """Elements of all tensors of these shapes."""
+    if isinstance(shapes, dict):
+        return sum(torch.Size(shape).numel() for shape in shapes.values())
+    return sum(map(numel_of, shapes))
 
 
-def _gather_flat(flat: torch.Tensor, topology, wanted: list[int]) -> list[torch.Tensor]:
-    if len(wanted) > 1:
-        received = [torch.empty_like(flat) for _ in range(topology.tp)]
-        dist.all_gather(received, flat, group=topology.tp_group)
+def flat_tensors(shapes: Shapes, dtype: torch.dtype, workspace: Workspace) -> dict[str, torch.Tensor]:
+    """Tensors of these names and shapes, one after the other in the buffer "bucket"."""
+    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+    parts = workspace.take("bucket", sum(sizes), dtype).split(sizes)
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+class ActorStream:
+    """The actor's weights as buckets. Every rank iterates to the end: each bucket holds collectives."""
+
+    def __init__(
+        self,
+        actor,
+        receivers: Sequence[int],
+        bucket_bytes: int,
+        dtype: torch.dtype,
+        workspace: Workspace,
+        timeout: float = COLLECTIVE_SECONDS,
+        frozen: bool = True,
+    ):
+        """
+        Args:
+            actor: the `actor.engine.Actor`; its parameters carry `tensor_model_parallel` where they are sharded.
+            receivers: global ranks that want the tensors. The same list on every rank.
+            bucket_bytes: size of a bucket as it is sent; a larger parameter is a bucket of its own.
+            timeout: seconds to wait for another rank's shards of a bucket.
+            frozen: stream parameters that are not trained too.
+        """
+        self.actor, self.dtype, self.workspace, self.timeout = actor, dtype, workspace, timeout
+        self.topology, self.zero3 = actor.topology, actor.engine.zero_optimization_stage() == 3
+        group = dist.get_process_group_ranks(self.topology.tp_group)
+        self.group, self.wanted = group, [rank for rank in group if rank in set(receivers)]
+        parameters = [p for p in actor.engine.module.named_parameters() if frozen or p[1].requires_grad]
+        plan = [self._plan(*pair) for pair in parameters]
+        sizes = [numel_of(p.shapes) * dtype.itemsize for p in plan]
+        # DeepSpeed holds what it gathers over ZeRO-3 up to three times for a moment.
+        self.buckets: list[list[Planned]] = cut(plan, sizes, bucket_bytes // 3 if self.zero3 else bucket_bytes)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Name and shape of every tensor that will come, on every rank."""
+        return {name: shape for bucket in self.buckets for p in bucket for name, shape in p.shapes.items()}
+
+    def __iter__(self) -> Iterator[Gathered]:
+        self._reserve()
+        for bucket in self.buckets:
+            with deepspeed.zero.GatheredParameters([p.parameter for p in bucket], enabled=self.zero3):
+                gathered = Gathered(bucket, self._gather(bucket), self.actor.hf_config, self.dtype)
+                yield gathered
+                gathered.shards = None  # whoever still has it must not keep their memory
+
+    def _reserve(self) -> None:
+        """Take buffers as large as any bucket needs: one that grew would exist twice while its old views live."""
+        if self.topology.rank in self.wanted:
+            largest = max(numel_of(p.shapes for p in bucket) for bucket in self.buckets)
+            self.workspace.take("bucket", largest, self.dtype)
+        shards = [[p.parameter for p in bucket if p.sharded] for bucket in self.buckets]
+        if self.wanted and any(shards):
+            largest = max(sum(p.ds_numel if self.zero3 else p.numel() for p in bucket) for bucket in shards)
+            self.workspace.take("shards", largest * self._slots(), next(filter(None, shards))[0].dtype)
+
+    def _slots(self) -> int:
+        """How many ranks' shards of a bucket lie in this rank's buffer: what it receives, and its own if it sends."""
+        receives, sends = self.topology.rank in self.wanted, set(self.wanted) - {self.topology.rank}
+        return (self.topology.tp - 1 if receives else 0) + (1 if sends else 0)
+
+    def _plan(self, name: str, parameter: torch.nn.Parameter) -> Planned:
+        sharded = self.topology.tp > 1 and getattr(parameter, "tensor_model_parallel", False)
+        shape = parameter.ds_shape if self.zero3 else parameter.shape
+        tp = self.topology.tp if sharded else 1
+        return Planned(name, parameter, sharded, hf_shapes(name, shape, self.actor.hf_config, tp))
+
+    def _gather(self, bucket: Sequence[Planned]) -> list[list[torch.Tensor]] | None:
+        """All shards of each parameter, in tensor-parallel order, on the wanted ranks; None on the others."""
+        if not self.wanted:
+            return None
+        own = [planned.parameter.detach() for planned in bucket if planned.sharded]
+        flats = self._gather_flat(own, bucket) if own else {}
+        if self.topology.rank not in self.wanted:
+            return None
+        sizes = [shard.numel() for shard in own]
+        parts = {rank: iter(flat.split(sizes)) for rank, flat in flats.items()}
+        mine = iter(own)
+        out = []
+        for planned in bucket:
+            whole = planned.parameter.detach()
+            if planned.sharded:
+                next(mine)
+                out.append([next(parts[r]).view_as(whole) if r in parts else whole for r in self.group])
+            else:
+                out.append([whole])
+        return out
+
+    def _gather_flat(self, own: list[torch.Tensor], bucket: Sequence[Planned]) -> dict[int, torch.Tensor]:
+        """The other ranks' shards, flat, by global rank, where this rank wants them; its own are sent to who does.
+
+        Messages between two ranks and not torch's gather, because under gloo that makes a copy of everything.
+        """
+        numel, rank, tp_group = sum(shard.numel() for shard in own), self.topology.rank, self.topology.tp_group
+        slots = self.workspace.take("shards", numel * self._slots(), own[0].dtype).view(self._slots(), numel)
+        others = [other for other in self.group if other != rank]
+        received = dict(zip(others, slots, strict=False)) if rank in self.wanted else {}
+        ops = [dist.P2POp(dist.irecv, slot, other, tp_group) for other, slot in received.items()]
+        takers = [other for other in others if other in self.wanted]
+        if takers:
+            mine = torch.cat([shard.reshape(-1) for shard in own], out=slots[-1])
+            ops += [dist.P2POp(dist.isend, mine, other, tp_group) for other in takers]
+        self._carry_out(ops, bucket)
         return received
-    received = [torch.empty_like(flat) for _ in range(topology.tp)] if topology.rank == wanted[0] else None
-    dist.gather(flat, received, dst=wanted[0], group=topology.tp_group)
-    return received or []
+
+    def _carry_out(self, ops: list[dist.P2POp], bucket: Sequence[Planned]) -> None:
+        peer = ops[0].peer
+        try:
+            for op, work in zip(ops, dist.batch_isend_irecv(ops), strict=False):  # NCCL makes one of them all
+                peer = op.peer
+                work.wait(timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            names = [name for planned in bucket for name in planned.shapes]
+            raise TransferError(
+                f"rank {peer} did not take part within {self.timeout:.0f} s (resync.timeout) in gathering {names[0]} "
+                f"to {names[-1]}: {error}"
+            ) from error
+
+
+class Whole:
+    """A bucket of tensors that every rank has, copied only where they are wanted."""
+
+    def __init__(self, tensors: NamedTensors, wanted: bool, dtype: torch.dtype):
+        self.tensors, self.wanted, self.dtype = tensors, wanted, dtype
+        self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
+
+    def copy(self, workspace: Workspace) -> NamedTensors:
+        """As `Gathered.copy`."""
+        if not self.wanted:
+            return []
+        out = flat_tensors(self.shapes, self.dtype, workspace)
+        for name, tensor in self.tensors:
+            out[name].copy_(tensor.detach())
+        return list(out.items())
+
+
+class WholeStream:
+    """Tensors that every rank has, as buckets, in the form of an ActorStream."""
+
+    def __init__(self, named: Iterable[tuple[str, torch.Tensor]], wanted: bool, bucket_bytes: int, dtype: torch.dtype):
+        named = list(named)
+        sizes = [tensor.numel() * dtype.itemsize for _, tensor in named]
+        self.buckets = [Whole(part, wanted, dtype) for part in cut(named, sizes, bucket_bytes)]
+
+    @property
+    def shapes(self) -> Shapes:
+        return {name: shape for bucket in self.buckets for name, shape in bucket.shapes.items()}
+
+    def __iter__(self) -> Iterator[Whole]:
+        yield from self.buckets
+
+
+def cut(items: Sequence, sizes: Sequence[int], limit: int) -> list[list]:
+    """Neighbors put together as long as their sizes add up to `limit` at most; a larger item stays alone."""
+    parts: list[list] = []
+    held = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not parts or held + size > limit:
+            parts.append([])
+            held = 0
+        parts[-1].append(item)
+        held += size
+    return parts

@@ -7,7 +7,7 @@ Every method raises EngineError when the engine refuses, dies or does not answer
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
@@ -71,20 +71,45 @@ class RolloutEngine(ABC):
         """Leave a group made by join_group; nothing happens if this life of the engine has not joined it."""
 
     @abstractmethod
-    def begin_weight_update(self, role: Role) -> None:
-        """Open a weight update of one model; outside of one, weights are refused."""
+    def weight_shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights that an update of one model must bring; empty where they are not known."""
+
+    @abstractmethod
+    def begin_weight_update(self, role: Role, names: Collection[str] = ()) -> None:
+        """Open a weight update of one model, of the tensors `names`; outside of one, weights are refused.
+
+        Until it is ended the weights are neither the old nor the new ones, and requests are refused.
+        """
 
     @abstractmethod
     def receive_broadcast(self, specs: Sequence[TensorSpec], role: Role, group: str) -> Future:
         """Receive these tensors from rank 0 of `group`, one broadcast each, in order. Resolves when they are loaded."""
 
     @abstractmethod
-    def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> None:
-        """Load tensors of this process: shared memory on a CPU, one flattened CUDA IPC bucket on a GPU."""
+    def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> Future:
+        """Load tensors of this process, from one flat bucket of memory that both processes see.
+
+        Returns at once; the Future resolves when they are loaded. The memory must stay as it is until then.
+        """
 
     @abstractmethod
     def end_weight_update(self, role: Role, version: str) -> None:
-        """Close the update and stamp later samples with `version`. No KV made with the old weights is used after it."""
+        """Close the update and stamp later samples with `version`. No KV made with the old weights is used after it.
+
+        Raises EngineError where a tensor that the update was opened for never arrived.
+        """
+
+    @abstractmethod
+    def abort_weight_update(self) -> None:
+        """Close an update that will not be completed, if one is open. What the model holds is undefined: `distrust`."""
+
+    @abstractmethod
+    def distrust(self, reason: str) -> None:
+        """Refuse every request, for `reason`, until `trust`: the weights are not known to be whole."""
+
+    @abstractmethod
+    def trust(self) -> None:
+        """Take requests again: the weights of both models are known to be whole."""
 
     @abstractmethod
     def digests(self, role: Role) -> dict[str, str]:

@@ -59,6 +59,10 @@ class RolloutFleet:
         mine = [r for i, r in enumerate(requests) if i * len(self.owners) // len(requests) == self.index]
         return FleetPending(self, mine)
 
+    def ask_each(self, request: Request) -> list[Sample]:
+        """Every engine's answer to the same request, on every rank."""
+        return self._agree((lambda: self.engine.submit([request]).collect()[0]) if self.engine else None)
+
     def check(self) -> None:
         """Raise EngineLostError on every rank if an engine died since it was last heard of."""
         self._agree(self._check if self.engine else None)
@@ -109,6 +113,7 @@ class FleetPending:
         self.fleet = fleet
         self.ledger = Ledger(mine, fleet.resume)
         self.pending: Pending | None = None
+        self.asked = 0  # requests of it
         with contextlib.suppress(EngineError):  # only this rank knows of it: `collect` tries again, and all hear of it
             self._submit()
 
@@ -125,9 +130,14 @@ class FleetPending:
         """How many of this rank's own engine's requests have finished."""
         return self.pending.done() if self.pending else 0
 
+    def generating(self) -> bool:
+        """Whether this rank's own engine has requests that have not finished."""
+        return self.pending is not None and self.done() < self.asked
+
     def _submit(self) -> None:
         if self.fleet.engine is not None and self.pending is None and self.ledger.open():
-            self.pending = self.fleet.engine.submit(self.ledger.remaining())
+            requests = self.ledger.remaining()
+            self.pending, self.asked = self.fleet.engine.submit(requests), len(requests)
 
     def _collect(self) -> list[Sample]:
         self._submit()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from respec_trainer.config import Config, DType, EngineConfig, SpeculationConfig
-from respec_trainer.errors import ConfigError
 
 NO_SPECULATION = SpeculationConfig(algorithm="none")
 
@@ -40,13 +39,6 @@ class EngineSettings:
 
     # Draft steps from each batch size on, as sglang's own table switches them; None: always speculation.steps.
     steps_by_batch: dict[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.device == "cpu" and self.engine.tp > 1:
-            raise ConfigError(
-                f"rollout.engine.tp={self.engine.tp} needs GPUs: without one an engine is one process; to share it "
-                f"among trainer ranks set rollout.engine.span={self.engine.tp} and rollout.engine.tp=1"
-            )
 
     @classmethod
     def from_config(cls, config: Config, device: str, index: int = 0) -> EngineSettings:

@@ -1,25 +1,20 @@
 """Digests of the weights an engine holds, one for each tensor as it was sent.
 
 Runs inside sglang's scheduler, in place of its own checksums: those are of sglang's fused tensors, which nobody sends,
-and need CUDA. Here a fused tensor is taken apart into the rows that were sent by name, and padding is left out.
+and need CUDA. Here a fused tensor is taken apart into the rows that were sent by name, shards of several ranks are put
+together, and padding is left out.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from respec_trainer.rollout.digest import digest
+
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """Of dtype, shape and every bit."""
-    content = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
-    head = f"{tensor.dtype} {tuple(tensor.shape)} ".removeprefix("torch.")
-    return head + hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def digest_hooks() -> dict[str, tuple[Any, str]]:
@@ -28,22 +23,58 @@ def digest_hooks() -> dict[str, tuple[Any, str]]:
 
 
 def named_parts(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of one of sglang's models on one device, under the names of unfused ones."""
+    """The weights of one of sglang's models under the names of unfused ones, whole.
+
+    With tensor parallelism every rank has to go through them, all in step: shards are gathered as they are reached.
+    """
+    config = getattr(model, "config", None)
     for path, module in model.named_modules():
         parent, _, leaf = path.rpartition(".")
         for name, parameter in module.named_parameters(recurse=False):
             if leaf in FUSED:
                 for part, rows in zip(FUSED[leaf], _split(module, leaf, parameter), strict=True):
-                    yield f"{parent}.{part}.{name}", rows
+                    # Fewer key and value heads than ranks: neighbors hold the same one.
+                    copies = getattr(module, "num_kv_head_replicas", 1) if part in ("k_proj", "v_proj") else 1
+                    whole = _whole(module, name, rows, copies)
+                    yield f"{parent}.{part}.{name}", whole[: _true_size(part, config, module)]
             else:
-                rows = getattr(module, "org_vocab_size", None)  # a vocabulary is padded to a multiple of 64
-                yield f"{path}.{name}", parameter[:rows]
+                rows = getattr(module, "org_vocab_size", None)  # a vocabulary is padded, at its end
+                whole = _whole(module, name, parameter)[:rows]
+                columns = _true_size(leaf, config, module) if whole.dim() == 2 else None
+                yield f"{path}.{name}", whole if columns is None else whole[:, :columns]
 
 
 def _split(module: torch.nn.Module, leaf: str, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if leaf == "qkv_proj":
         return parameter.split([module.q_proj_shard_size, module.kv_proj_shard_size, module.v_proj_shard_size])
     return parameter.chunk(2)
+
+
+def _true_size(leaf: str, config: Any, module: torch.nn.Module) -> int | None:
+    """Without what sglang adds at the end on a CPU, so that its ranks have equal shares of heads and hidden units."""
+    if leaf in ("gate_proj", "up_proj", "down_proj"):
+        return getattr(config, "original_intermediate_size", None)
+    kind = "total_num_kv_heads" if leaf in ("k_proj", "v_proj") else "num_attention_heads"
+    heads = getattr(config, f"original_{kind}", None)
+    if heads is None or leaf not in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        return None
+    return heads * (module.input_size // config.num_attention_heads if leaf == "o_proj" else module.head_size)
+
+
+def _whole(module: torch.nn.Module, name: str, shard: torch.Tensor, copies: int = 1) -> torch.Tensor:
+    """A weight of which every tensor-parallel rank holds a shard; `copies` neighboring ranks hold the same one."""
+    signs = ("output_size_per_partition", "input_is_parallel", "org_vocab_size")  # of sglang's parallel layers
+    if not any(hasattr(module, sign) for sign in signs) or getattr(module, "tp_size", 1) == 1:
+        return shard
+    by_columns = hasattr(module, "input_is_parallel")  # sglang's RowParallelLinear, whose bias every rank holds whole
+    if by_columns and name == "bias":
+        return shard
+    from sglang.srt.distributed import get_tp_group
+
+    shard = shard.detach().contiguous()
+    shards = [torch.empty_like(shard) for _ in range(module.tp_size)]
+    torch.distributed.all_gather(shards, shard, group=get_tp_group().device_group)
+    return torch.cat(shards[::copies], int(by_columns))
 
 
 def _checksums(checker: Any, _skip_tensor_list: Any = None, *, role: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Literal
@@ -37,6 +37,7 @@ class SGLangEngine(RolloutEngine):
         self._seeds = torch.Generator().manual_seed(settings.seed)
         self._lives = 0
         self._asleep: set[str] = set()
+        self._doubt: str | None = None
 
     def start(self) -> None:
         """Launch the engine's processes and return once it answers; possible again after `shutdown`.
@@ -49,7 +50,7 @@ class SGLangEngine(RolloutEngine):
             raise EngineError("the rollout engine has been started already")
         seed = (self.settings.seed + self._lives * SEEDS_BETWEEN_LIVES) % 2**31
         self._lives += 1
-        self._pending, self._asleep = [], set()
+        self._pending, self._asleep, self._doubt = [], set(), None
         self._process = SGLangProcess(replace(self.settings, seed=seed))
         self._updater = WeightUpdater(self._process, self.settings)
         self.versions = {"target": self.settings.actor_version, "draft": self.settings.drafter_version}
@@ -74,6 +75,8 @@ class SGLangEngine(RolloutEngine):
         """Hand over requests, all in one message, and return at once."""
         if self.weights.role is not None:
             raise EngineError(f"requests during an update of the {self.weights.role} weights: end the update first")
+        if self._doubt is not None:
+            raise EngineError(f"no requests on weights in doubt: {self._doubt}; push both models whole first")
         pending = SGLangPending(self, self.process, list(requests))
         self._pending = [other for other in self._pending if not other.future.done()] + [pending]
         return pending
@@ -84,20 +87,32 @@ class SGLangEngine(RolloutEngine):
     def leave_group(self, name: str) -> None:
         self.weights.leave_group(name)
 
-    def begin_weight_update(self, role: Role) -> None:
+    def weight_shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
+        return self.weights.shapes(role)
+
+    def begin_weight_update(self, role: Role, names: Collection[str] = ()) -> None:
         if running := sum(not pending.future.done() for pending in self._pending):
             raise EngineError(f"weight update while {running} submitted batches are still running: collect them first")
-        self.weights.begin(role)
+        self.weights.begin(role, names)
 
     def receive_broadcast(self, specs: Sequence[TensorSpec], role: Role, group: str) -> Future:
         return self.weights.receive_broadcast(specs, role, group)
 
-    def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> None:
-        self.weights.receive_tensors(tensors, role)
+    def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> Future:
+        return self.weights.receive_tensors(tensors, role)
 
     def end_weight_update(self, role: Role, version: str) -> None:
         self.weights.end(role)
         self.versions[role] = version
+
+    def abort_weight_update(self) -> None:
+        self.weights.abort()
+
+    def distrust(self, reason: str) -> None:
+        self._doubt = reason
+
+    def trust(self) -> None:
+        self._doubt = None
 
     def digests(self, role: Role) -> dict[str, str]:
         return self.weights.digests(role)

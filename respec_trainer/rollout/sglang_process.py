@@ -114,8 +114,9 @@ class SGLangProcess:
     def _start(self, before: set) -> Any:
         ready: Future = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True, name="sglang-engine")
-        environment = sglang_workers.engine_environment(self.settings.device, self.settings.engine.threads)
-        environment |= delivery_environment(self.settings.engine.resume)
+        engine = self.settings.engine
+        environment = sglang_workers.engine_environment(self.settings.device, engine.threads, engine.tp)
+        environment |= delivery_environment(engine.resume)
         with side_effects_undone(), environment_of(environment):
             self._thread.start()
             try:

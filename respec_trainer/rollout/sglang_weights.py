@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ class WeightUpdater:
     def __init__(self, process: SGLangProcess, settings: EngineSettings):
         self.process, self.settings = process, settings
         self.role: Role | None = None
+        self._missing: set[str] = set()  # of the open update
         self._groups: set[str] = set()
         self._shapes = {"target": weight_shapes(settings.model_path)}
+        if _is_tied(settings.model_path):
+            self._shapes["target"].pop("lm_head.weight", None)  # some folders hold a copy of it
         if settings.speculation.algorithm == "eagle3":  # the only drafter that changes
             self._shapes["draft"] = weight_shapes(settings.drafter_path)
 
@@ -57,17 +60,23 @@ class WeightUpdater:
         message = "DestroyWeightsUpdateGroupReqInput"
         self.process.wait(self._send(doing, "destroy_weights_update_group", message, group_name=name), doing)
 
-    def begin(self, role: Role) -> None:
+    def shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
+        """What an update must bring: tied heads, and what is fixed in a drafter, are left out."""
+        known = self._shapes.get(role, {})
+        return {name: shape for name, shape in known.items() if role == "target" or name not in FIXED_IN_DRAFTER}
+
+    def begin(self, role: Role, names: Collection[str] = ()) -> None:
         if self.role is not None:
             raise EngineError(f"an update of the {self.role} weights is open already: end it first")
         if role not in self._shapes:
             raise EngineError(f"the engine has no {role} model to update: it was started without speculation")
         doing = f"beginning an update of the {role} weights"
         self.process.wait(self._send(doing, "begin_weight_update", "BeginWeightUpdateReqInput", selector=role), doing)
-        self.role = role
+        self.role, self._missing = role, set(names)
 
     def receive_broadcast(self, specs: Sequence[TensorSpec], role: Role, group: str) -> Future:
         self._check({spec.name: spec.shape for spec in specs}, role)
+        self._missing -= {spec.name for spec in specs}
         return self._send(
             f"receiving {len(specs)} {role} tensors from group {group}",
             "update_weights_from_distributed",
@@ -80,29 +89,36 @@ class WeightUpdater:
             selector=role,
         )
 
-    def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> None:
+    def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> Future:
         self._check({name: tuple(tensor.shape) for name, tensor in tensors}, role)
-        if not tensors:
-            return
-        on_gpu = self.settings.device == "cuda"
-        content = _flatten(tensors) if on_gpu else [(name, tensor.detach()) for name, tensor in tensors]
-        doing = f"loading {len(tensors)} {role} tensors"
+        self._missing -= {name for name, _ in tensors}
+        content = flat_bucket(tensors)
         sent = self._send(
-            doing,
+            f"loading {len(tensors)} {role} tensors",
             "update_weights_from_tensor",
             "UpdateWeightsFromTensorReqInput",
             serialized_named_tensors=_serialize(content, self.settings.engine.tp),
-            load_format="flattened_bucket" if on_gpu else None,
+            load_format="flattened_bucket",
             flush_cache=True,
             selector=role,
         )
-        self.process.wait(sent, doing)  # `content` lives until then: the engine reads this process's memory
+        sent.add_done_callback(lambda _, kept=content: None)  # the engine reads this process's memory until then
+        return sent
 
     def end(self, role: Role) -> None:
         self._check({}, role)
-        doing = f"ending the update of the {role} weights"
+        if self._missing:
+            some = ", ".join(sorted(self._missing)[:5])
+            raise EngineError(f"{len(self._missing)} {role} tensors never arrived: {some}; the update is not complete")
+        self._close(f"ending the update of the {role} weights")
+
+    def abort(self) -> None:
+        if self.role is not None:
+            self._close(f"closing the broken update of the {self.role} weights")
+
+    def _close(self, doing: str) -> None:
         self.process.wait(self._send(doing, "end_weight_update", "EndWeightUpdateReqInput"), doing)
-        self.role = None
+        self.role, self._missing = None, set()
 
     def digests(self, role: Role) -> dict[str, str]:
         """Digests that `sglang_digest` makes inside the engine, by the names of sglang's modules."""
@@ -139,6 +155,11 @@ class WeightUpdater:
         return self.process.call(_checked, doing, getattr(self.process.manager, method), request)
 
 
+def _is_tied(folder: str) -> bool:
+    path = Path(folder) / "config.json"
+    return path.is_file() and bool(json.loads(path.read_text()).get("tie_word_embeddings", False))
+
+
 def weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a folder's safetensors files, from their headers; empty if there are none."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -151,20 +172,48 @@ def weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _flatten(tensors: Sequence[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """One buffer of its own with all tensors, as sglang's load format "flattened_bucket" has it."""
-    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+def flat_bucket(tensors: Sequence[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    """Tensors as sglang's load format "flattened_bucket" has them: one buffer of bytes, and where in it each lies.
 
-    monkey_patch_torch_reductions()  # names devices by UUID: the engine may number them differently
-    bucket = FlattenedTensorBucket(named_tensors=[(name, tensor.detach()) for name, tensor in tensors])
-    return {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    Tensors that lie one after the other in one piece of memory stay there; others are copied together.
+    """
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket, FlattenedTensorMetadata
+
+    tensors = [(name, tensor.detach()) for name, tensor in tensors]
+    flat = _common_memory([tensor for _, tensor in tensors])
+    if flat is None:
+        bucket = FlattenedTensorBucket(named_tensors=tensors)
+        return {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    metadata, start = [], 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, start, start + size, size))
+        start += size
+    return {"flattened_tensor": flat, "metadata": metadata}
 
 
-def _serialize(content: Any, tp: int) -> list[bytes]:
+def _common_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The bytes of `tensors`, if they lie one after the other in one piece of memory."""
+    expected = tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != expected or not tensor.is_contiguous():
+            return None
+        expected += tensor.numel() * tensor.element_size()
+    storage = tensors[0].untyped_storage()
+    first = tensors[0].data_ptr() - storage.data_ptr()
+    size = expected - tensors[0].data_ptr()
+    if first + size > storage.nbytes():
+        return None  # neighbors by chance
+    return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(storage, first, (size,))
+
+
+def _serialize(content: dict[str, Any], tp: int) -> list[bytes]:
     """One payload of handles for each rank of the engine, whose references end with its own load."""
     from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
+    if content["flattened_tensor"].is_cuda:
+        monkey_patch_torch_reductions()  # names devices by UUID: the engine may number them differently
     return [MultiprocessingSerializer.serialize(content) for _ in range(tp)]
 
 

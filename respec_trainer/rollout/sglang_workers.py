@@ -26,8 +26,8 @@ LAUNCHER = (
 )  # fmt: skip
 
 
-def engine_environment(device: str, threads: int) -> dict[str, str | None]:
-    """Environment of the engine's processes; None for what must not be there."""
+def engine_environment(device: str, threads: int, tp: int = 1) -> dict[str, str | None]:
+    """Environment of the engine's processes; None for what must not be there. On a CPU each rank has `threads`."""
     changes: dict[str, str | None] = dict.fromkeys(LAUNCHER)
     changes |= {
         "PYTHONWARNINGS": "ignore",
@@ -38,6 +38,9 @@ def engine_environment(device: str, threads: int) -> dict[str, str | None]:
     if device == "cpu":
         changes["OMP_NUM_THREADS"] = str(threads)
         changes["TORCHDYNAMO_DISABLE"] = "1"  # its first compilation takes 25 s, for nothing
+        # By default sglang refuses more ranks than NUMA nodes. It wants cores for each, but only AMX kernels bind them.
+        if tp > 1:
+            changes["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(["all"] * tp)
     else:
         # Expandable segments cannot be shared by CUDA IPC, nor released by the memory saver.
         changes |= {"PYTORCH_CUDA_ALLOC_CONF": None, "PYTORCH_ALLOC_CONF": None}

@@ -29,7 +29,9 @@ def expectation(use_logprob: bool, use_entropy: bool) -> dict[str, torch.Tensor]
     logprobs, entropies = scores.gather(1, data["targets"][:, None])[:, 0], -(scores.exp() * scores).sum(-1)
     loss = use_logprob * (logprobs * data["factors"][0]).sum() + use_entropy * (entropies * data["factors"][1]).sum()
     loss.backward()
-    return {"logprobs": logprobs, "entropies": entropies, "hidden": hidden.grad, "weight": weight.grad}
+    sums = (hidden @ weight.t() / TEMPERATURE).logsumexp(-1)
+    values = {"logprobs": logprobs, "entropies": entropies, "logsumexps": sums.detach()}
+    return values | {"hidden": hidden.grad, "weight": weight.grad}
 
 
 def score(cases: list[tuple[int, int, bool, bool]]) -> list[dict[str, torch.Tensor]]:
@@ -44,7 +46,7 @@ def score(cases: list[tuple[int, int, bool, bool]]) -> list[dict[str, torch.Tens
         hidden = data["hidden"][:rows].clone().requires_grad_()
         weight = padded[rank * share : (rank + 1) * share].clone().requires_grad_()
         options = {"vocab_size": VOCAB, "temperature": TEMPERATURE, "chunk": chunk, "group": dist.group.WORLD}
-        logprobs, entropies = chunked_logprobs(hidden, weight, data["targets"][:rows], **options)
+        logprobs, entropies, sums = chunked_logprobs(hidden, weight, data["targets"][:rows], **options)
         factors = data["factors"][:, :rows]
         loss = use_logprob * (logprobs * factors[0]).sum() + use_entropy * (entropies * factors[1]).sum()
         loss.backward()
@@ -52,7 +54,8 @@ def score(cases: list[tuple[int, int, bool, bool]]) -> list[dict[str, torch.Tens
         parts = [torch.empty_like(weight.grad) for _ in range(size)]
         dist.all_gather(parts, weight.grad)
         whole = torch.cat(parts)[:VOCAB]
-        found = {"logprobs": logprobs, "entropies": entropies, "hidden": hidden.grad, "weight": whole}
+        found = {"logprobs": logprobs, "entropies": entropies, "logsumexps": sums}
+        found |= {"hidden": hidden.grad, "weight": whole}
         results.append({name: value.detach() for name, value in found.items()})
     return results
 

@@ -142,7 +142,7 @@ def test_drafter_weights_in_the_target_fail(monkeypatch, engine, reference):
 
 def push(engine, weights) -> None:
     engine.begin_weight_update("target")
-    engine.receive_tensors(list(weights.items()), "target")
+    engine.receive_tensors(list(weights.items()), "target").result(60)
     engine.end_weight_update("target", "actor-1")
 
 

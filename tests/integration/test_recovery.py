@@ -15,7 +15,8 @@ import torch
 
 from tests.configs import smallest_config
 from tests.integration.ranks import run_ranks
-from tests.integration.test_resync_engine import folders, step  # noqa: F401 - a fixture
+from tests.integration.resyncs import live, step
+from tests.integration.test_resync_engine import folders  # noqa: F401 - a fixture
 
 NEW_TOKENS = 48
 PROMPTS = [[5 + i, 9, 33 + i] for i in range(6)]
@@ -23,40 +24,21 @@ PROMPTS = [[5 + i, 9, 33 + i] for i in range(6)]
 
 def survive(config, disturb, *args):
     """On one rank: responses undisturbed and disturbed, then what was counted; or the error that ended it."""
-    import torch.distributed as dist
-
-    from respec_trainer.actor.engine import Actor
-    from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
-    from respec_trainer.drafter.learner import setup_learner
     from respec_trainer.errors import EngineLostError
-    from respec_trainer.resync import Resync
-    from respec_trainer.resync.transport import setup_transport
-    from respec_trainer.rollout.fleet import RolloutFleet
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
-    from respec_trainer.rollouts import Rollouts
 
-    topology = init_parallel(config)
-    control = dist.new_group(backend="gloo")
-    actor = Actor(config, topology, total_updates=1)
-    learner = setup_learner(config, actor.hf_config)
-    fleet = RolloutFleet(config, lambda i: SGLangEngine(EngineSettings.from_config(config, "cpu", i)), control, "cpu")
-    transport = setup_transport(config, "cpu", fleet.engine, fleet.owners, control)
-    resync = Resync(config, actor, learner, fleet.engine, transport, control)
-    said = []
-    rollouts = Rollouts(fleet, resync, config.rollout.engine.max_restarts, said.append)
-    try:
-        step(actor)
-        rollouts.push(1)
-        calm = ask(rollouts)
-        rollouts.metrics()
-        began = time.monotonic()
-        disturbed = disturb(rollouts, *args)
-        return calm, disturbed, rollouts.metrics(), said, time.monotonic() - began
-    except EngineLostError as error:
-        return str(error), rollouts.metrics()
-    finally:
-        fleet.shutdown()
-        shutdown_parallel()
+    with live(config) as setup:
+        rollouts = setup.rollouts
+        rollouts.max_restarts = config.rollout.engine.max_restarts
+        try:
+            step(setup.actor)
+            rollouts.push()
+            calm = ask(rollouts)
+            rollouts.metrics()
+            began = time.monotonic()
+            disturbed = disturb(rollouts, *args)
+            return calm, disturbed, rollouts.metrics(), setup.said, time.monotonic() - began
+        except EngineLostError as error:
+            return str(error), rollouts.metrics()
 
 
 def ask(rollouts, meanwhile=lambda: None):
@@ -79,16 +61,17 @@ def while_generating(rollouts, number, kills, victim=0):
 def while_pushing(rollouts, number, victim=0):
     """Push the same weights again, and signal the scheduler of rank `victim`'s engine once the update has begun."""
     transport, sends = rollouts.resync.transport, []
-    original = transport.send
+    original = transport.start
 
-    def send(bucket, role):
+    def start(bucket, specs, role, doing):
         sends.append(role)
         if len(sends) == 1 and transport.rank == victim:
             os.kill(transport.engine.process.children[0].pid, number)
-        original(bucket, role)
+        return original(bucket, specs, role, doing)
 
-    transport.send = send
-    rollouts.push(1)
+    transport.start = start
+    rollouts.resync.held = {}
+    rollouts.push()
     assert sends == ["target", "target", "draft"], "interrupted; then both models, whole"
     return ask(rollouts)
 

@@ -11,6 +11,7 @@ import torch
 
 from tests.configs import smallest_config
 from tests.integration.ranks import run_ranks
+from tests.integration.resyncs import live, step
 from tests.models import save_tiny_model, tiny_config, tiny_tokenizer
 
 PROMPTS = [[5, 9, 33], [7, 8, 21, 40, 3, 99], [64]]
@@ -36,56 +37,23 @@ def folders(tmp_path_factory):
 
 def push_and_speak(config):
     """On one rank: what the engine says before and after the push, and what the actor says."""
-    import torch.distributed as dist
-
-    from respec_trainer.actor.engine import Actor
-    from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
-    from respec_trainer.drafter.learner import setup_learner
-    from respec_trainer.resync import Resync
-    from respec_trainer.resync.transport import setup_transport
-    from respec_trainer.rollout.fleet import RolloutFleet
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
-
-    topology = init_parallel(config)
-    control = dist.new_group(backend="gloo")
-    actor = Actor(config, topology, total_updates=1)
-    learner = setup_learner(config, actor.hf_config)
-    fleet = RolloutFleet(config, lambda i: SGLangEngine(EngineSettings.from_config(config, "cpu", i)), control, "cpu")
-    try:
-        transport = setup_transport(config, "cpu", fleet.engine, fleet.owners, control)
-        drafter = learner if config.speculation.algorithm != "none" else None
-        resync = Resync(config, actor, drafter, fleet.engine, transport, control)
-        before = speak(fleet)
-        step(actor)
-        reports = resync.push(1, prove=True)
-        after = speak(fleet)
-        tokens, logprobs = actor.generate_greedy(PROMPTS, NEW_TOKENS)
-    finally:
-        fleet.shutdown()
-    shutdown_parallel()
+    with live(config) as setup:
+        before = speak(setup.fleet)
+        step(setup.actor)
+        reports = setup.resync.push(prove=True)
+        after = speak(setup.fleet)
+        tokens, logprobs = setup.actor.generate_greedy(PROMPTS, NEW_TOKENS)
     return before, after, tokens, logprobs, reports
 
 
 def speak(fleet):
     from respec_trainer.rollout.sample import Request, SamplingParams
 
-    greedy = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-    return fleet.start([Request(str(i), tuple(p), greedy) for i, p in enumerate(PROMPTS)]).collect()
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    return fleet.start([Request(str(i), tuple(p), params) for i, p in enumerate(PROMPTS)]).collect()
 
 
-def step(actor):
-    """One optimizer step on made-up samples."""
-    from respec_trainer.rollout.batch import collate
-    from respec_trainer.rollout.sample import Sample
-
-    samples = [
-        Sample("k", p, [11 + i, 50, 60 + i], [-3.0] * 3, "stop", "a", "d") for i, p in enumerate(PROMPTS + [[1]])
-    ]
-    batch = collate(samples, pad_id=0)
-    actor.update(batch, actor.infer(batch).logprobs, torch.tensor([1.0, -1.0, 2.0, -0.5]))
-
-
-def config_for(folder, folders, dtype, speculation):
+def config_for(folder, folders, dtype, speculation, *overrides):
     target, drafter = folders
     return smallest_config(
         folder,
@@ -97,6 +65,7 @@ def config_for(folder, folders, dtype, speculation):
         "rollout.engine.span=2",
         "actor.optim.lr=0.01",
         "resync.bucket_mb=1",
+        *overrides,
     )
 
 
@@ -124,3 +93,43 @@ def test_bf16_logprobs_match_to_rounding(tmp_path, folders):
         # bf16 keeps 8 bits: logits of a few units carry errors of some hundredths, more where a near tie flips a token.
         assert torch.allclose(given, torch.tensor(wanted_logprobs[:same]), atol=0.1)
         assert same > 0
+
+
+def push_every_way(config):
+    """On one rank: reports of a push by gloo, one by handles, and one without a change; each is proved and sung for."""
+    from respec_trainer.resync.ipc import IPCTransport
+
+    reports = []
+    with live(config) as setup:
+        for transport in (setup.resync.transport, IPCTransport(setup.engine, [0], 60.0), None):
+            setup.rollouts.sleep()
+            if transport is not None:
+                step(setup.actor)
+                setup.resync.transport = transport
+            pushed = []
+            push = setup.resync.push
+            setup.resync.push = lambda *args, **kwargs: pushed.extend(push(*args, **kwargs))  # noqa: B023
+            setup.rollouts.push()
+            setup.resync.push = push
+            reports.append([(r.role, r.version) for r in pushed])
+            assert setup.rollouts.canary_error < 1e-3 and not setup.said
+            assert {s.actor_version for s in speak(setup.fleet)} == {setup.actor.version}
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "vocab", "engine_tp"),
+    [("qwen2", True, 131, 1), ("llama", False, 131, 1), ("qwen3", True, 99, 2)],
+)
+def test_every_family_arrives_bit_for_bit_by_broadcast_and_by_handles(tmp_path, family, tied, vocab, engine_tp):
+    target = save_tiny_model(tmp_path / "target", tiny_config(family, tied, vocab_size=vocab))
+    config = config_for(tmp_path, (target, "none"), "fp32", "none", f"rollout.engine.tp={engine_tp}")
+    changed = [[("target", "actor-1")], [("target", "actor-2")], []]
+    assert run_ranks(2, push_every_way, config, timeout=180) == [changed, changed]
+
+
+def test_handles_carry_the_drafter_too(tmp_path, folders):
+    config = config_for(tmp_path, folders, "bf16", "eagle3")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "fp32"})})
+    first, _ = run_ranks(2, push_every_way, config, timeout=180)
+    assert first[:2] == [[("target", "actor-1"), ("draft", "drafter-0")], [("target", "actor-2")]]

@@ -115,7 +115,7 @@ def test_seeds_fix_the_draws_since_the_last_update(engine, reference):
 
 def push(engine, weights) -> None:
     engine.begin_weight_update("target")
-    engine.receive_tensors(list(weights.items()), "target")
+    engine.receive_tensors(list(weights.items()), "target").result(60)
     engine.end_weight_update("target", "actor-1")
 
 

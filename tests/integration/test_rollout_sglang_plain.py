@@ -156,7 +156,7 @@ def test_a_group_reads_its_prompt_once_until_the_weights_change(engine, referenc
     assert (2 * group - slots) * 39 <= cached() < 2 * group * 39
     assert cached() == 2 * group * 39
     engine.begin_weight_update("target")
-    engine.receive_tensors(list(reference.model.state_dict().items()), "target")
+    engine.receive_tensors(list(reference.model.state_dict().items()), "target").result(60)
     engine.end_weight_update("target", "initial")
     assert cached() < 2 * group * 39
 
@@ -189,8 +189,8 @@ def test_weights_by_tensor_and_back_by_broadcast(engine, reference, target):
     before = ask(engine, greedy(24))[0]
     names = list(new)
     engine.begin_weight_update("target")
-    engine.receive_tensors([(name, new[name]) for name in names[:20]], "target")
-    engine.receive_tensors([(name, new[name]) for name in names[20:]], "target")
+    engine.receive_tensors([(name, new[name]) for name in names[:20]], "target").result(60)
+    engine.receive_tensors([(name, new[name]) for name in names[20:]], "target").result(60)
     engine.end_weight_update("target", "actor-1")
     after = ask(engine, greedy(24))[0]
     other = Reference(target)
@@ -228,7 +228,7 @@ def broadcast(engine, tensors: dict[str, torch.Tensor], role: str, version: str)
 def test_updates_that_would_go_wrong_are_refused(engine, reference):
     weight = ("model.norm.weight", reference.model.model.norm.weight.detach())
     with pytest.raises(EngineError, match="begin_weight_update"):
-        engine.receive_tensors([weight], "target")
+        engine.receive_tensors([weight], "target").result(60)
     with pytest.raises(EngineError, match="no draft model"):
         engine.begin_weight_update("draft")
     engine.leave_group("nobody")  # which it is not in: an engine started anew is in none
@@ -243,14 +243,14 @@ def test_updates_that_would_go_wrong_are_refused(engine, reference):
         with pytest.raises(EngineError, match="during an update"):
             ask(engine, greedy(2))
         with pytest.raises(EngineError, match=r"no model\.nomr\.weight"):
-            engine.receive_tensors([("model.nomr.weight", weight[1])], "target")
+            engine.receive_tensors([("model.nomr.weight", weight[1])], "target").result(60)
         with pytest.raises(EngineError, match="draft weights during an update of the target"):
-            engine.receive_tensors([weight], "draft")
+            engine.receive_tensors([weight], "draft").result(60)
         with pytest.raises(EngineError, match=r"shape \(3,\), but the model's is \(64,\)"):
-            engine.receive_tensors([(weight[0], torch.ones(3))], "target")
+            engine.receive_tensors([(weight[0], torch.ones(3))], "target").result(60)
         with pytest.raises(EngineError, match="from group nobody"):
             engine.receive_broadcast([TensorSpec(weight[0], "float32", (64,))], "target", "nobody").result(30)
     finally:
-        engine.receive_tensors([weight], "target")
+        engine.receive_tensors([weight], "target").result(60)
         engine.end_weight_update("target", "actor-3")
     assert ask(engine, greedy(24))[0].response_ids == reference.greedy(PROMPTS[0], 24)

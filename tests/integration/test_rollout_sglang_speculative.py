@@ -139,7 +139,7 @@ def test_requests_of_one_batch_keep_their_own_law(engine, reference):
 
 def push(engine, role, weights, version):
     engine.begin_weight_update(role)
-    engine.receive_tensors(list(weights.items()), role)
+    engine.receive_tensors(list(weights.items()), role).result(60)
     engine.end_weight_update(role, version)
 
 
@@ -169,9 +169,9 @@ def test_what_the_drafter_shares_or_has_fixed_is_refused(engine):
     try:
         for name, tensor in (("d2t", DRAFT_IDS), ("embed_tokens.weight", torch.ones(VOCAB, 64))):
             with pytest.raises(EngineError, match=f"{name} cannot be updated"):
-                engine.receive_tensors([(name, tensor)], "draft")
+                engine.receive_tensors([(name, tensor)], "draft").result(60)
         with pytest.raises(EngineError, match="no layers.0.mlp"):
-            engine.receive_tensors([("layers.0.mlp.up_proj.weight", torch.ones(32, 64))], "draft")
+            engine.receive_tensors([("layers.0.mlp.up_proj.weight", torch.ones(32, 64))], "draft").result(60)
     finally:
         engine.end_weight_update("draft", "drafter-3")
 

@@ -71,13 +71,24 @@ class FakeResync:
     def connect(self):
         self.pushes.append("connect")
 
-    def push(self, step, forgot, prove):
+    def take_bytes(self):
+        return 0
+
+    def push(self, forgot, prove):
         from respec_trainer.agreement import agree
         from respec_trainer.errors import TransferError
 
-        self.pushes.append((step, prove))
+        self.pushes.append(("push", prove))
         agree(lambda: self.engine.call("push"), self.engine, self.control, fatal=TransferError)
-        self.engine.version = f"actor-{step}"
+        self.engine.version = "actor-7"
+
+
+class FakeActor:
+    def offload(self, part):
+        pass
+
+    def onload(self, part=None):
+        pass
 
 
 def play(config, deaths, max_restarts):
@@ -89,9 +100,9 @@ def play(config, deaths, max_restarts):
 
     dist.init_process_group("gloo")
     fleet = RolloutFleet(config, lambda i: FakeEngine(i, deaths[i]), None, "cpu")
-    rollouts = Rollouts(fleet, FakeResync(fleet.engine, None), max_restarts, lambda text: None)
+    rollouts = Rollouts(fleet, FakeResync(fleet.engine, None), FakeActor(), max_restarts, lambda text: None)
     try:
-        rollouts.push(7)
+        rollouts.push()
         rollouts.start(REQUESTS)
         samples, error = rollouts.collect(), None
     except EngineLostError as raised:
@@ -108,14 +119,15 @@ def tokens(samples):
     return [(s.key, s.response_ids, s.restarts) for s in samples]
 
 
+BYTES = {"resync/bytes": 0}
 WHOLE = [(str(i), [1] * 4 if i < 3 else [11] * 4, 0) for i in range(6)]
 
 
 def test_nothing_dies(tmp_path):
     first, second = run(tmp_path, [[], []])
     assert tokens(first[0]) == tokens(second[0]) == WHOLE
-    assert first[3] == [(7, False)]
-    assert first[4] == second[4] == {"engine/restarts": 0, "engine/lost_tokens": 0, "engine/resumed_tokens": 0}
+    assert first[3] == [("push", False)]
+    assert first[4] == second[4] == {"engine/restarts": 0, "engine/lost_tokens": 0, "engine/resumed_tokens": 0, **BYTES}
 
 
 def test_a_dead_engine_goes_on_from_its_tokens_and_the_other_is_not_asked_again(tmp_path):
@@ -125,15 +137,15 @@ def test_a_dead_engine_goes_on_from_its_tokens_and_the_other_is_not_asked_again(
     assert {s.actor_version for s in first[0]} == {"actor-7"}
     assert first[2] == ["start", ["0", "1", "2"]]
     assert second[2] == ["start", ["3", "4", "5"], "start", ["4", "5"]]
-    assert first[3] == second[3] == [(7, False), "connect", (7, True)], "both ranks push, and prove"
-    assert first[4] == {"engine/restarts": 1, "engine/lost_tokens": 0, "engine/resumed_tokens": 1}
+    assert first[3] == second[3] == [("push", False), "connect", ("push", True)], "both ranks push, and prove"
+    assert first[4] == {"engine/restarts": 1, "engine/lost_tokens": 0, "engine/resumed_tokens": 1, **BYTES}
 
 
 def test_without_resuming_all_its_requests_are_drawn_again(tmp_path):
     first, second = run(tmp_path, [["collect"], []], "rollout.engine.resume=start")
     assert tokens(first[0]) == [(str(i), [2] * 4, 0) for i in range(3)] + WHOLE[3:]
     assert first[2] == ["start", ["0", "1", "2"]] * 2
-    assert second[4] == {"engine/restarts": 1, "engine/lost_tokens": 5, "engine/resumed_tokens": 0}
+    assert second[4] == {"engine/restarts": 1, "engine/lost_tokens": 5, "engine/resumed_tokens": 0, **BYTES}
 
 
 @pytest.mark.parametrize("when", ["submit", "push"])

@@ -1,0 +1,194 @@
+"""What a push costs beside a raw broadcast of the same bytes over the same group, and what its proof adds.
+
+    OMP_NUM_THREADS=1 deepspeed --num_gpus 1 benchmarks/resync.py --tp 1 --megabytes 600 --rounds 7 --out resync.json
+    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 benchmarks/resync.py --tp 2 --megabytes 600 --rounds 7 --out resync.json
+
+Trainer ranks and a live engine of a random Qwen3 of that size, in bf16. Arms take turns in every round:
+
+    raw        rank 0 broadcasts buckets of the same sizes, which the engine receives and throws away
+    off        a push, not verified
+    checksum   a push, with digests of every tensor compared
+    full       the same and a canary
+
+Reported are medians over rounds: seconds of each arm, raw's seconds to off's in the same round, and the share of
+checksum's seconds that is verification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+ARMS = ("raw", "off", "checksum", "full")
+HIDDEN, LAYER_PARAMETERS = 1024, 15_730_000  # of the layers below
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--megabytes", type=int, default=600)
+    parser.add_argument("--bucket-mb", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher")
+    args = parser.parse_args()
+    folder = Path(tempfile.gettempdir()) / f"respec-resync-{os.environ['MASTER_PORT']}"  # the same for every rank
+    try:
+        seconds, pushed = measure(args, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.environ["RANK"] == "0":
+        report = summary(args, seconds, pushed)
+        print(json.dumps(report, indent=2))
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=2))
+
+
+def summary(args, seconds: dict[str, list[float]], pushed: int) -> dict:
+    """Medians, without the first round, which warms up."""
+    taken = {arm: values[1:] for arm, values in seconds.items()}
+    pairs = zip(taken["raw"], taken["off"], taken["checksum"], strict=True)
+    ratios = [(raw / off, (checksum - off) / checksum) for raw, off, checksum in pairs]
+    return {
+        "tp": args.tp,
+        "megabytes": pushed / 1e6,
+        "bucket_mb": args.bucket_mb,
+        "seconds": {arm: round(median(values), 4) for arm, values in taken.items()},
+        "raw_to_push": round(median(ratio for ratio, _ in ratios), 3),
+        "share_of_verification": round(median(share for _, share in ratios), 3),
+        "rounds": {arm: [round(value, 4) for value in values] for arm, values in taken.items()},
+    }
+
+
+def measure(args, folder: Path) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each arm in each round, and the bytes of a push."""
+    import torch.distributed as dist
+
+    from respec_trainer.actor.engine import Actor
+    from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
+    from respec_trainer.resync import Resync
+    from respec_trainer.resync.canary import Canary
+    from respec_trainer.resync.transport import setup_transport
+    from respec_trainer.rollout.fleet import RolloutFleet
+    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+
+    config = make_config(args, folder)
+    topology = init_parallel(config)
+    if topology.rank == 0:
+        make_model(folder / "model", args.megabytes)
+    dist.barrier()
+    control = dist.new_group(backend="gloo")
+    actor = Actor(config, topology, total_updates=1)
+    fleet = RolloutFleet(config, lambda i: SGLangEngine(EngineSettings.from_config(config, "cpu", i)), control, "cpu")
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    try:
+        transport = setup_transport(config, "cpu", fleet.engine, fleet.owners, control)
+        resync = Resync(config, actor, None, fleet.engine, transport, control)
+        canary = Canary([1, 2, 3], 4, tolerance=1.0)
+        for number in range(args.rounds + 1):
+            for arm in ARMS[number % 4 :] + ARMS[: number % 4]:
+                dist.barrier()
+                began = time.perf_counter()
+                if arm == "raw":
+                    raw_broadcast(resync, actor)
+                else:
+                    push(resync, fleet, actor, arm, canary)
+                dist.barrier()
+                seconds[arm].append(time.perf_counter() - began)
+            resync.take_bytes()
+        resync.held = {}
+        (report,) = resync.push()
+    finally:
+        fleet.shutdown()
+    shutdown_parallel()
+    return seconds, report.bytes
+
+
+def push(resync, fleet, actor, arm: str, canary) -> None:
+    resync.held = {}  # so that everything is carried, though nothing has changed
+    resync.settings = resync.settings.model_copy(update={"verify": "off" if arm == "off" else "checksum"})
+    voice = canary.actors_voice(actor) if arm == "full" else None
+    resync.push()
+    if voice is not None:
+        for sample in fleet.ask_each(canary.request()):
+            canary.check(sample, voice)
+
+
+def raw_broadcast(resync, actor) -> None:
+    """Flat buckets of a name that no model has: the engine receives them and drops them."""
+    import torch
+    import torch.distributed as dist
+
+    from respec_trainer.resync.stream import numel_of
+
+    transport, engine = resync.transport, resync.engine
+    sizes = [numel_of(p.shapes for p in bucket) for bucket in resync._stream("target", frozen=True).buckets]
+    if engine is None:
+        return
+    engine.begin_weight_update("target")
+    for size in sizes:
+        answer = engine.weights._send(
+            "a raw broadcast",
+            "update_weights_from_distributed",
+            "UpdateWeightsFromDistributedReqInput",
+            names=["nothing.weight"],
+            dtypes=["bfloat16"],
+            shapes=[[size]],
+            group_name=transport.name,
+            flush_cache=False,
+            selector="target",
+        )
+        dist.broadcast(resync.workspace.take("bucket", size, torch.bfloat16), src=0, group=transport.group)
+        answer.result()
+    engine.end_weight_update("target", "unchanged")
+
+
+def make_config(args, folder: Path):
+    from respec_trainer.config import Config
+
+    return Config.model_validate(
+        {
+            "run": {"name": "resync", "steps": 1, "device": "cpu"},
+            "model": {"path": str(folder / "model"), "dtype": "bf16"},
+            "data": {"path": "none.jsonl", "prompts_per_step": 2},
+            "rollout": {
+                "samples_per_prompt": 1,
+                "sampling": {"max_new_tokens": 8},
+                "engine": {"span": args.tp, "max_running_requests": 2},
+            },
+            "speculation": {"algorithm": "none"},
+            "actor": {"parallel": {"tp": args.tp}},
+            "resync": {"bucket_mb": args.bucket_mb},
+        }
+    )
+
+
+def make_model(folder: Path, megabytes: int) -> None:
+    """A random Qwen3 of about this size in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    vocabulary = 32_000
+    layers = max(1, round((megabytes * 1e6 / 2 - vocabulary * HIDDEN) / LAYER_PARAMETERS))
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

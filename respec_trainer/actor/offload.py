@@ -1,0 +1,130 @@
+"""The actor makes room for generation: first its optimizer states and gradients leave the device, then its weights.
+
+DeepSpeed 0.19.8's own `offload_states` serves ZeRO 1 and 2, but not the bf16 optimizer of ZeRO-1 with float32
+gradients, and ZeRO-3 only with its own Adam. So memory is moved one level below, alike for all of them: a tensor keeps
+its shape and its place, and the storage under it, which all its views share, is copied to the host and emptied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+Part = Literal["optimizer", "weights"]
+PARTS: tuple[Part, ...] = ("optimizer", "weights")  # in this order they leave, in the other they come back
+
+# Page-locked memory is given out in powers of two: in pieces of one size, a large buffer wastes none.
+PIECE = 1 << 28  # bytes
+
+
+class Offload:
+    """Moves what a DeepSpeed engine of ZeRO 1, 2 or 3 holds off its device and back, bit for bit.
+
+    Optimizer states are those of AdamW, float32 weights, gradients and the buffers they are reduced in. What stays are
+    the model's buffers. The host memory is kept for the next time. On a CPU nothing moves, but the order is held.
+    """
+
+    def __init__(self, engine, moves: bool | None = None):
+        """`moves` says whether memory is moved; by default, where the engine is not on a CPU."""
+        self.engine = engine
+        self.device = next(engine.module.parameters()).device
+        self.moves = self.device.type != "cpu" if moves is None else moves
+        self._away: dict[Part, list[tuple[torch.Tensor, list[torch.Tensor]]]] = {}
+        self._spare: dict[int, list[torch.Tensor]] = {}
+        # Before the hooks in which ZeRO-3 gathers weights.
+        engine.module.register_forward_pre_hook(self._require, prepend=True)
+
+    def out(self, part: Part) -> None:
+        """Free the device memory of `part`; nothing happens if it is out already. The optimizer leaves first.
+
+        Call it between updates: gradients of a backward pass without its step would be kept too. Raises RuntimeError
+        out of order.
+        """
+        if part in self._away:
+            return
+        self._check(part, PARTS[: PARTS.index(part)], away=True)
+        self._away[part] = []
+        if not self.moves:
+            return
+        contents = list(self._contents(part))
+        self._away[part] = [(content, self._to_host(content)) for content in contents]
+        get_accelerator().synchronize()
+        for content in contents:
+            content.untyped_storage().resize_(0)
+        get_accelerator().empty_cache()
+
+    def back(self, part: Part) -> None:
+        """Bring `part` back; nothing happens if it is in. The weights return first, or RuntimeError is raised."""
+        if part not in self._away:
+            return
+        self._check(part, PARTS[PARTS.index(part) + 1 :], away=False)
+        moved = self._away.pop(part)
+        for content, pieces in moved:
+            content.untyped_storage().resize_(content.numel())
+            for there, here in zip(content.split(PIECE), pieces, strict=True):
+                there.copy_(here, non_blocking=True)
+        if moved:
+            get_accelerator().synchronize()
+        for piece in (piece for _, pieces in moved for piece in pieces):
+            self._spare.setdefault(len(piece), []).append(piece)
+
+    def _check(self, part: Part, others: tuple[Part, ...], away: bool) -> None:
+        for other in others:
+            if (other in self._away) != away:
+                order = "out after" if away else "back before"
+                raise RuntimeError(f"the actor's {part} cannot go {order} its {other}: move the {other} first")
+
+    def _require(self, *_: Any) -> None:
+        """A forward pass needs the weights, and one that a backward pass follows needs everything."""
+        for part in self._away:
+            if part == "weights" or torch.is_grad_enabled():
+                raise RuntimeError(f"a forward pass while the actor's {part} is off its device: bring it back first")
+
+    def _contents(self, part: Part) -> Iterator[torch.Tensor]:
+        """Every storage of `part` on the device, once, as its bytes [N] uint8."""
+        parameters = list(self.engine.module.parameters())
+        weights = _storages(parameters + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")])
+        zero = self.engine.optimizer
+        found = weights if part == "weights" else _storages([vars(zero), zero.optimizer.state, parameters])
+        for address, storage in found.items():
+            if storage.device == self.device and (part == "weights" or address not in weights):
+                yield torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+
+    def _to_host(self, content: torch.Tensor) -> list[torch.Tensor]:
+        """A copy of bytes [N] in pieces of host memory; it may still run on return."""
+        pieces = [self._host_memory(len(piece)) for piece in content.split(PIECE)]
+        for there, here in zip(content.split(PIECE), pieces, strict=True):
+            here.copy_(there, non_blocking=True)
+        return pieces
+
+    def _host_memory(self, size: int) -> torch.Tensor:
+        if spare := self._spare.get(size):
+            return spare.pop()
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+
+def _storages(value: Any) -> dict[int, torch.UntypedStorage]:
+    """Address -> storage, of every tensor with memory in nested containers and data classes, gradients included."""
+    found: dict[int, torch.UntypedStorage] = {}
+    ahead, seen = [value], set()
+    while ahead:
+        value = ahead.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.untyped_storage().nbytes():
+                found[value.untyped_storage().data_ptr()] = value.untyped_storage()
+            if value.is_leaf and value.grad is not None:
+                ahead.append(value.grad)
+        elif isinstance(value, Mapping):
+            ahead += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            ahead += value
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            ahead += vars(value).values()
+    return found

@@ -1,0 +1,156 @@
+"""The replay buffer: rollouts that the drafter learns from, in host memory, never more than a budget of bytes.
+
+Each trainer rank has its own. A step's rows share a Snapshot of the vocabulary rows that the actor had then: the hidden
+states kept belong to that actor, and beside a later one's output weight they would be of no distribution at all. Only
+tokens that occurred have an embedding in it, which for long responses is far less than an embedding a position.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from respec_trainer.errors import ConfigError
+
+MB = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Of the actor that scored a step: embeddings [n, H] of ascending token_ids [n], output_rows [Vd, H]."""
+
+    token_ids: torch.Tensor
+    embeddings: torch.Tensor
+    output_rows: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in vars(self).values())
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One response of R tokens after its prompt, L tokens in all."""
+
+    tokens: torch.Tensor  # [L] int64
+    features: torch.Tensor  # [L, 3H]
+    hidden: torch.Tensor  # [R, H] after the final norm, where each response token is predicted from
+    logsumexp: torch.Tensor  # [R] float32, at the sampling temperature
+    sampler_logprobs: torch.Tensor  # [R] float32
+    snapshot: Snapshot
+    weight: float  # in the loss
+    reward: float
+    actor_version: str  # of the weights that drew it
+    drafter_version: str
+    step: int  # iteration
+    passes: int  # verify passes the engine needed
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.tokens) - len(self.logsumexp)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
+
+
+class ReplayBuffer:
+    """Rows within `budget` bytes, snapshots counted. What does not fit is dropped:
+
+    - "recency": the oldest rows first;
+    - "reservoir": steps by lot, so that what stays is a fair sample of all that ever came. Whole steps, because the
+      first row of a step brings a snapshot with it, and the last one takes it away.
+    """
+
+    def __init__(self, budget_mb: int, retention: Literal["recency", "reservoir"] = "recency", seed: int = 0):
+        self.budget, self.retention = budget_mb * MB, retention
+        self.rows: list[Row] = []  # the ones to drop last at the end
+        self.lots: list[float] = []  # of the rows, ascending; all alike under "recency"
+        self.generator = torch.Generator().manual_seed(seed)
+        self.nbytes = 0
+        self.used = False  # whether rows were ever added
+        self._users: dict[Snapshot, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, rows: Sequence[Row], batch: int) -> None:
+        """Add the rows of one step and drop what no longer fits.
+
+        Raises ConfigError if the first rows ever added fill the budget before `batch` of them are in.
+        """
+        # Keeping what has the highest lots keeps a uniform sample of the stream.
+        lot = torch.rand((), generator=self.generator, dtype=torch.float64).item()
+        for row in rows:
+            if row.nbytes + row.snapshot.nbytes > self.budget:
+                continue
+            self._insert(row, lot if self.retention == "reservoir" else 0.0)
+            while self.nbytes > self.budget:
+                self._remove(0)
+        if not self.used and len(self.rows) < min(batch, len(rows)):
+            batch = min(batch, len(rows))
+            needed = sum(row.nbytes for row in rows[:batch]) + rows[0].snapshot.nbytes
+            raise ConfigError(
+                f"drafter.buffer_mb={self.budget // MB} holds {len(self.rows)} of the {batch} responses that one "
+                f"drafter update takes on each rank: set it to {-(-needed // MB)} or more, or lower drafter.batch_size"
+            )
+        self.used = self.used or bool(rows)
+
+    def choose(self, share: float) -> list[Row]:
+        """That share of the rows, rounded up, in random order: the newest, or under "reservoir" any."""
+        count = -(-len(self.rows) // max(round(1 / share), 1))
+        if self.retention == "recency":
+            chosen = self.rows[-count:] if count else []
+        else:
+            chosen = [self.rows[i] for i in torch.randperm(len(self.rows), generator=self.generator)[:count]]
+        return [chosen[i] for i in torch.randperm(len(chosen), generator=self.generator)]
+
+    def newest(self, limit: int) -> list[Row]:
+        """At most `limit` rows of the newest step."""
+        step = max((row.step for row in self.rows), default=0)
+        return [row for row in self.rows if row.step == step][:limit]
+
+    def _insert(self, row: Row, lot: float) -> None:
+        place = bisect_right(self.lots, lot)
+        self.rows.insert(place, row)
+        self.lots.insert(place, lot)
+        self.nbytes += row.nbytes
+        users = self._users.get(row.snapshot, 0)
+        self._users[row.snapshot] = users + 1
+        self.nbytes += 0 if users else row.snapshot.nbytes
+
+    def _remove(self, index: int) -> None:
+        row = self.rows.pop(index)
+        del self.lots[index]
+        self.nbytes -= row.nbytes
+        self._users[row.snapshot] -= 1
+        if not self._users[row.snapshot]:
+            del self._users[row.snapshot]
+            self.nbytes -= row.snapshot.nbytes
+
+    def state_dict(self) -> dict:
+        """Everything, as plain tensors, numbers and lists; snapshots once."""
+        numbers = {snapshot: number for number, snapshot in enumerate(self._users)}
+        rows = [vars(row) | {"snapshot": numbers[row.snapshot]} for row in self.rows]
+        snapshots = [vars(snapshot) for snapshot in numbers]
+        return {"rows": rows, "snapshots": snapshots, "lots": self.lots, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take the place of a saved buffer; what does not fit this one's budget is dropped."""
+        snapshots = [Snapshot(**snapshot) for snapshot in state["snapshots"]]
+        self.rows, self.lots, self.nbytes, self._users = [], [], 0, {}
+        for saved, lot in zip(state["rows"], state["lots"], strict=True):
+            row = Row(**(saved | {"snapshot": snapshots[saved["snapshot"]]}))
+            self.rows.append(row)
+            self.lots.append(lot)
+            self.nbytes += row.nbytes + (row.snapshot.nbytes if row.snapshot not in self._users else 0)
+            self._users[row.snapshot] = self._users.get(row.snapshot, 0) + 1
+        self.used = bool(self.rows)
+        while self.nbytes > self.budget:
+            self._remove(0)
+        self.generator.set_state(state["generator"])
