@@ -5,7 +5,7 @@
 
 Trainer ranks and a live engine of a random Qwen3 of that size, in bf16. Arms take turns in every round:
 
-    raw        rank 0 broadcasts buckets of the same sizes, which the engine receives and throws away
+    raw        rank 0 broadcasts tensors of the same shapes, which the engine receives and throws away
     off        a push, not verified
     checksum   a push, with digests of every tensor compared
     full       the same and a canary
@@ -121,30 +121,34 @@ def push(resync, fleet, actor, arm: str, canary) -> None:
 
 
 def raw_broadcast(resync, actor) -> None:
-    """Flat buckets of a name that no model has: the engine receives them and drops them."""
+    """Tensors of the same shapes, under names that no model has: the engine receives them and drops them."""
     import torch
     import torch.distributed as dist
 
-    from respec_trainer.resync.stream import numel_of
+    from respec_trainer.resync.stream import flat_tensors
 
     transport, engine = resync.transport, resync.engine
-    sizes = [numel_of(p.shapes for p in bucket) for bucket in resync._stream("target", frozen=True).buckets]
     if engine is None:
         return
     engine.begin_weight_update("target")
-    for size in sizes:
+    for bucket in resync._stream("target", frozen=True).buckets:
+        found = [shape for planned in bucket for shape in planned.shapes.values()]
+        shapes = {f"nothing.{number}": shape for number, shape in enumerate(found)}
+        tensors = flat_tensors(shapes, torch.bfloat16, resync.workspace, "raw")
         answer = engine.weights._send(
             "a raw broadcast",
             "update_weights_from_distributed",
             "UpdateWeightsFromDistributedReqInput",
-            names=["nothing.weight"],
-            dtypes=["bfloat16"],
-            shapes=[[size]],
+            names=list(shapes),
+            dtypes=["bfloat16"] * len(shapes),
+            shapes=[list(shape) for shape in shapes.values()],
             group_name=transport.name,
             flush_cache=False,
             selector="target",
         )
-        dist.broadcast(resync.workspace.take("bucket", size, torch.bfloat16), src=0, group=transport.group)
+        works = [dist.broadcast(t, src=0, group=transport.group, async_op=True) for t in tensors.values()]
+        for work in works:
+            work.wait()
         answer.result()
     engine.end_weight_update("target", "unchanged")
 
@@ -158,7 +162,7 @@ def make_config(args, folder: Path):
             "model": {"path": str(folder / "model"), "dtype": "bf16"},
             "data": {"path": "none.jsonl", "prompts_per_step": 2},
             "rollout": {
-                "samples_per_prompt": 1,
+                "samples_per_prompt": 2,
                 "sampling": {"max_new_tokens": 8},
                 "engine": {"span": args.tp, "max_running_requests": 2},
             },
@@ -172,6 +176,10 @@ def make_config(args, folder: Path):
 def make_model(folder: Path, megabytes: int) -> None:
     """A random Qwen3 of about this size in bf16."""
     import torch
+
+    from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
+
+    define_torchvision_operators()
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     vocabulary = 32_000

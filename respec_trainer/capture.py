@@ -1,4 +1,4 @@
-"""What a drafter learns from, as it goes from the actor's scoring pass to the learner: plain data, in host memory."""
+"""What a drafter learns from, on its way from the actor's scoring pass to the learner: plain data in host memory."""
 
 from __future__ import annotations
 
@@ -38,3 +38,22 @@ class Captured:
     token_ids: torch.Tensor  # [n] ascending, every token that occurs in the batch
     embeddings: torch.Tensor  # [n, H] theirs
     output_rows: torch.Tensor  # [Vd, H] of the output layer, the draft vocabulary's
+
+
+class LayerOutputs(list):
+    """The outputs of chosen layers in a forward pass inside the `with`, as they come."""
+
+    def __init__(self, layers: torch.nn.ModuleList, chosen: Sequence[int]):
+        super().__init__()
+        self._layers = [layers[index] for index in chosen]
+
+    def __enter__(self) -> LayerOutputs:
+        self._hooks = [layer.register_forward_hook(self._keep) for layer in self._layers]
+        return self
+
+    def _keep(self, module, inputs, output) -> None:
+        self.append(output[0] if isinstance(output, tuple) else output)
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()

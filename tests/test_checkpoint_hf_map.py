@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from respec_trainer.checkpoint.hf_map import megatron_shard, padded_vocab_size, parameter_layout, to_hf
+from respec_trainer.checkpoint.hf_map import hf_views, megatron_shard, padded_vocab_size, parameter_layout, to_hf
 
 LAYER = "decoder.layers.3."
 NAMES = {
@@ -105,6 +105,20 @@ def test_a_shard_reads_no_more_than_it_holds(case):
                 return part
 
             assert taken <= megatron_shard(name, read, config, rank, tp).numel()
+
+
+@given(configs())
+@settings(max_examples=30, deadline=None)
+def test_views_are_what_a_copy_is(case):
+    config, _ = case
+    weights = make_weights(config)
+    for name in NAMES:
+        whole = megatron_shard(name, lambda n, i: weights[n][i], config, 0, 1)
+        views = hf_views(name, whole, config)
+        assert (views is None) == ("linear_qkv" in name and config.num_key_value_heads > 1)
+        for source, view in (views or {}).items():
+            assert torch.equal(view, weights[source]) and view.is_contiguous()
+            assert view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 def test_queries_keys_and_values_lie_by_group():

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 
 from respec_trainer.capture import CapturedRow
 from respec_trainer.rollout.batch import Batch
-
-
-class LayerOutputs(list):
-    """The outputs of chosen layers in a forward pass inside the `with`, [S (/ tp), B, H] each."""
-
-    def __init__(self, layers: torch.nn.ModuleList, chosen: Sequence[int]):
-        super().__init__()
-        self._layers = [layers[index] for index in chosen]
-
-    def __enter__(self) -> LayerOutputs:
-        self._hooks = [layer.register_forward_hook(self._keep) for layer in self._layers]
-        return self
-
-    def _keep(self, module, inputs, output) -> None:
-        self.append(output[0] if isinstance(output, tuple) else output)
-
-    def __exit__(self, *_) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
 
 def vocabulary_rows(weight: torch.Tensor, ids: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -19,10 +19,10 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer import TransformerConfig
 
-from respec_trainer.actor.capture import LayerOutputs
 from respec_trainer.actor.check import check_model
 from respec_trainer.actor.layers import decoder_spec, tag_sharded_parameters
 from respec_trainer.actor.logprob import chunked_logprobs, mask_padding
+from respec_trainer.capture import LayerOutputs
 from respec_trainer.checkpoint.hf_map import head_dim, padded_vocab_size
 from respec_trainer.config import ActorConfig
 

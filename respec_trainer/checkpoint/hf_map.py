@@ -105,6 +105,18 @@ def hf_shapes(name: str, shard_shape: Sequence[int], config, tp: int) -> dict[st
     return {source: (*before, extent, *after) for source, extent in layout.extents().items()}
 
 
+def hf_views(name: str, whole: torch.Tensor, config) -> dict[str, torch.Tensor] | None:
+    """The Hugging Face tensors of an unsharded Megatron parameter, in its own memory; None where they lie mixed."""
+    layout = parameter_layout(name, config, 1)
+    sources = [segment.source for segment in layout.segments]
+    if layout.dim is None:
+        return {sources[0]: whole}
+    if len(set(sources)) < len(sources) or None in sources:
+        return None
+    parts = whole.split([segment.length for segment in layout.segments], layout.dim)
+    return dict(zip(sources, parts, strict=True)) if all(part.is_contiguous() for part in parts) else None
+
+
 def copy_to_hf(name: str, shards: Sequence[torch.Tensor], config, out: Mapping[str, torch.Tensor]) -> None:
     """Copy Megatron parameter `name` into the Hugging Face tensors `out`, of `hf_shapes`, casting to their dtype.
 

@@ -69,7 +69,7 @@ def distill(
     gradient that is not finite, before it reaches the weights.
     """
     device = drafter.fc.weight.device
-    optimizers = _optimizers(drafter, settings)
+    optimizers = drafter_optimizers(drafter, settings)
     schedules = [LambdaLR(optimizer, lambda done: _lr_factor(done, settings)) for optimizer in optimizers]
     history = []
     for update, batch in zip(range(settings.updates), _endless(rollouts, settings), strict=False):
@@ -111,7 +111,7 @@ def _loss(drafter, teacher: Teacher, batch: Rollouts, settings: DistillSettings)
         return distill_loss(drafter, batch, target, settings.steps, settings.decay, settings.chunk, settings.loss)
 
 
-def _optimizers(drafter: Eagle3Drafter, settings: DistillSettings) -> list[torch.optim.Optimizer]:
+def drafter_optimizers(drafter: Eagle3Drafter, settings: DistillSettings) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices inside the drafter if `matrix_lr` is set."""
     inner = {} if settings.matrix_lr is None else {
         id(weight): weight for name, weight in drafter.named_parameters() if weight.ndim == 2 and "lm_head" not in name

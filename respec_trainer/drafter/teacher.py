@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from respec_trainer.capture import LayerOutputs
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.drafter.rollouts import Rollouts
 
@@ -65,7 +66,7 @@ class HFTeacher:
     @torch.no_grad()
     def __call__(self, batch: Rollouts) -> TeacherOutput:
         # Rows are right-padded and attention is causal, so no position that counts sees padding: no mask is needed.
-        with _Outputs(self.model.model.layers, self.feature_layers) as outputs:
+        with LayerOutputs(self.model.model.layers, self.feature_layers) as outputs:
             hidden = self.model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
         rows = hidden[:, :-1][batch.response_mask[:, 1:]]  # what stands before a token predicts it
         logits, logsumexp = draft_scores(rows, self.model.lm_head.weight, self.draft_ids, self.chunk)
@@ -86,22 +87,3 @@ def draft_scores(
         logits.append(scores[:, draft_ids])
         sums.append(scores.float().logsumexp(-1))
     return torch.cat(logits), torch.cat(sums)
-
-
-class _Outputs(list):
-    """The outputs of chosen layers in a forward pass inside the `with`; cheaper than keeping those of all layers."""
-
-    def __init__(self, layers: torch.nn.ModuleList, chosen: Sequence[int]):
-        super().__init__()
-        self._layers = [layers[index] for index in chosen]
-
-    def __enter__(self) -> _Outputs:
-        self._hooks = [layer.register_forward_hook(self._keep) for layer in self._layers]
-        return self
-
-    def _keep(self, module, inputs, output) -> None:
-        self.append(output[0] if isinstance(output, tuple) else output)
-
-    def __exit__(self, *_) -> None:
-        for hook in self._hooks:
-            hook.remove()

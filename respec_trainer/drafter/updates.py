@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from respec_trainer.config import DrafterConfig
-from respec_trainer.drafter.distill import DistillSettings, _optimizers
+from respec_trainer.drafter.distill import DistillSettings, drafter_optimizers
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, distill_loss
 from respec_trainer.drafter.recall import AtTemperature
@@ -43,7 +43,7 @@ class DrafterUpdates:
     def __init__(self, drafter: Eagle3Drafter, config: DrafterConfig, temperature: float, bf16: bool = False):
         self.drafter, self.config, self.temperature, self.bf16 = drafter, config, temperature, bf16
         settings = DistillSettings(lr=config.lr, matrix_lr=config.matrix_lr, weight_decay=config.weight_decay)
-        self.optimizers = _optimizers(drafter, settings)
+        self.optimizers = drafter_optimizers(drafter, settings)
         warmup = config.warmup_updates
         self.schedules = [LambdaLR(o, lambda done: min((done + 1) / max(warmup, 1), 1.0)) for o in self.optimizers]
         self.parameters = list(drafter.parameters())

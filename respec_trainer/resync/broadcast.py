@@ -23,7 +23,7 @@ class BroadcastTransport(Transport):
     The store is explicit because torch's own rendezvous makes every rank a client under some launchers, and hangs.
     """
 
-    keeps_buffers = True
+    takes_views = True
 
     def __init__(self, backend: str, engine: RolloutEngine | None, engine_ranks: list[int], config: Config, control):
         self.backend, self.engine, self.engine_ranks, self.control = backend, engine, engine_ranks, control

@@ -10,8 +10,7 @@ from respec_trainer.rollout.engine import Role, RolloutEngine
 class IPCTransport(Transport):
     """Each owner hands its engine handles to the tensors of a bucket. Without a GPU the memory is the host's."""
 
-    # The engine's last reader of a handle may close it after it has answered: every bucket gets memory of its own.
-    keeps_buffers = False
+    takes_views = False  # the engine's last reader may close a handle after it has answered
 
     def __init__(self, engine: RolloutEngine | None, engine_ranks: list[int], timeout: float):
         self.engine, self.receivers, self.timeout = engine, list(engine_ranks), timeout

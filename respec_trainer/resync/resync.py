@@ -19,8 +19,8 @@ from respec_trainer.errors import ResyncError, TransferError
 from respec_trainer.resync import proof
 from respec_trainer.resync.finite import first_non_finite, local_weights
 from respec_trainer.resync.proof import Held
-from respec_trainer.resync.stream import ActorStream, Gathered, Whole, WholeStream, numel_of
-from respec_trainer.resync.transport import Sending, Transport
+from respec_trainer.resync.stream import ActorStream, NamedTensors, Shapes, WholeStream, numel_of
+from respec_trainer.resync.transport import Transport
 from respec_trainer.resync.workspace import Workspace
 from respec_trainer.rollout.digest import digest
 from respec_trainer.rollout.engine import Role, RolloutEngine
@@ -155,29 +155,38 @@ class Resync:
         before = self.held.pop(role, Held("none"))
         new = Held(version, dict(before.digests) if proves else {})
         self._together(lambda: self.engine and self.engine.begin_weight_update(role, list(shapes)))
-        sending = Sending("", 0)
+        arrive: Callable[[], None] = _nothing
         with closing(iter(stream)) as buckets:
-            for number, bucket in enumerate(buckets, 1):  # its collectives run while the one before is on its way
-                self._together(sending.wait)
+            for number, bucket in enumerate(buckets, 1):  # collected and copied while the one before is on its way
+                flat = f"bucket-{number % 2}"
+                tensors = bucket.copy(self.workspace, flat, views=self.transport.takes_views)
+                self._together(arrive)
                 doing = f"sending bucket {number} of {len(stream.buckets)} of {version}, {_span(bucket.shapes)}, to an "
                 doing += f"engine that holds {before.version}"
-                sending = self._send(bucket, role, doing, new if proves else None)
-            self._together(sending.wait)
+                arrive = self._send(tensors, bucket.shapes, role, doing, new if proves else None)
+                if not self.transport.takes_views:
+                    self.workspace.forget(flat)
+            self._together(arrive)
         self._together(lambda: self.engine and self.engine.end_weight_update(role, version))
         self.held[role] = new
         size = numel_of(shapes) * self.dtype.itemsize
         self.bytes += size
         return ResyncReport(role, version, len(shapes), size, time.perf_counter() - began)
 
-    def _send(self, bucket: Gathered | Whole, role: Role, doing: str, new: Held | None) -> Sending:
-        """Copy a bucket, set it on its way, and digest it meanwhile."""
-        tensors = bucket.copy(self.workspace)
-        sending = self.transport.start(tensors, bucket.shapes, role, doing)
-        if not self.transport.keeps_buffers:
-            self.workspace.forget("bucket")
-        if new is not None and self.actor.topology.rank == self.transport.receivers[0]:
-            new.digests |= {name: digest(tensor) for name, tensor in tensors}
-        return sending
+    def _send(
+        self, tensors: NamedTensors, shapes: Shapes, role: Role, doing: str, new: Held | None
+    ) -> Callable[[], None]:
+        """Set a bucket on its way; returns what waits for it, and digests it while engines load it."""
+        sending = self.transport.start(tensors, shapes, role, doing)
+
+        def arrive() -> None:
+            sending.let_go()  # until then the copying of the transport needs the processor
+            if new is not None and self.actor.topology.rank == self.transport.receivers[0]:
+                new.digests |= {name: digest(tensor) for name, tensor in tensors}
+            tensors.clear()
+            sending.wait()
+
+        return arrive
 
     def _stream(self, role: Role, frozen: bool) -> ActorStream | WholeStream:
         limit, receivers = self.settings.bucket_mb << 20, self.transport.receivers
@@ -211,6 +220,10 @@ class Resync:
     def _together(self, action: Callable[[], Any] | None) -> None:
         """Run `action` on every rank; they go on together, or raise together."""
         agree(action, self.engine, self.control, fatal=TransferError)
+
+
+def _nothing() -> None:
+    """Before the first bucket there is none to wait for."""
 
 
 def _span(shapes: Sequence[str] | dict) -> str:

@@ -5,9 +5,9 @@ the data-parallel group), then gathered over tensor parallelism with one grouped
 buffer under the rules of `checkpoint.hf_map`, in the dtype of the receiver. Tied weights come once; padded vocabulary
 rows never come.
 
-The stream is made for double buffering. It yields a bucket as `Gathered`, not yet copied: the bucket before it may
-still be on its way out of the flat buffer, while this one is collected. So a rank holds two buckets at most, the one on
-its way and the shards of the next (or, once it has gone, those shards and their copy).
+The stream is made for double buffering: while one bucket is on its way out of one flat buffer, the next is collected
+and copied into the other. All that a rank holds of them at one time is no more than two buckets of the size asked for;
+the buckets it makes are smaller than that by what their shards, and what DeepSpeed gathers, take besides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from respec_trainer.checkpoint.hf_map import copy_to_hf, hf_shapes
+from respec_trainer.checkpoint.hf_map import copy_to_hf, hf_shapes, hf_views
 from respec_trainer.errors import TransferError
 from respec_trainer.resync.workspace import Workspace
 
@@ -46,14 +46,27 @@ class Gathered:
         self.plan, self.shards, self.hf_config, self.dtype = plan, shards, hf_config, dtype
         self.shapes: Shapes = {name: shape for planned in plan for name, shape in planned.shapes.items()}
 
-    def copy(self, workspace: Workspace) -> NamedTensors:
-        """The bucket's tensors, copied into one flat buffer; [] on ranks that do not want them."""
+    def copy(self, workspace: Workspace, flat: str = "bucket-0", views: bool = False) -> NamedTensors:
+        """The bucket's tensors, copied into the buffer `flat`; [] on ranks that do not want them.
+
+        With `views`, tensors that lie in the actor's own parameters as they are sent are not copied.
+        """
         if self.shards is None:
             return []
-        out = flat_tensors(self.shapes, self.dtype, workspace)
+        found = self._views() if views else {}
+        out = flat_tensors({n: s for n, s in self.shapes.items() if n not in found}, self.dtype, workspace, flat)
         for planned, shards in zip(self.plan, self.shards, strict=True):
-            copy_to_hf(planned.name, shards, self.hf_config, out)
-        return list(out.items())
+            if not found.keys() & planned.shapes.keys():
+                copy_to_hf(planned.name, shards, self.hf_config, out)
+        out |= found
+        return [(name, out[name]) for name in self.shapes]
+
+    def _views(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for planned, shards in zip(self.plan, self.shards, strict=True):
+            if not planned.sharded and shards[0].dtype == self.dtype:
+                found |= hf_views(planned.name, shards[0], self.hf_config) or {}
+        return found
 
 
 def numel_of(shapes: Shapes | Iterable[Shapes]) -> int:
@@ -63,10 +76,10 @@ def numel_of(shapes: Shapes | Iterable[Shapes]) -> int:
     return sum(map(numel_of, shapes))
 
 
-def flat_tensors(shapes: Shapes, dtype: torch.dtype, workspace: Workspace) -> dict[str, torch.Tensor]:
-    """Tensors of these names and shapes, one after the other in the buffer "bucket"."""
+def flat_tensors(shapes: Shapes, dtype: torch.dtype, workspace: Workspace, flat: str) -> dict[str, torch.Tensor]:
+    """Tensors of these names and shapes, one after the other in the buffer `flat`."""
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
-    parts = workspace.take("bucket", sum(sizes), dtype).split(sizes)
+    parts = workspace.take(flat, sum(sizes), dtype).split(sizes)
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
@@ -98,8 +111,7 @@ class ActorStream:
         parameters = [p for p in actor.engine.module.named_parameters() if frozen or p[1].requires_grad]
         plan = [self._plan(*pair) for pair in parameters]
         sizes = [numel_of(p.shapes) * dtype.itemsize for p in plan]
-        # DeepSpeed holds what it gathers over ZeRO-3 up to three times for a moment.
-        self.buckets: list[list[Planned]] = cut(plan, sizes, bucket_bytes // 3 if self.zero3 else bucket_bytes)
+        self.buckets: list[list[Planned]] = cut(plan, sizes, int(bucket_bytes * self._share_of_memory()))
 
     @property
     def shapes(self) -> Shapes:
@@ -114,11 +126,14 @@ class ActorStream:
                 yield gathered
                 gathered.shards = None  # whoever still has it must not keep their memory
 
+    def _share_of_memory(self) -> float:
+        """Size of a bucket, so that all that is held of them comes to two buckets of the size asked for."""
+        if self.zero3:
+            return 2 / 5  # two flat buffers, and what DeepSpeed gathers, up to three times for a moment
+        return 1 if self.topology.tp == 1 else 2 / 3  # two flat buffers; and the shards
+
     def _reserve(self) -> None:
-        """Take buffers as large as any bucket needs: one that grew would exist twice while its old views live."""
-        if self.topology.rank in self.wanted:
-            largest = max(numel_of(p.shapes for p in bucket) for bucket in self.buckets)
-            self.workspace.take("bucket", largest, self.dtype)
+        """Take a buffer as large as any bucket's shards: one that grew would exist twice while its old views live."""
         shards = [[p.parameter for p in bucket if p.sharded] for bucket in self.buckets]
         if self.wanted and any(shards):
             largest = max(sum(p.ds_numel if self.zero3 else p.numel() for p in bucket) for bucket in shards)
@@ -194,11 +209,11 @@ class Whole:
         self.tensors, self.wanted, self.dtype = tensors, wanted, dtype
         self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
 
-    def copy(self, workspace: Workspace) -> NamedTensors:
-        """As `Gathered.copy`."""
+    def copy(self, workspace: Workspace, flat: str = "bucket-0", views: bool = False) -> NamedTensors:
+        """As `Gathered.copy`; all are copied."""
         if not self.wanted:
             return []
-        out = flat_tensors(self.shapes, self.dtype, workspace)
+        out = flat_tensors(self.shapes, self.dtype, workspace, flat)
         for name, tensor in self.tensors:
             out[name].copy_(tensor.detach())
         return list(out.items())

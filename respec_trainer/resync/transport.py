@@ -30,6 +30,13 @@ class Sending:
         self.doing, self.timeout, self.pending, self.error = doing, timeout, list(pending), error
         self.deadline = time.monotonic() + timeout
 
+    def let_go(self) -> None:
+        """Return when this rank's part is done: the bucket has left, though engines may still be loading it."""
+        while not all(item.is_completed() for item in self.pending if not isinstance(item, Future)):
+            if time.monotonic() > self.deadline:
+                return  # `wait` says so
+            time.sleep(POLL_SECONDS)
+
     def wait(self) -> None:
         """Return when engines have loaded it. Raises EngineError where one refuses, TransferError after `timeout`.
 
@@ -59,7 +66,7 @@ class Transport(ABC):
     """Carries buckets to the engines. Every trainer rank calls every method, in the same order."""
 
     receivers: list[int]  # global ranks that must hold the whole tensors of a bucket
-    keeps_buffers: bool  # whether a bucket's buffer can be filled again once it has been sent
+    takes_views: bool  # whether a bucket's tensors may lie anywhere; else in one flat buffer, never used again
 
     @abstractmethod
     def disconnect(self) -> None:

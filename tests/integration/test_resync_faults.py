@@ -193,7 +193,7 @@ def test_weights_that_are_not_finite_stay_here_and_the_engine_goes_on(planted):
 class Sink:
     """A transport without engines."""
 
-    receivers, keeps_buffers = [0], True
+    receivers, takes_views = [0], True
 
     def connect(self):
         pass

@@ -1,0 +1,91 @@
+"""Policies read from Hugging Face folders: responses drawn from one, and how far it is from another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
+from respec_trainer.config import Config, SamplingConfig
+from respec_trainer.data.prompts import Prompt, PromptStream, load_prompts
+from respec_trainer.drafter.rollouts import Rollouts
+from respec_trainer.errors import ConfigError
+
+BATCH = 128  # responses drawn or scored at one time
+
+
+class Policy:
+    """A float32 model and its tokenizer. Samples as `sampling` says, which must keep the whole vocabulary."""
+
+    def __init__(self, folder: Path | str, sampling: SamplingConfig):
+        define_torchvision_operators()
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if sampling.top_p < 1 or sampling.top_k > 0 or sampling.stop:
+            raise ConfigError("rollout.sampling: top_p, top_k and stop are not reproduced here; leave them out")
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.sampling = sampling
+
+    def prompts(self, config: Config, seed: int, count: int) -> list[Prompt]:
+        """`count` prompts of the run's data, in an order of this seed."""
+        found = load_prompts(config.data, self.tokenizer, config.data.max_prompt_tokens)
+        return PromptStream(found, seed).next(count)
+
+    def draw(self, prompts: Sequence[Prompt], seed: int) -> Rollouts:
+        """One response a prompt, the token that ends it included. The seed fixes the draws."""
+        torch.manual_seed(seed)  # generate has no generator of its own
+        pairs = []
+        for start in range(0, len(prompts), BATCH):
+            pairs += self._draw([prompt.ids for prompt in prompts[start : start + BATCH]])
+        return Rollouts.collate(pairs)
+
+    def _draw(self, prompts: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], list[int]]]:
+        width = max(len(ids) for ids in prompts)
+        tokens = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        drawn = self.model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=self.sampling.temperature,
+            top_k=0,
+            max_new_tokens=self.sampling.max_new_tokens,
+            pad_token_id=0,
+        )
+        return [(ids, self._until_end(row)) for ids, row in zip(prompts, drawn[:, width:].tolist(), strict=True)]
+
+    def _until_end(self, response: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return response[: response.index(end) + 1] if end in response else response
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        """The responses' texts."""
+        rows = zip(rollouts.tokens, rollouts.response_mask, strict=True)
+        responses = [tokens[mask].tolist() for tokens, mask in rows]
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def log_probs(self, rollouts: Rollouts) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Log-laws [M, V] of each batch's response tokens, and their rows [M], counted over all batches."""
+        for index in torch.arange(len(rollouts)).split(BATCH):
+            batch = rollouts.rows(index)
+            logits = self.model(input_ids=batch.tokens, use_cache=False).logits[:, :-1]
+            of_response = batch.response_mask[:, 1:]
+            rows = index[:, None].expand_as(of_response)[of_response]
+            yield (logits[of_response] / self.sampling.temperature).log_softmax(-1), rows
+
+
+def response_kl(policy: Policy, start: Policy, rollouts: Rollouts) -> tuple[float, float]:
+    """KL(policy || start) in nats a response, and its standard error, from responses drawn from `policy`.
+
+    By the chain rule it is the mean over responses of sum_t KL(policy(. | x_<t) || start(. | x_<t)), each taken over
+    the whole vocabulary: of the same mean as the sum of log-ratios of the drawn tokens, and of less variance.
+    """
+    sums = torch.zeros(len(rollouts), dtype=torch.float64)
+    for (here, rows), (there, _) in zip(policy.log_probs(rollouts), start.log_probs(rollouts), strict=True):
+        sums.index_add_(0, rows, (here.exp() * (here - there)).sum(-1).double())
+    return sums.mean().item(), sums.std().item() / math.sqrt(len(sums))

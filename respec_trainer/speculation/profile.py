@@ -1,0 +1,171 @@
+"""Profile: what the parts of decoding and of speculation took on one machine, with what it was measured on.
+
+The model of the data and its file. Measuring needs an engine and is done elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from respec_trainer.config import DType, PositiveFloat, PositiveInt, Section
+from respec_trainer.errors import ConfigError
+from respec_trainer.speculation.shape import OFF, Shape
+
+# plain: a decode step of the target. draft: all draft steps of a cycle. verify: the target's pass over the drafts.
+# extend: the drafter's pass over what was kept; without speculation, one token a sequence, to keep its KV warm.
+# catch_up: the drafter's pass over the whole context, as speculation goes on. prefill: prompts, through both models.
+# cycle: a whole speculative cycle, what lies between its parts included.
+Part = Literal["plain", "draft", "verify", "extend", "catch_up", "prefill", "cycle"]
+WITHOUT, WITHIN = ("plain", "extend", "catch_up", "prefill"), ("draft", "verify", "extend", "cycle")
+CYCLE = ("draft", "verify", "extend")
+
+# What decides how long a pass takes; names, paths and token ids do not.
+COST_KEYS = (
+    *("architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "draft_vocab_size"),
+    *("head_dim", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings"),
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+)
+
+
+def shapes_digest(hf_config: Mapping[str, Any]) -> str:
+    """A digest of those entries of a Hugging Face config that decide the cost of a pass: 16 hexadecimal digits."""
+    entries = {key: hf_config[key] for key in COST_KEYS if hf_config.get(key) is not None}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Identity(Section):
+    """What a profile holds for. Any difference makes its times another machine's or model's."""
+
+    versions: dict[str, str]  # of sglang, torch and respec_trainer
+    device: str  # name of the GPU or CPU
+    threads: PositiveInt  # of each engine process
+    model: str  # digest of the target's shapes
+    drafter: str  # digest of the drafter's shapes
+    dtype: DType
+    tp: PositiveInt
+
+
+class Timing(Section):
+    """Repeated measurements of one thing, in seconds."""
+
+    seconds: Annotated[list[PositiveFloat], Field(min_length=1)]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles, relative to the median; 0 of fewer than two repeats."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+class Cell(Section):
+    """Times at one batch size (sequences), context length (tokens a sequence has so far) and shape."""
+
+    batch: PositiveInt
+    context: PositiveInt
+    shape: Shape
+    times: dict[Part, Timing]
+
+    @model_validator(mode="after")
+    def _parts_are_of_the_shape(self) -> Cell:
+        if fault := self.shape.fault():
+            raise ValueError(f"shape: {fault}")
+        allowed = WITHIN if self.shape.steps else WITHOUT
+        if wrong := sorted(set(self.times) - set(allowed)):
+            raise ValueError(f"times: steps={self.shape.steps} has no part {wrong[0]!r}, only {', '.join(allowed)}")
+        needed = CYCLE if self.shape.steps else ("plain",)
+        if missing := [part for part in needed if part not in self.times]:
+            raise ValueError(f"times: {', '.join(missing)} required, but not given")
+        return self
+
+    @property
+    def seconds(self) -> float:
+        """Of one decode step, or of one speculative cycle: as a whole where that was measured, else of its parts."""
+        parts = ("plain",) if self.shape == OFF else ("cycle",) if "cycle" in self.times else CYCLE
+        return sum(self.times[part].median for part in parts)
+
+
+class Profile(Section):
+    identity: Identity
+    cells: list[Cell]
+
+    @model_validator(mode="after")
+    def _one_cell_a_place(self) -> Profile:
+        seen = set()
+        for index, cell in enumerate(self.cells):
+            place = (cell.batch, cell.context, cell.shape)
+            if place in seen:
+                raise ValueError(
+                    f"cells.{index}: batch={cell.batch}, context={cell.context}, shape={cell.shape} is there twice"
+                )
+            seen.add(place)
+        return self
+
+    def cell(self, batch: int, context: int, shape: Shape) -> Cell | None:
+        wanted = (batch, context, shape)
+        return next((cell for cell in self.cells if (cell.batch, cell.context, cell.shape) == wanted), None)
+
+    def shapes(self) -> list[Shape]:
+        """The shapes measured, without plain decoding."""
+        return sorted({cell.shape for cell in self.cells} - {OFF})
+
+    def check_fits(self, run: Identity, source: str = "the profile") -> None:
+        """Raise ConfigError if the profile was not measured on what `run` is, naming each field that differs."""
+        ours, theirs = _flat(run), _flat(self.identity)
+        wrong = [
+            f"  {key}: measured with {theirs.get(key)!r}, the run has {ours.get(key)!r}"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+        if wrong:
+            raise ConfigError("\n".join([f"{source} is not of this run; measure it anew:", *wrong]))
+
+    def save(self, path: str | Path) -> None:
+        """Write it whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(self.model_dump_json(indent=1))
+        temporary.replace(path)
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Raises ConfigError if the file is missing or malformed, naming the field."""
+    return load_json(path, Profile, "profile")
+
+
+def load_json(path: str | Path, kind: type[Section], name: str) -> Any:
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no {name} at {path}")
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{path} is not a {name}:", *explain(error)])) from error
+
+
+def explain(error: ValidationError) -> list[str]:
+    """A line for each fault: its field and what is wrong."""
+    lines = []
+    for item in error.errors():
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append("  " + ": ".join(filter(None, [".".join(map(str, item["loc"])), message])))
+    return lines
+
+
+def _flat(identity: Identity) -> dict[str, Any]:
+    fields = identity.model_dump()
+    versions = fields.pop("versions")
+    return fields | {f"versions.{name}": version for name, version in versions.items()}

@@ -1,0 +1,212 @@
+"""Replay of a rollout under a policy, without an engine: what it takes if the costs and the acceptance are these.
+
+Each engine decodes the sequences in its slots, one step or cycle after the other, and lets waiting requests in as slots
+become free. A group's prompt is read once by each engine. Time passes by the costs alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from respec_trainer.errors import ConfigError
+from respec_trainer.speculation.acceptance import AcceptanceEstimate
+from respec_trainer.speculation.cost import CostModel
+from respec_trainer.speculation.draws import survivals
+from respec_trainer.speculation.policy import Policy
+from respec_trainer.speculation.shape import chain
+from respec_trainer.speculation.trace import Trace, conditional
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the rollout runs on. Raises ConfigError on construction for what cannot be."""
+
+    engines: int = 1
+    slots: int = 64  # sequences an engine runs at most
+    min_free_slots: int = 1  # of them, before waiting requests are let in
+    # shares: requests are dealt at the start, in order. queue: an engine takes the next one as it has room for it.
+    balance: Literal["shares", "queue"] = "shares"
+    # Whether drafts are kept or not one by one, or every sequence gains the expected number of tokens.
+    sampled: bool = True
+    seed: int = 0
+    switch_seconds: float = 0.0  # that any change of the steps takes
+
+    def __post_init__(self) -> None:
+        for name, least in (("engines", 1), ("slots", 1), ("min_free_slots", 1), ("switch_seconds", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.min_free_slots > self.slots:
+            raise ConfigError(f"min_free_slots={self.min_free_slots} are never free of slots={self.slots}")
+
+
+class Span(NamedTuple):
+    """One decode step or cycle of one engine."""
+
+    start: float  # seconds
+    seconds: float
+    batch: int
+    steps: int
+    tokens: float  # gained by all sequences together
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rollout came to."""
+
+    makespan: float  # seconds until the last engine had finished
+    spans: list[list[Span]]  # of each engine
+    switches: int
+    not_counted: tuple[str, ...]  # what took no time because its costs are not known
+
+    @property
+    def tokens(self) -> float:
+        return sum(span.tokens for spans in self.spans for span in spans)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.makespan
+
+    @property
+    def off_fraction(self) -> float:
+        """Share of the decoding time without speculation."""
+        return self._mean(lambda span: span.steps == 0)
+
+    @property
+    def mean_batch(self) -> float:
+        """Over the decoding time of all engines."""
+        return self._mean(lambda span: span.batch)
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens a sequence gains by a verify pass, the bonus token counted; 1.0 without speculation."""
+        on = [span for spans in self.spans for span in spans if span.steps]
+        return sum(span.tokens for span in on) / sum(span.batch for span in on) if on else 1.0
+
+    def regret(self, oracle: Outcome) -> float:
+        """How much longer it took than the oracle, as a fraction."""
+        return self.makespan / oracle.makespan - 1
+
+    def _mean(self, value: Callable[[Span], float]) -> float:
+        spans = [span for spans in self.spans for span in spans]
+        return sum(span.seconds * value(span) for span in spans) / sum(span.seconds for span in spans)
+
+
+def simulate(
+    trace: Trace,
+    costs: CostModel,
+    make_policy: Callable[[], Policy],
+    setting: Setting,
+    prior: Sequence[float] | None = None,
+) -> Outcome:
+    """Replay `trace` with one policy for each engine.
+
+    Args:
+        costs: the true ones; a policy may know others.
+        prior: acceptance by depth that policies start from, as from the rollout before; default: the trace's mean.
+    """
+    prior = prior or trace.mean_acceptance()
+    queues = _deal(len(trace), setting)
+    slots = min(setting.slots, -(-len(trace) // setting.engines))  # else the first engine would empty a common queue
+    engines = [_Engine(trace, costs, make_policy(), queue, slots, setting, prior) for queue in queues]
+    due = [(0.0, index) for index in range(len(engines))]
+    makespan = 0.0
+    while due:
+        clock, index = heapq.heappop(due)
+        if engines[index].advance():
+            heapq.heappush(due, (engines[index].clock, index))
+        makespan = max(makespan, clock)
+    missing = tuple(piece for piece in ("prefill", "catch_up") if not costs.has(piece))
+    return Outcome(makespan, [engine.spans for engine in engines], sum(engine.switches for engine in engines), missing)
+
+
+def _deal(count: int, setting: Setting) -> list[deque[int]]:
+    """A queue of requests for each engine; all the same one if they share it."""
+    if setting.balance == "queue":
+        return [deque(range(count))] * setting.engines
+    owners = [i * setting.engines // count for i in range(count)]
+    return [deque(i for i in range(count) if owners[i] == engine) for engine in range(setting.engines)]
+
+
+class _Engine:
+    """One engine at `clock`, between two decode steps."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        costs: CostModel,
+        policy: Policy,
+        queue: deque[int],
+        slots: int,
+        setting: Setting,
+        prior: Sequence[float],
+    ):
+        self.trace, self.costs, self.policy, self.queue = trace, costs, policy, queue
+        self.slots, self.setting, self.estimate = slots, setting, AcceptanceEstimate(prior)
+        self.clock, self.steps, self.switches = 0.0, None, 0
+        self.running = np.zeros(0, dtype=np.int64)
+        self.done = np.zeros(len(trace))  # tokens of each response so far
+        self.read: set[int] = set()  # groups whose prompt has been read
+        self.spans: list[Span] = []
+
+    def advance(self) -> bool:
+        """Let requests in, and decode once; False if there is nothing left to do."""
+        self._admit()
+        if not len(self.running):
+            return False
+        start, batch = self.clock, len(self.running)
+        steps = self._choose()
+        self.clock += self._switch(steps)
+        seconds = self.costs.cycle_seconds(chain(steps), batch, self._context())
+        tokens = self._decode(steps)
+        self.clock += seconds
+        self.spans.append(Span(start, seconds, batch, steps, tokens))
+        return True
+
+    def _admit(self) -> None:
+        free = self.slots - len(self.running)
+        if not self.queue or (free < min(self.setting.min_free_slots, self.slots) and len(self.running)):
+            return
+        new = [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
+        unread = {group: int(self.trace.prompt[i]) for i in new if (group := self.trace.group[i]) not in self.read}
+        self.read.update(unread)
+        if self.costs.has("prefill"):
+            prompts = list(unread.values()) or [1] * len(new)  # what is in the cache still costs its last token
+            self.clock += self.costs.prefill_seconds(len(prompts), sum(prompts) / len(prompts))
+        self.running = np.concatenate([self.running, np.array(new, dtype=np.int64)])
+
+    def _context(self) -> float:
+        return float((self.trace.prompt[self.running] + self.done[self.running]).mean())
+
+    def _choose(self) -> int:
+        known = conditional(self.trace.acceptance[self.running]) if self.policy.informed else self.estimate.by_depth
+        return self.policy.choose(len(self.running), round(self._context()), known)
+
+    def _switch(self, steps: int) -> float:
+        """Seconds until the engine can go on with `steps`."""
+        before, self.steps = self.steps, steps
+        if before is None or before == steps:
+            return 0.0
+        self.switches += 1
+        if self.policy.informed:
+            return 0.0
+        catches_up = before == 0 and self.costs.has("catch_up")
+        catch_up = self.costs.catch_up_seconds(len(self.running), self._context()) if catches_up else 0.0
+        return self.setting.switch_seconds + catch_up
+
+    def _decode(self, steps: int) -> float:
+        """Let every sequence gain its tokens, and those that are complete go. Returns all tokens gained."""
+        running, before = self.running, self.done[self.running]
+        kept = survivals(self.trace.acceptance[running], steps, running, before, self.setting)
+        self.estimate.observe([len(running), *kept.sum(0).tolist()])
+        length = self.trace.length[running]
+        # Sums of expected tokens round; a response that lacks a billionth of a token is complete.
+        after = np.where(before + 1 + kept.sum(1) > length - 1e-9, length, before + 1 + kept.sum(1))
+        self.done[running] = after
+        self.running = running[after < length]
+        return float((after - before).sum())
