@@ -66,8 +66,15 @@ class DataConfig(Section):
 
 
 class RewardConfig(Section):
-    kind: Literal["exact_answer"] = "exact_answer"
-    marker: str = "####"  # the answer is what follows the last marker
+    kind: Literal["exact_answer", "function"] = "exact_answer"
+    marker: str = "####"  # exact_answer: the answer is what follows the last marker
+    function: str | None = None  # function: "path/to/file.py:name" of (response text, reference answer) -> number
+
+    @model_validator(mode="after")
+    def _function_is_named(self) -> RewardConfig:
+        if (self.kind == "function") != (self.function is not None):
+            raise ValueError("kind=function and function=FILE.py:NAME go together: give both or neither")
+        return self
 
 
 class SamplingConfig(Section):

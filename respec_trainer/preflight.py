@@ -12,6 +12,7 @@ from pathlib import Path
 from respec_trainer.config import Config
 from respec_trainer.errors import ConfigError
 from respec_trainer.network import is_free
+from respec_trainer.rewards import setup_reward
 
 
 def preflight(config: Config, world_size: int, rank: int) -> None:
@@ -20,6 +21,7 @@ def preflight(config: Config, world_size: int, rank: int) -> None:
     hf_config = check_model_folder(config)
     check_context(config, hf_config)
     check_data(config, hf_config)
+    setup_reward(config.reward)
     check_drafter(config, hf_config)
     check_ports(config, rank)
 

@@ -91,7 +91,7 @@ def _signal(engine, number, kills, after=12):
 
 def config_of(tmp_path, folders, *overrides):  # noqa: F811
     target, drafter = folders
-    shape = ["actor.parallel.tp=2", "rollout.engine.span=2", "actor.optim.lr=0.01", "resync.bucket_mb=1"]
+    shape = ["actor.parallel.tp=2", "rollout.engine.span=2", "actor.optim.lr=0.01", "resync.bucket_mb=2"]
     paths = [f"model.path={target}", "model.dtype=fp32", f"drafter.path={drafter}", "speculation.algorithm=eagle3"]
     return smallest_config(tmp_path, "rollout.engine.resume=tokens", *paths, *shape, *overrides)
 

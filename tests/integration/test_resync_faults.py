@@ -145,7 +145,7 @@ def planted(tmp_path_factory, folders):  # noqa: F811
         "actor.parallel.tp=2",
         "rollout.engine.span=2",
         "actor.optim.lr=0.01",
-        "resync.bucket_mb=1",
+        "resync.bucket_mb=2",
         "resync.timeout=20",
     )
     return run_ranks(2, plant_all, config, timeout=240)
