@@ -15,7 +15,7 @@ from tests.integration.test_actor_refusal import optimizer_state
 from tests.models import save_tiny_model, tiny_config
 
 # (ZeRO stage, dtype); the stages differ in what data parallelism shares out, so that all are tried without tensors cut.
-KINDS = {1: list(itertools.product((1, 2, 3), ("fp32", "bf16"))), 2: [(1, "bf16"), (3, "fp32")]}
+KINDS = {1: [(1, "bf16"), (1, "fp32"), (2, "fp32"), (3, "bf16")], 2: [(1, "bf16"), (3, "fp32")]}
 
 
 def live_bytes() -> int:

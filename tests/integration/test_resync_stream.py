@@ -41,9 +41,21 @@ def stream_cases(cases, everyone):
             assert len(dict(pairs)) == len(pairs), "a tensor came twice"
             assert set(stream.shapes) == set(dict(pairs)) or topology.rank not in receivers
             out[label, receivers] = dict(pairs)
+        out[label, "trained"] = streamed_without_frozen(actor, dtype, workspace)
     dist.barrier()
     shutdown_parallel()
     return out
+
+
+def streamed_without_frozen(actor, dtype, workspace) -> list[str]:
+    """The names that come when the embedding is not trained and need not come again."""
+    from respec_trainer.resync.stream import ActorStream
+
+    dict(actor.engine.module.named_parameters())["embedding.word_embeddings.weight"].requires_grad_(False)
+    stream = ActorStream(actor, [0], BUCKET, dtype, workspace, timeout=60, frozen=False)
+    names = [name for gathered in stream for name in gathered.shapes]
+    assert names == list(stream.shapes)
+    return names
 
 
 @pytest.mark.parametrize(("ranks", "tp"), [(2, 1), (2, 2), (4, 4), (4, 2)])
@@ -61,6 +73,7 @@ def test_stream_is_bit_equal(tmp_path, ranks, tp):
     by_rank = run_ranks(ranks, stream_cases, cases, everyone, timeout=180)
     for label, folder in models.items():
         expected = load_file(folder / "model.safetensors")
+        assert all(set(d[label, "trained"]) == set(expected) - {"model.embed_tokens.weight"} for d in by_rank)
         for receivers in everyone:
             for rank, delivered in enumerate(by_rank):
                 got = delivered[label, receivers]
