@@ -1,12 +1,14 @@
 """The drafter's learner: does accept length last while the policy moves, and which loss and weighting do it best.
 
     python benchmarks/learner.py drift --steps 100 --seeds 3 --runs runs/drift --out drift.json
-    OMP_NUM_THREADS=2 python benchmarks/learner.py variants --actor runs/drift/online-0/actor --out variants.json
+    OMP_NUM_THREADS=2 python benchmarks/learner.py variants --actor runs/drift/seed-0/actor --out variants.json
 
-`drift` trains under the deepspeed launcher, so the actor and drafter must exist (`make drafter`). Its arms, a frozen
-drafter and one that learns, take turns on equal seeds; the policy's way from where it started is measured afterwards,
-on responses drawn with transformers. Runs stay in --runs, and those that are there and complete are not run again.
-Start it from the repository's root, as paths of the configuration are relative.
+`drift` trains under the deepspeed launcher, so the actor and drafter must exist (`make drafter`). Its runs learn, and
+measure the drafter that they began with on the very responses that they measure the learning one on
+(`drafter.compare_frozen`): two runs, one with each, would end as two policies, which are not equally easy to draft
+for. The policy's way from where it started is measured afterwards, on responses drawn with transformers. Runs stay in
+--runs, and those that are there and complete are not run again. Start it from the repository's root, as paths of the
+configuration are relative.
 
 `variants` draws responses of a policy that has moved and trains the same drafter on the same of them by each loss and
 weighting, with the learner's own updates; no engine takes part.
@@ -27,10 +29,10 @@ from respec_trainer.telemetry.recorder import read_metrics
 from respec_trainer.telemetry.summary import END_STEPS, reward_rise
 
 REPOSITORY = Path(__file__).parent.parent
-ARMS = {"frozen": ["drafter.weighting=none"], "online": ["drafter.weighting=reward"]}
-ENGINE, LEARNER = "spec/accept_length", "drafter/measured_accept_length"
-COLUMNS = ("arm", "seed", "accept_start", "accept_end", "gain_kept", "kl", "reward_start", "reward_end")
-COLUMNS += ("exposed_share", "tokens_per_second", "step_s")
+LEARNS = ["drafter.weighting=reward", "drafter.compare_frozen=true"]
+ENGINE, FROZEN = "drafter/measured_accept_length", "drafter/frozen_accept_length"
+COLUMNS = ("seed", "accept_start", "online_end", "frozen_end", "online_kept", "frozen_kept", "kl", "entropy_start")
+COLUMNS += ("entropy_end", "reward_start", "reward_end", "exposed_share", "tokens_per_second", "step_s")
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    moving = commands.add_parser("drift", help="frozen and learning drafter in runs whose policy moves")
+    moving = commands.add_parser("drift", help="frozen and learning drafter on the responses of a policy that moves")
     moving.add_argument("--steps", type=int, default=100)
     moving.add_argument("--lr", type=float, help="of the actor; default: the configuration's")
     moving.add_argument("--ranks", type=int, default=2)
@@ -74,24 +76,20 @@ def variants(args: argparse.Namespace) -> dict:
 def drift(args: argparse.Namespace) -> dict:
     rows: list[dict] = []
     for seed in range(args.seeds):
-        # Each seed starts with the other arm, so that a machine that warms up favors neither.
-        for arm in sorted(ARMS, reverse=bool(seed % 2)):
-            rows.append({"arm": arm, "seed": seed, **run(args, arm, seed)})
-            print(json.dumps(rows[-1]), flush=True)
-    rows.sort(key=lambda row: (row["arm"], row["seed"]))
+        rows.append({"seed": seed, **run(args, seed)})
+        print(json.dumps(rows[-1]), flush=True)
     print_table([{name: row[name] for name in COLUMNS} for row in rows])
-    kept = {arm: [row["gain_kept"] for row in rows if row["arm"] == arm] for arm in ARMS}
-    report = {"gain_kept": {arm: fmean(shares) for arm, shares in kept.items()}, "runs": rows}
-    print(json.dumps(report["gain_kept"]))
-    return report
+    report = {name: fmean(row[name] for row in rows) for name in ("online_kept", "frozen_kept")}
+    print(json.dumps(report))
+    return report | {"runs": rows}
 
 
-def run(args: argparse.Namespace, arm: str, seed: int) -> dict:
+def run(args: argparse.Namespace, seed: int) -> dict:
     """One run's numbers; it is trained unless it is there."""
-    name, runs = f"{arm}-{seed}", args.runs.resolve()
+    name, runs = f"seed-{seed}", args.runs.resolve()
     settings = [f"run.dir={runs}", f"run.name={name}", f"run.seed={seed}", f"run.steps={args.steps}"]
     settings += [] if args.lr is None else [f"actor.optim.lr={args.lr}"]
-    settings += ["checkpoint.export_at_end=true", *args.overrides, *ARMS[arm]]
+    settings += ["checkpoint.export_at_end=true", *LEARNS, *args.overrides]
     folder, config = runs / name, load_config(args.config, settings)
     if not is_complete(folder, config):
         launcher = Path(sys.executable).with_name("deepspeed")
@@ -129,15 +127,24 @@ def moved(config, actor: Path, responses: int) -> tuple[float, float]:
 def numbers(steps: Sequence[dict]) -> dict:
     """A run's figures from its metrics. Shares and speeds are of sums over all steps."""
     first, last = reward_rise(steps)
-    accept_start, accept_end = ends([step[ENGINE] for step in steps])
+    measured = [step for step in steps if FROZEN in step]  # the first has nothing to measure on
+    start, online = ends([step[ENGINE] for step in measured])
+    frozen = ends([step[FROZEN] for step in measured])[1]
+    predicted = [step["drafter/predicted_accept_length"] / step[ENGINE] - 1 for step in measured]
+    entropy_start, entropy_end = ends([step["policy/entropy"] for step in steps])
     tokens, generating, exposed, seconds = (
         sum(step.get(key, 0.0) for step in steps)
         for key in ("rollout/tokens", "time/generate", "time/learn_exposed", "time/step")
     )
-    found = {
-        "accept_start": accept_start,
-        "accept_end": accept_end,
-        "gain_kept": (accept_end - 1) / (accept_start - 1),
+    return {
+        "accept_start": start,
+        "online_end": online,
+        "frozen_end": frozen,
+        "online_kept": (online - 1) / (start - 1),
+        "frozen_kept": (frozen - 1) / (start - 1),
+        "prediction_error": max(map(abs, predicted)),
+        "entropy_start": entropy_start,
+        "entropy_end": entropy_end,
         "reward_start": first,
         "reward_end": last,
         "exposed_share": exposed / seconds,
@@ -145,11 +152,6 @@ def numbers(steps: Sequence[dict]) -> dict:
         "step_s": seconds / len(steps),
         "steps": len(steps),
     }
-    measured = [step[LEARNER] for step in steps if LEARNER in step]
-    if measured:  # of responses one iteration older in mode "async", without what lies behind their ends
-        start, end = ends(measured)
-        found |= {"measured_start": start, "measured_end": end, "measured_kept": (end - 1) / (start - 1)}
-    return found
 
 
 def ends(values: Sequence[float]) -> tuple[float, float]:

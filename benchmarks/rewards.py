@@ -4,5 +4,8 @@ from __future__ import annotations
 
 
 def long_response(text: str, answer: str) -> float:
-    """Grows with the length of the response: the policy unlearns its ends, and writes what it never wrote before."""
-    return min(len(text), 200) / 200
+    """Grows with the characters of a response, beyond what its tokens can reach.
+
+    First the policy unlearns its ends, then it writes what it never wrote before, in longer and longer tokens.
+    """
+    return min(len(text), 700) / 700

@@ -136,6 +136,13 @@ class SpeculationConfig(Section):
     accept_threshold_single: Threshold = 1.0  # below 1: accept drafts at least as probable as this
     accept_threshold_acc: Threshold = 1.0  # below 1: accept drafts with p / threshold
     allow_lossy: bool = False  # whether the thresholds may be below 1
+    # fixed: always `steps`. adaptive: before every decode batch the best of `candidates` by `profile`; chains only.
+    policy: Literal["fixed", "adaptive"] = "fixed"
+    profile: str | None = None  # adaptive: what drafting and verifying cost, by tools/profile_speculation.py
+    candidates: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None  # default: 0 and the profile's
+    explore: Annotated[float, Field(ge=0, le=0.1)] = 0.005  # share of the time for trying what may have become better
+    # At 0 steps the drafter reads a token when it is drawn (warm), or all when speculation goes on (defer).
+    off: Literal["defer", "warm"] = "defer"
 
     @property
     def lossy(self) -> bool:
@@ -170,6 +177,32 @@ class SpeculationConfig(Section):
         if self.lossy:
             raise ValueError("rejection_sampling knows no accept thresholds: set accept_threshold_single and _acc to 1")
         return self
+
+    @model_validator(mode="after")
+    def _steps_can_adapt(self) -> SpeculationConfig:
+        if self.policy == "fixed":
+            if self.profile is not None or self.candidates is not None:
+                raise ValueError("profile and candidates are for policy=adaptive: set it, or leave them out")
+            return self
+        if self.algorithm != "eagle3" or self.topk > 1:
+            raise ValueError(
+                "policy=adaptive switches chains of an eagle3 drafter, not "
+                f"algorithm={self.algorithm} with topk={self.topk}: set algorithm=eagle3 and topk=1, or policy=fixed"
+            )
+        if self.profile is None:
+            raise ValueError("policy=adaptive needs profile: measure one with tools/profile_speculation.py")
+        if self.candidates is not None:
+            self._check_candidates(self.candidates)
+        return self
+
+    def _check_candidates(self, candidates: list[int]) -> None:
+        if sorted(set(candidates)) != candidates or candidates[-1] == 0:
+            raise ValueError(f"candidates={candidates} must rise, and not be 0 alone: such as [0, 1, {self.steps}]")
+        if candidates[-1] > self.steps:
+            raise ValueError(
+                f"candidates={candidates} go beyond steps={self.steps}, the most that are drafted: set "
+                f"steps={candidates[-1]} and draft_tokens={candidates[-1] + 1}, or fewer candidates"
+            )
 
     @model_validator(mode="after")
     def _shape_is_consistent(self) -> SpeculationConfig:
@@ -207,7 +240,9 @@ class DrafterConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     clip: PositiveFloat = 1.0  # global gradient norm
     warmup_updates: NonNegativeInt = 10  # over which the rates rise
-    buffer_mb: PositiveInt = 1024  # host memory of each rank for rollouts to learn from
+    memory_mb: PositiveInt = 1024  # of each rank: drafter, optimizer, and rollouts to learn from
+    # Also measure the drafter that the run began with on the same responses: what learning has won.
+    compare_frozen: bool = False
     retention: Literal["recency", "reservoir"] = "recency"  # what stays: the newest, or a fair sample of all
     max_bad_updates: PositiveInt = 3  # in a row that were not finite, before the drafter stays as it is
 
@@ -267,12 +302,21 @@ class ResyncConfig(Section):
 
 
 class CheckpointConfig(Section):
+    every: NonNegativeInt = 0  # steps from one save to the next, and one after the last step; 0: never
+    background: bool = True  # write while training goes on; false: training waits until the files are on the disk
+    keep: PositiveInt = 2  # newest checkpoints
+    keep_best: NonNegativeInt = 0  # besides, those of the steps with the highest best_metric
+    best_metric: str = "reward/mean"  # a name in metrics.jsonl
+    # auto: go on with the newest run of this name that has checkpoints, if there is one. never: a new run. Else the
+    # folder of a run, or of one checkpoint: a new run that begins there.
+    resume: str = "auto"
     export_at_end: bool = True  # write the trained actor as a Hugging Face folder into the run's folder
 
 
 class TelemetryConfig(Section):
     tensorboard: bool = True
     samples_per_step: NonNegativeInt = 2
+    traces: NonNegativeInt = 0  # newest steps whose lengths and timelines are kept; 0: all
     live: Literal["auto", "panel", "lines", "off"] = "auto"
 
 

@@ -37,6 +37,10 @@ class TrainingError(RespecError):
     """Training cannot go on: for example too many steps in a row with non-finite losses or gradients."""
 
 
+class CheckpointError(RespecError):
+    """A checkpoint could not be written. Those before it are as they were."""
+
+
 class AuditError(RespecError):
     """Samples do not follow the policy's law."""
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,10 +16,14 @@ from transformers import AutoTokenizer
 from respec_trainer.actor.engine import Actor
 from respec_trainer.actor.parallel import Topology, init_parallel, shutdown_parallel
 from respec_trainer.audit.rollouts import RolloutAudit
+from respec_trainer.checkpoint.checkpoints import Checkpoints, Parts, Stateful
 from respec_trainer.checkpoint.export import export_actor
+from respec_trainer.checkpoint.resume import run_to_continue
 from respec_trainer.config import Config
 from respec_trainer.data.prompts import PromptStream, load_prompts
+from respec_trainer.drafter.format import save_drafter
 from respec_trainer.drafter.learner import setup_learner
+from respec_trainer.drafter.online import OnlineDrafter
 from respec_trainer.drafter.record import Place
 from respec_trainer.resync import Resync
 from respec_trainer.resync.alarm import AcceptAlarm
@@ -24,7 +33,11 @@ from respec_trainer.rewards import setup_reward
 from respec_trainer.rollout.fleet import RolloutFleet
 from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
 from respec_trainer.rollouts import Rollouts
+from respec_trainer.speculation.cost import CostModel
+from respec_trainer.speculation.settings import step_settings
+from respec_trainer.telemetry.recorder import new_run_folder
 from respec_trainer.telemetry.report import Report
+from respec_trainer.telemetry.timeline import Timeline
 
 
 class Job:
@@ -35,7 +48,7 @@ class Job:
         self.topology: Topology = init_parallel(config)
         # Small messages between ranks go over gloo on every machine, so that they never wait behind a GPU stream.
         self.control = dist.new_group(backend="gloo")
-        self.report = Report(config, self.topology.rank, self.control)
+        self.report = Report(config, self.topology.rank, self.control, run_folder)
         self.clock = self.report.clock
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.pad_id = self.tokenizer.pad_token_id or 0
@@ -49,20 +62,55 @@ class Job:
         self.reward = setup_reward(config.reward)
         place = Place.of(self.topology)
         self.learner = setup_learner(config, self.actor.hf_config, place, self.control, self.report.message)
+        self.steps = step_settings(config, self.actor.hf_config, self.topology.device.type)
         self.report.phase("starting the rollout engine")
         self.fleet = RolloutFleet(config, self._make_engine, self.control, self.topology.device.type)
         restarts, canary = config.rollout.engine.max_restarts, setup_canary(config.resync, config.model.dtype, prompts)
         self.rollouts = Rollouts(self.fleet, self._setup_resync(), self.actor, restarts, self.report.message, canary)
         self.alarm = AcceptAlarm(config.resync.accept_alarm, verified=config.resync.verify != "off")
+        ranks = (self.topology.rank, self.topology.world_size)
+        self.checkpoints = Checkpoints(config, self.report.folder, *ranks, self.control, self.report.message)
 
     def _make_engine(self, index: int) -> SGLangEngine:
-        return SGLangEngine(EngineSettings.from_config(self.config, device=self.topology.device.type, index=index))
+        settings = EngineSettings.from_config(self.config, device=self.topology.device.type, index=index)
+        return SGLangEngine(replace(settings, steps=self.steps))
 
     def _setup_resync(self) -> Resync:
         fleet, device = self.fleet, self.topology.device.type
         transport = setup_transport(self.config, device, fleet.engine, fleet.owners, self.control)
         drafter = self.learner if self.config.speculation.algorithm == "eagle3" else None
         return Resync(self.config, self.actor, drafter, fleet.engine, transport, self.control)
+
+    def resume(self, trainer: Stateful) -> int:
+        """Take up the checkpoint that `checkpoint.resume` asks for; the steps done by then."""
+        done = self.checkpoints.resume(self.parts(trainer))
+        if done is not None:
+            self.report.resumed()
+        return done or 0
+
+    def save(self, done: int, metrics: dict, trainer: Stateful) -> None:
+        """Save the run if it is time to. What that takes is counted in the next step's time/checkpoint."""
+        if self.checkpoints.due(done):
+            with self.clock("checkpoint"):
+                self.checkpoints.save(done, self.parts(trainer), metrics)
+
+    def parts(self, trainer: Stateful) -> Parts:
+        """What a checkpoint holds."""
+        shared = {"trainer": trainer, "prompts": self.prompts, "alarm": self.alarm, "audit": self.audit}
+        learns = {"learner": self.learner} if isinstance(self.learner, OnlineDrafter) else {}
+        folders = {"drafter": self._drafter_copy} if self.config.speculation.algorithm == "eagle3" else {}
+        return Parts(self.actor, shared, learns, folders, immutable=("learner/buffer",))
+
+    def _drafter_copy(self) -> Callable[[Path], None]:
+        if not isinstance(self.learner, OnlineDrafter):
+            return partial(shutil.copytree, self.config.drafter.path)
+        drafter, ids = copy.deepcopy(self.learner.drafter).cpu(), self.learner.wants.draft_ids
+        return lambda folder: save_drafter(drafter, ids, folder, torch.float32)
+
+    def timelines(self) -> list[Timeline]:
+        """What the engines did in the phase just collected, if they log it, beside plain decoding by the profile."""
+        costs = CostModel.of_tuples(self.steps.costs) if self.steps and self.steps.costs else None
+        return [Timeline.of(log, costs.step_seconds if costs else None) for log in self.rollouts.take_steps()]
 
     def my_rows(self, total: int) -> slice:
         """The rows of a step's samples that this data-parallel rank trains on."""
@@ -97,6 +145,11 @@ class Job:
         self.report.close()
         self.fleet.shutdown()
         shutdown_parallel()
+
+
+def run_folder(config: Config) -> Path:
+    """That of the run to go on with, or a new one."""
+    return run_to_continue(config) or new_run_folder(config)
 
 
 def context_limit(config: Config, hf_config) -> int:

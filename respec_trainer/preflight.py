@@ -23,6 +23,7 @@ def preflight(config: Config, world_size: int, rank: int) -> None:
     check_data(config, hf_config)
     setup_reward(config.reward)
     check_drafter(config, hf_config)
+    check_resume(config)
     check_ports(config, rank)
 
 
@@ -78,6 +79,7 @@ def check_drafter(config: Config, hf_config) -> None:
 
         check_drafter_folder(Path(config.drafter.path), hf_config)
         check_rejection_sampling(config)
+        check_profile(config, hf_config)
     elif config.speculation.algorithm == "standalone":
         from respec_trainer.actor.check import check_model
         from respec_trainer.compat import resolve_device
@@ -89,6 +91,14 @@ def check_drafter(config: Config, hf_config) -> None:
             check_model(drafter, tp=1)  # what the actor can be, the engine can load
         except ConfigError as error:
             raise ConfigError(str(error).replace("model.path", "drafter.path")) from error
+
+
+def check_profile(config: Config, hf_config) -> None:
+    """An adaptive run's profile is of this run."""
+    from respec_trainer.compat import resolve_device
+    from respec_trainer.speculation.settings import step_settings
+
+    step_settings(config, hf_config, resolve_device(config.run.device))
 
 
 def check_rejection_sampling(config: Config) -> None:
@@ -103,6 +113,14 @@ def check_rejection_sampling(config: Config) -> None:
             f"{config.drafter.path} is {size} of {full}; train one with all {full} tokens, or set "
             "speculation.rejection_sampling=false"
         )
+
+
+def check_resume(config: Config) -> None:
+    """A checkpoint that is named is there; whether it is valid is found when it is read."""
+    if config.checkpoint.resume not in ("auto", "never"):
+        from respec_trainer.checkpoint.resume import candidates
+
+        candidates(config, Path())
 
 
 def check_ports(config: Config, rank: int) -> None:

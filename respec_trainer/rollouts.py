@@ -20,6 +20,7 @@ from respec_trainer.resync import Resync
 from respec_trainer.resync.canary import Canary, Voice
 from respec_trainer.rollout.fleet import FleetPending, RolloutFleet
 from respec_trainer.rollout.sample import Request, Sample
+from respec_trainer.rollout.steps import StepLog
 
 
 class Rollouts:
@@ -66,6 +67,13 @@ class Rollouts:
         samples = self._outlive(self._collect)
         self.restarts = 0
         return samples
+
+    def take_steps(self) -> list[StepLog]:
+        """What the engines' batches did in the phase just collected; nothing where an engine has died since."""
+        try:
+            return self.fleet.take_steps()
+        except EngineLostError:  # the next push brings it back
+            return []
 
     def sleep(self) -> None:
         """Give the actor its room back. An engine that died is left for the next push: there is no room for it now."""

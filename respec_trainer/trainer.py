@@ -31,10 +31,14 @@ class Trainer:
         If the engines keep dying, or samples fail their audit, the actor is exported before the error is raised.
         """
         try:
+            first = self.job.resume(self)
             self.resync()
             self.job.clock.take()  # the start belongs to no step
-            for step in range(self.config.run.steps):
-                self.job.report.step(step, self.step(step))
+            for step in range(first, self.config.run.steps):
+                metrics = self.step(step)
+                self.job.report.step(step, metrics)
+                self.job.save(step + 1, metrics, self)
+            self.job.checkpoints.wait()
         except (AuditError, EngineLostError) as error:
             raise type(error)(f"{error}; the actor as it is lies in {self.job.export()}") from error
 
@@ -47,6 +51,8 @@ class Trainer:
             with clock("learn"):
                 job.learner.update(job.rollouts.generating)
             samples = job.rollouts.collect()
+        timelines = job.timelines()
+        job.report.rollout(step, samples, timelines)
         with clock("reward"):
             rewards = self.score(step, samples, prompts)
         with clock("wake"):
@@ -63,8 +69,8 @@ class Trainer:
             stats = self.update(step, batch, old.logprobs, advantages[job.my_rows(len(samples))])
         self.resync()
         generation = rollout_metrics(samples, clock.seconds["generate"])
-        speculation = speculation_metrics(samples, self.config.speculation)
-        speculation |= self.watch(speculation["spec/accept_length"], samples[0].drafter_version)
+        speculation = speculation_metrics(samples, self.config.speculation, timelines)
+        speculation |= self.watch(speculation.get("spec/accept_by_depth", []), samples[0].drafter_version)
         outcome = reward_metrics(samples) | generation | speculation | stats | audit
         return outcome | job.rollouts.metrics() | job.learner.metrics() | clock.take()
 
@@ -104,9 +110,15 @@ class Trainer:
         with self.job.clock("resync"):
             self.job.rollouts.push()
 
-    def watch(self, accept_length: float, drafter: str) -> dict:
+    def watch(self, acceptance: list[float], drafter: str) -> dict:
         """Tell the user when drafts are accepted much less often than before the last push."""
-        alarm = self.job.alarm.hear(accept_length, drafter)
+        alarm = self.job.alarm.hear(acceptance, drafter)
         if alarm:
             self.job.report.message(alarm)
         return {"resync/accept_alarm": int(alarm is not None)}
+
+    def state_dict(self) -> dict:
+        return {"bad_steps": self.bad_steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.bad_steps = state["bad_steps"]

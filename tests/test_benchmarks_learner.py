@@ -65,19 +65,21 @@ def test_other_laws_than_the_whole_one_are_refused(tmp_path):
         Policy(tmp_path, SamplingConfig(max_new_tokens=2, top_p=0.9))
 
 
-def steps(accept: list[float], **more) -> list[dict]:
-    common = {"reward/mean": 0.5, "rollout/tokens": 100, "time/generate": 0.5, "time/step": 2.0}
-    return [common | {"spec/accept_length": length} | more for length in accept]
+def steps(online: list[float], frozen: list[float], **more) -> list[dict]:
+    common = {"reward/mean": 0.5, "rollout/tokens": 100, "time/generate": 0.5, "time/step": 2.0, "policy/entropy": 0.2}
+    names = [f"drafter/{kind}_accept_length" for kind in ("measured", "predicted", "frozen")]
+    lengths = [(one, 1.01 * one, other) for one, other in zip(online, frozen, strict=True)]
+    return [common | more, *(common | more | dict(zip(names, of_step, strict=True)) for of_step in lengths)]
 
 
 def test_numbers_of_a_run():
-    found = numbers(steps([3.0] * 5 + [9.0] + [2.0] * 5, **{"time/learn_exposed": 0.02}))
-    assert (found["accept_start"], found["accept_end"], found["gain_kept"]) == (3.0, 2.0, 0.5)
+    """Of the first five steps and the last five; the very first has nothing to measure on."""
+    found = numbers(steps([3.0] * 5 + [9.0] + [2.8] * 5, [3.0] * 6 + [2.0] * 5, **{"time/learn_exposed": 0.02}))
+    assert (found["accept_start"], found["online_end"], found["frozen_end"]) == (3.0, pytest.approx(2.8), 2.0)
+    assert (found["online_kept"], found["frozen_kept"]) == (pytest.approx(0.9), 0.5)
+    assert found["prediction_error"] == pytest.approx(0.01) and found["entropy_end"] == pytest.approx(0.2)
     assert found["exposed_share"] == pytest.approx(0.01)
     assert found["tokens_per_second"] == pytest.approx(200)
-    assert "measured_kept" not in found  # a frozen drafter is not measured
-    learning = steps([3.0]) + steps([3.0, 3.0], **{"drafter/measured_accept_length": 2.5})
-    assert numbers(learning)["measured_kept"] == 1.0
 
 
 def test_a_run_is_used_again_only_if_it_is_the_same_and_ended(tmp_path):

@@ -103,7 +103,7 @@ def test_every_bad_key_is_named_at_once(write):
         ("run.name=../escape", "run.name"),
         ("actor.optim.betas=[0.9]", "actor.optim.betas"),
         ("drafter.weighting=return", "'advantage'"),
-        ("drafter.buffer_mb=0", "drafter.buffer_mb"),
+        ("drafter.memory_mb=0", "drafter.memory_mb"),
         ("drafter.delta=0", "drafter.delta"),
         ("drafter.decay=0", "drafter.decay"),
     ],
@@ -220,3 +220,31 @@ def test_an_audit_knows_one_law(write):
     assert load_config(write(), filters).rollout.audit_every == 0
     assert load_config(write(), ["rollout.audit_every=1", filters[0]]).rollout.audit_every == 1
     assert "not both" in refused(write(), "rollout.audit_every=1", *filters)
+
+
+ADAPTIVE = ["speculation.policy=adaptive", "speculation.profile=p.json"]
+
+
+def test_steps_that_adapt(write):
+    config = load_config(write(), [*ADAPTIVE, "speculation.candidates=[0, 1, 3]"]).speculation
+    assert config.candidates == [0, 1, 3] and config.off == "defer" and config.explore == 0.005
+    assert load_config(write(), ADAPTIVE).speculation.candidates is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (ADAPTIVE[:1], "needs profile: measure one with tools/profile_speculation.py"),
+        (ADAPTIVE[1:], "profile and candidates are for policy=adaptive"),
+        (["speculation.candidates=[0, 1]"], "profile and candidates are for policy=adaptive"),
+        ([*ADAPTIVE, "speculation.topk=2"], "algorithm=eagle3 with topk=2"),
+        ([*ADAPTIVE, "speculation.algorithm=none"], "algorithm=none with topk=1"),
+        ([*ADAPTIVE, "speculation.candidates=[1, 0]"], r"candidates=\[1, 0\] must rise"),
+        ([*ADAPTIVE, "speculation.candidates=[0]"], "not be 0 alone"),
+        ([*ADAPTIVE, "speculation.candidates=[0, 4]"], "set steps=4 and draft_tokens=5"),
+        ([*ADAPTIVE, "speculation.explore=0.2"], "speculation.explore"),
+    ],
+)
+def test_steps_that_cannot_adapt(write, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(write(), overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -110,8 +111,19 @@ def test_a_stream_continues_from_its_state():
     again = PromptStream(PROMPTS, seed=3)
     again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     assert again.next(12) == stream.next(12)
-    with pytest.raises(ValueError, match="seed"):
-        PromptStream(PROMPTS, seed=4).load_state_dict(stream.state_dict())
+
+
+def test_a_stream_of_other_prompts_is_refused():
+    state = PromptStream(PROMPTS, seed=3).state_dict()
+    others = [
+        (PromptStream(PROMPTS, seed=4), "seed is 3, here it is 4"),
+        (PromptStream(PROMPTS, seed=3, shuffle=False), "shuffle is True, here it is False"),
+        (PromptStream(PROMPTS[:-1], seed=3), "prompts is 7, here it is 6"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], answer="?")], seed=3), "digest is"),
+    ]
+    for stream, message in others:
+        with pytest.raises(DataError, match=message):
+            stream.load_state_dict(state)
 
 
 def test_more_than_an_epoch_at_once():

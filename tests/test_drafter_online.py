@@ -203,11 +203,37 @@ def test_a_saved_learner_goes_on_as_if_nothing_had_been(make, model):
     assert same(weights(learner), weights(other))
 
 
-def test_a_buffer_below_one_batch_is_refused(make, model):
-    learner = make(buffer_mb=1, batch_size=16)
-    wide = random_samples([(100, 120)] * 16)
-    with pytest.raises(ConfigError, match="drafter.buffer_mb=1 holds"):
+def test_a_budget_below_one_batch_or_below_the_drafter_is_refused(make, model):
+    with pytest.raises(ConfigError, match=r"drafter.memory_mb=1 is less than the 2 MB"):
+        make(memory_mb=1)
+    learner = make(memory_mb=2, batch_size=16)
+    wide = random_samples([(200, 240)] * 16)
+    with pytest.raises(ConfigError, match="that drafter.memory_mb leaves for rollouts hold"):
         learner.observe(wide, score(model, wide), REWARDS, 10.0)
+
+
+def test_the_budget_counts_all_that_the_learner_holds(make, model):
+    """What it says of its memory beside what is there, added up tensor by tensor."""
+    learner = make(matrix_lr=1e-2, compare_frozen=True)
+    for step in range(3):
+        metrics = iterate(learner, model, step)
+    drafters = [t for d in (learner.drafter, learner.served, learner.began_as) for t in d.state_dict().values()]
+    states = [state for o in learner.updates.optimizers for state in o.state.values()]
+    moments = [value for state in states for value in state.values() if torch.is_tensor(value) and value.dim()]
+    held = sum(t.nbytes for t in [*drafters, *moments, learner.updates.flat]) + learner.buffer.nbytes
+    assert learner.nbytes == held and len(moments) > len(list(learner.drafter.parameters()))
+    assert metrics["drafter/memory_mb"] == pytest.approx(held / 2**20)
+    assert learner.buffer.budget + held - learner.buffer.nbytes == learner.settings.memory_mb * 2**20
+
+
+def test_the_drafter_it_began_with_is_measured_beside_it(make, model):
+    """It is measured on the same responses as one that never learned at all."""
+    learner, never = make(compare_frozen=True), make(interval=100)
+    for step in range(4):
+        ours, theirs = (iterate(one, model, step, samples=random_samples(LENGTHS, step)) for one in (learner, never))
+    assert ours["drafter/frozen_accept_length"] == theirs["drafter/predicted_accept_length"]
+    assert ours["drafter/acceptance"] != theirs["drafter/acceptance"]
+    assert "drafter/frozen_accept_length" not in theirs
 
 
 def test_a_draft_vocabulary_that_misses_much_is_said_once(make, model):

@@ -9,14 +9,23 @@ from respec_trainer.resync.alarm import AcceptAlarm
 
 def test_a_fall_beyond_the_share_is_told_once():
     alarm = AcceptAlarm(share=0.3, verified=True)
-    heard = [alarm.hear(length, "drafter-1") for length in (3.0, 2.5, 2.4, 1.9, 1.9, 3.0)]
+    falls = ([1.0, 1.0], [1.0, 0.5], [1.0, 0.4], [0.6, 0.5], [0.6, 0.5], [1.0, 1.0])
+    heard = [alarm.hear(acceptance, "drafter-1") for acceptance in falls]
     assert [text is not None for text in heard] == [False, False, False, True, False, False]
     assert "from 2.40 to 1.90" in heard[3] and "30%" in heard[3]
 
 
+def test_other_numbers_of_steps_are_no_fall():
+    """Three drafts, then one, then none, then three again, by a drafter that drafts alike."""
+    alarm = AcceptAlarm(share=0.3, verified=True)
+    by_depth = [0.8, 0.8, 0.8]
+    assert [alarm.hear(by_depth[:depth], "drafter-1") for depth in (3, 1, 0, 3)] == [None] * 4
+    assert "from 1.80 to 1.40" in alarm.hear([0.4], "drafter-1")
+
+
 def test_nothing_can_fall_where_nothing_is_accepted():
     alarm = AcceptAlarm(share=0.3, verified=True)
-    assert [alarm.hear(1.0, "none") for _ in range(3)] == [None] * 3
+    assert [alarm.hear(nothing, "none") for nothing in ([], [0.0], [0.0, 0.0])] == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -29,5 +38,5 @@ def test_nothing_can_fall_where_nothing_is_accepted():
 )
 def test_the_cause_is_named(verified, now, cause):
     alarm = AcceptAlarm(share=0.2, verified=verified)
-    alarm.hear(3.0, "drafter-1")
-    assert cause in alarm.hear(1.5, now)
+    alarm.hear([1.0, 1.0], "drafter-1")
+    assert cause in alarm.hear([0.5, 0.0], now)

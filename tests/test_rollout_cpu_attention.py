@@ -77,9 +77,10 @@ def test_extend(case):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(5, 20), min_size=1, max_size=4), st.integers(1, 3), st.integers(0, 99))
-def test_extend_with_a_tree_mask(lengths, group, seed):
-    n = 5
+@given(
+    st.lists(st.integers(5, 20), min_size=1, max_size=4), st.sampled_from([1, 5]), st.integers(1, 3), st.integers(0, 99)
+)
+def test_extend_with_a_tree_mask(lengths, n, group, seed):
     case = Case(lengths, [n] * len(lengths), 2, group, seed)
     generator = torch.Generator().manual_seed(seed)
     tree = torch.rand(len(lengths), n, n, generator=generator) < 0.5

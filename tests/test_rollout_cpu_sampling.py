@@ -21,6 +21,7 @@ VOCAB = 5
 DRAWS = 40_000
 # (parent of each node, token of each node); the walk may accept as many drafts as the tree is deep.
 TREES = {
+    "root": ([-1], [0]),
     "chain": ([-1, 0, 1, 2], [0, 2, 4, 1]),
     "tree": ([-1, 0, 0, 1, 1, 2, 3], [0, 2, 3, 1, 4, 2, 0]),
     "star": ([-1, 0, 0, 0], [0, 1, 2, 4]),

@@ -1,14 +1,18 @@
-"""rollout/fleet.py: whether an engine is still at work, asked from outside."""
+"""rollout/fleet.py: whether an engine is still at work, and what all engines logged."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from respec_trainer.errors import EngineError
-from respec_trainer.rollout.fleet import FleetPending
+from respec_trainer.errors import EngineError, EngineLostError
+from respec_trainer.rollout.fleet import FleetPending, RolloutFleet
 from respec_trainer.rollout.sample import Request, SamplingParams
+from respec_trainer.rollout.steps import StepLog
+from tests.configs import smallest_config
+from tests.integration.ranks import run_ranks
 
 REQUESTS = [Request(str(i), (i, i), SamplingParams(max_new_tokens=4)) for i in range(3)]
 
@@ -29,3 +33,89 @@ def test_no_engine_and_one_that_refused_generate_nothing():
 
     assert not pending_on(None).generating()
     assert not pending_on(SimpleNamespace(submit=refuse)).generating()
+
+
+class LoggingEngine:
+    """Logs a batch for each request, of as many sequences as the prompt has tokens; its policy may fail."""
+
+    def __init__(self, index, logs=True):
+        self.index, self.logs, self.failure = index, logs, None
+        self.log, self.failures = [], 0
+
+    def start(self):
+        pass
+
+    def shutdown(self):
+        self.failure = EngineError("not running")
+
+    def submit(self, requests):
+        self.log += [len(request.prompt_ids) for request in requests]
+        return SimpleNamespace(collect=lambda: [f"{self.index}:{request.key}" for request in requests])
+
+    def take_steps(self):
+        if self.failure is not None:
+            raise self.failure
+        batches, self.log = self.log if self.logs else [], []
+        return StepLog(start=np.arange(float(len(batches))), batch=np.array(batches), failures=self.failures)
+
+
+def prompts(*lengths):
+    return [Request(str(i), (1,) * n, SamplingParams(max_new_tokens=4)) for i, n in enumerate(lengths)]
+
+
+def as_lists(logs):
+    return [(log.batch.tolist(), log.failures) for log in logs]
+
+
+def play(config, logs):
+    """What two ranks hear of two engines' batches, over a few phases."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fleet = RolloutFleet(config, lambda index: LoggingEngine(index, logs[index]), None, "cpu")
+    heard = []
+    fleet.engine.submit(prompts(1, 2)[: fleet.index + 1])
+    heard.append(as_lists(fleet.take_steps()))
+    heard.append(as_lists(fleet.take_steps()))
+    fleet.engine.submit(prompts(3))
+    asked = fleet.ask_each(prompts(9)[0])  # as the canary is, after a push that interrupted the phase
+    fleet.engine.submit(prompts(4))
+    heard.append(as_lists(fleet.take_steps()))
+    fleet.engine.failures = int(fleet.index == 1)
+    fleet.ask_each(prompts(9)[0])
+    heard.append(as_lists(fleet.take_steps()))
+    return asked, heard
+
+
+def test_every_rank_hears_what_every_engine_s_batches_did(tmp_path):
+    (asked, heard), (asked_too, heard_too) = run_ranks(2, play, smallest_config(tmp_path), [True, True])
+    assert heard == heard_too and asked == asked_too == ["0:0", "1:0"]
+    assert heard[0] == [([1], 0), ([1, 2], 0)]
+    assert heard[1] == [], "taken once"
+    assert heard[2] == [([3], 0), ([4], 0)] * 2, "without what was asked aside, and in two stretches"
+    assert sum(failures for _, failures in heard[3]) >= 1, "a failure is told wherever it happened"
+
+
+def test_engines_that_log_nothing_add_nothing(tmp_path):
+    (_, heard), _ = run_ranks(2, play, smallest_config(tmp_path), [False, True])
+    assert heard[0] == [([1, 2], 0)] and heard[2] == [([3], 0), ([4], 0)]
+
+
+def lose(config):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fleet = RolloutFleet(config, LoggingEngine, None, "cpu")
+    fleet.engine.submit(prompts(5))
+    if fleet.index == 1:
+        fleet.engine.failure = EngineError("died")
+    try:
+        fleet.take_steps()
+    except EngineLostError as error:
+        return str(error)
+    return None
+
+
+def test_an_engine_that_died_is_told_to_every_rank(tmp_path):
+    for told in run_ranks(2, lose, smallest_config(tmp_path)):
+        assert told == "engine of rank 1: died"

@@ -111,3 +111,9 @@ def test_a_restart_brings_the_actor_back_to_be_pushed():
         "actor.offload weights",
         "fleet.wake kv_cache",
     ]
+
+
+def test_what_engines_logged_is_lost_with_one_of_them_but_not_the_run():
+    case = make(fleet={"take_steps": [["log"], EngineLostError("signal 9"), ["log of the next phase"]]})
+    assert [case.rollouts.take_steps() for _ in range(3)] == [["log"], [], ["log of the next phase"]]
+    assert "fleet.restart" not in case.log, "the next push does that"

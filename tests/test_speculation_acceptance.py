@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from respec_trainer.speculation.acceptance import AcceptanceEstimate, depth_acceptance, tokens_per_cycle
+from respec_trainer.speculation.acceptance import AcceptanceEstimate, depth_acceptance, ranks, tokens_per_cycle
 from respec_trainer.speculation.draws import survivals, uniform
 from respec_trainer.speculation.shape import OFF, Shape, chain
 from respec_trainer.speculation.simulator import Setting
@@ -99,3 +99,18 @@ def test_a_steady_acceptance_stays(batches, share):
     for batch in batches:
         estimate.observe([batch, batch * share])
     assert estimate.by_depth[0] == pytest.approx(share)
+
+
+def test_ranks_share_the_rest_in_halves():
+    assert ranks(0.6, 3) == pytest.approx([0.6, 0.2, 0.1]) and ranks(1.0, 2) == [1.0, 0.0] and ranks(0.3, 1) == [0.3]
+
+
+def test_what_is_old_counts_less():
+    """Of depths behind the first; what is seen then weighs as if there were as few drafts as that."""
+    estimate = AcceptanceEstimate([0.5, 0.2], memory=1e9, prior_drafts=100)
+    estimate.age(1, 4)
+    assert estimate.by_depth == [0.5, 0.2]
+    estimate.observe([8, 8, 8])
+    assert estimate.by_depth == pytest.approx([58 / 108, 8.8 / 12])
+    estimate.age(0, 1000)  # more than it had: nothing changes
+    assert estimate.tried == pytest.approx([108, 12])

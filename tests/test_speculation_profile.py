@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.speculation.profile import Cell, Timing, load_profile, shapes_digest
-from respec_trainer.speculation.shape import OFF, Shape, chain
+from respec_trainer.speculation.shape import OFF, Shape, chain, parse_shape
 from tests.speculation import CPU, IDENTITY, profile_of
 
 
@@ -30,7 +30,7 @@ def test_a_profile_comes_back_from_its_file(tmp_path):
         (lambda tree: tree["cells"][0].update(batch=0), "cells.0.batch: .* greater than or equal to 1"),
         (lambda tree: tree["cells"][0]["times"]["plain"].update(seconds=[]), "cells.0.times.plain.seconds: .* 1 item"),
         (lambda tree: tree["cells"][0]["times"]["plain"].update(seconds=[-1.0]), "seconds.0: .* greater than 0"),
-        (lambda tree: tree["cells"][0]["times"].pop("plain"), "cells.0: times: plain required"),
+        (lambda tree: tree["cells"][0].update(times={}), "cells.0: times: none are given"),
         (lambda tree: tree["cells"][1]["times"].pop("verify"), "cells.1: times: verify required"),
         (lambda tree: tree["cells"][1]["times"].update(plain={"seconds": [1]}), "steps=1 has no part 'plain', only"),
         (lambda tree: tree["cells"][1].update(shape=[2, 1, 9]), "drafts only 2 tokens, and cannot verify 8"),
@@ -100,3 +100,20 @@ def test_shapes(steps, topk):
 def test_plain_decoding_is_a_shape():
     assert chain(0) == OFF and OFF.fault() is None and OFF.is_chain and str(OFF) == "off"
     assert "plain decoding" in Shape(0, 1, 4).fault() and "needs" in Shape(1, 0, 2).fault()
+
+
+def test_shapes_on_the_command_line():
+    assert parse_shape("3,2,6") == Shape(3, 2, 6) and parse_shape("3, 1, 4") == chain(3)
+    for text in ("3,2", "3,2,x", "", "3,2,6,1"):
+        with pytest.raises(ConfigError, match="is not steps,topk,draft_tokens"):
+            parse_shape(text)
+    with pytest.raises(ConfigError, match="3,2,99: .* drafts only"):
+        parse_shape("3,2,99")
+
+
+def test_cells_of_prompts_only_and_of_whole_cycles_only():
+    one = Timing(seconds=[1.0])
+    prompts = Cell(batch=1, context=1, shape=OFF, times={"prefill": one, "catch_up": one})
+    assert not prompts.decodes and Cell(batch=1, context=1, shape=OFF, times={"plain": one}).decodes
+    tree = Cell(batch=1, context=1, shape=Shape(3, 2, 6), times={"cycle": one})
+    assert tree.decodes and tree.seconds == 1.0

@@ -32,13 +32,19 @@ def test_policies_side_by_side():
 def test_each_engine_has_a_policy_of_its_own():
     make = policy_named("adaptive", CPU, [0, 1, 3], skewed_trace(8), Setting())
     one, other = make(), make()
-    assert one is not other and one.seconds is other.seconds and one.lost is not other.lost
+    assert one.times is other.times and one.estimate is not other.estimate and one.policy is not other.policy
 
 
-@pytest.mark.parametrize("name", ["s=2", "s=", "best", "s=-1"])
+@pytest.mark.parametrize("name", ["s=2", "s=", "best", "s=-1", "s=1<="])
 def test_names_of_no_policy(name):
     with pytest.raises(ConfigError, match="steps \\[1, 3\\] only|no policy"):
         policy_named(name, CPU, [0, 1, 3], skewed_trace(8), Setting())
+
+
+def test_none_above_a_batch_size():
+    trace = skewed_trace(12)
+    outcome = compare(trace, CPU, [0, 3], "s=3<=8", Setting())["s=3<=8"]
+    assert all(span.steps == (3 if span.batch <= 8 else 0) for span in outcome.spans[0])
 
 
 def test_only_chains_are_switched():

@@ -10,29 +10,14 @@ import pytest
 from rich.console import Console
 
 from respec_trainer.config import SpeculationConfig, load_config
-from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED, Sample
+from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
 from respec_trainer.telemetry.live import Progress
 from respec_trainer.telemetry.metrics import reward_metrics, rollout_metrics, speculation_metrics
 from respec_trainer.telemetry.phases import PhaseClock
 from respec_trainer.telemetry.recorder import Recorder, new_run_folder, read_metrics
 from respec_trainer.telemetry.summary import LOSSY, curve, print_summary, reward_rise
 from tests.configs import smallest_config
-
-
-def sample(reward=0.0, tokens=4, verify=0, histogram=(), finish="stop") -> Sample:
-    return Sample(
-        key="0:a:0",
-        prompt_ids=[1],
-        response_ids=list(range(tokens)),
-        sampler_logprobs=[-1.0] * tokens,
-        finish_reason=finish,
-        actor_version="actor-0",
-        drafter_version="drafter-0",
-        verify_count=verify,
-        accept_histogram=list(histogram),
-        origins=[UNDRAFTED] + [BONUS if verify else UNDRAFTED] * (tokens - 1),
-        reward=reward,
-    )
+from tests.telemetry import sample
 
 
 @pytest.fixture
@@ -58,7 +43,7 @@ def test_speculation_metrics_count_the_bonus_token():
     first, second = sample(verify=4, histogram=[1, 1, 0, 2]), sample(verify=6, histogram=[1, 2, 1, 2])
     metrics = speculation_metrics([first, second], SpeculationConfig())
     assert metrics["spec/accept_length"] == pytest.approx(2.7)
-    assert metrics["spec/accept_by_depth"] == pytest.approx([0.8, 0.5, 0.4])
+    assert metrics["spec/accept_by_depth"] == pytest.approx([8 / 10, 5 / 8, 4 / 5])
     assert metrics["spec/off_fraction"] == 0.0
     assert first.accept_length == pytest.approx(1 + 7 / 4)
 
@@ -163,15 +148,74 @@ def test_summary_says_that_samples_did_not_follow_the_policy(tmp_path):
     assert [LOSSY in text for text in texts] == [False, True]
 
 
-@pytest.mark.parametrize("lossy", [True, False])
-def test_a_run_says_at_its_start_that_samples_will_not_follow_the_policy(tmp_path, monkeypatch, capsys, lossy):
+def test_summary_says_what_speculation_came_to_by_the_time_it_ran(tmp_path):
+    text, run = io.StringIO(), steps([0.2] * 3)
+    run[0] |= {"spec/achieved_speedup": 1.0, "spec/predicted_speedup": 1.1, "spec/off_fraction": 1.0}
+    run[1] |= {"spec/achieved_speedup": 2.0, "spec/predicted_speedup": 1.9, "spec/off_fraction": 0.0}
+    run[1]["time/generate"] = 3.0
+    print_summary(run, tmp_path, Console(file=text, width=200))
+    assert "speculation   1.75x plain decoding, predicted 1.70x; off 25% of the time" in text.getvalue()
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_summary_says_that_the_policy_failed(tmp_path, failures):
+    text, run = io.StringIO(), steps([0.2] * 3)
+    run[1]["spec/policy_failures"] = failures
+    print_summary(run, tmp_path, Console(file=text, width=200))
+    assert ("speculation was turned off: its policy failed in step 2" in text.getvalue()) == bool(failures)
+    assert "plain decoding" not in text.getvalue(), "no costs, no speed-up"
+
+
+@pytest.fixture
+def lone_report(tmp_path, monkeypatch):
+    """A run's Report in a process without others."""
     from respec_trainer.telemetry import report
 
     monkeypatch.setattr(report.dist, "broadcast_object_list", lambda *_args, **_kwargs: None)
+
+    def make(*overrides):
+        shape = ["telemetry.live=lines", "telemetry.tensorboard=false", f"run.dir={tmp_path}", *overrides]
+        return report.Report(smallest_config(tmp_path, *shape), rank=0, control=None)
+
+    return make
+
+
+@pytest.mark.parametrize("lossy", [True, False])
+def test_a_run_says_at_its_start_that_samples_will_not_follow_the_policy(lone_report, capsys, lossy):
     thresholds = ["speculation.accept_threshold_single=0.5", "speculation.allow_lossy=true"] * lossy
-    shape = ["speculation.algorithm=ngram", "telemetry.live=lines", f"run.dir={tmp_path}"]
-    report.Report(smallest_config(tmp_path, *shape, *thresholds), rank=0, control=None).close()
+    lone_report("speculation.algorithm=ngram", *thresholds).close()
     assert (LOSSY in capsys.readouterr().out) == lossy
+
+
+def test_a_run_ends_with_its_page(lone_report):
+    report = lone_report()
+    for step, row in enumerate(steps([0.25, 0.75])):
+        report.rollout(step, [sample()] * 8, [])
+        report.step(step, row)
+    report.summary()
+    report.close()
+    assert "data:image/png" in (report.folder / "report.html").read_text()
+    assert len(list((report.folder / "lengths").iterdir())) == 2
+
+
+def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(lone_report, capsys):
+    report = lone_report()
+    report.step(0, steps([0.5])[0])
+    (report.folder / "steps").mkdir()
+    (report.folder / "steps/step_1.npz").write_bytes(b"broken")
+    report.summary()
+    report.close()
+    said = capsys.readouterr().out
+    assert "report.html was not written (DataError:" in said and f"tools/report.py {report.folder}" in said
+    assert "summary" in said
+
+
+def test_a_run_without_a_step_has_no_page(lone_report, capsys):
+    report = lone_report()
+    report.summary()
+    report.close()
+    assert not (report.folder / "report.html").exists()
+    assert "not written" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["lines", "panel", "off"])

@@ -116,6 +116,7 @@ def test_an_actor_whose_engines_keep_dying_is_exported(make):
         raise EngineLostError("3 restarts were not enough")
 
     trainer.job.rollouts = SimpleNamespace(push=push)
+    trainer.job.resume = lambda trainer: 0
     trainer.job.clock = lambda name: contextlib.nullcontext()
     trainer.job.export = lambda: exported.append(1) or "runs/x/actor"
     with pytest.raises(EngineLostError, match="3 restarts were not enough; the actor as it is lies in runs/x/actor"):

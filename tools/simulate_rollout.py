@@ -31,13 +31,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path, required=True, help="what speculation costs, as JSON")
     parser.add_argument("--lengths", type=Path, required=True, help="length trace, as JSONL")
-    parser.add_argument("--policy", default="adaptive", help="adaptive, off, oracle or s=K (default adaptive)")
+    parser.add_argument("--policy", default="adaptive", help="adaptive, off, oracle, s=K, s=K<=B (default adaptive)")
     parser.add_argument("--engines", type=int, default=1, help="engines that share the rollout (default 1)")
     parser.add_argument("--slots", type=int, default=64, help="sequences an engine runs at most (default 64)")
     parser.add_argument("--min-free-slots", type=int, default=1, help="of them, before new ones start (default 1)")
     parser.add_argument("--balance", choices=("shares", "queue"), default="shares", help="how engines get requests")
     parser.add_argument("--acceptance", help="by depth, for rows that have none: 0.8,0.7,0.6")
-    parser.add_argument("--switch-seconds", type=float, default=0.0, help="what a change of the steps takes")
     parser.add_argument("--expected", action="store_true", help="every pass keeps the expected number of drafts")
     parser.add_argument("--seed", type=int, default=0, help="of which drafts are kept (default 0)")
     parser.add_argument("--json", type=Path, help="also write the outcomes here")
@@ -60,7 +59,6 @@ def replay(args: argparse.Namespace) -> int:
         balance=args.balance,
         sampled=not args.expected,
         seed=args.seed,
-        switch_seconds=args.switch_seconds,
     )
     profile = load_profile(args.profile)
     trace = load_trace(args.lengths, parse_acceptance(args.acceptance))

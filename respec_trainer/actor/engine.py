@@ -5,7 +5,7 @@ Leaves out pipeline and context parallelism: a rank holds its part of every laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import deepspeed
@@ -22,7 +22,9 @@ from respec_trainer.actor.objective import finish_metrics, merge_sums, policy_lo
 from respec_trainer.actor.offload import Offload, Part
 from respec_trainer.actor.optim import learning_rate_factor, setup_optimizer
 from respec_trainer.actor.parallel import DeepSpeedMpu, Topology
+from respec_trainer.actor.state import ActorState, ReadFragment
 from respec_trainer.capture import Captured, CapturedRow, Wanted
+from respec_trainer.checkpoint.fragments import SavedActor
 from respec_trainer.config import Config
 from respec_trainer.errors import TrainingError
 from respec_trainer.rollout.batch import Batch
@@ -71,6 +73,7 @@ class Actor:
             dist_init_required=False,
         )
         self._room = Offload(self.engine)
+        self._state = ActorState(self.engine, topology, self._room)
 
     @property
     def updates(self) -> int:
@@ -90,6 +93,14 @@ class Actor:
         """Bring back "weights", then "optimizer"; None: both."""
         for wanted in ("weights", "optimizer") if part is None else (part,):
             self._room.back(wanted)
+
+    def save_state(self) -> SavedActor:
+        """This rank's part of weights, moments and counters, in host memory that the next call uses again."""
+        return self._state.save()
+
+    def load_state(self, read: ReadFragment, counts: Mapping[str, int]) -> None:
+        """Take the place of a saved actor of any layout; see `actor.state`."""
+        self._state.load(read, counts)
 
     @torch.no_grad()
     def infer(self, batch: Batch, wanted: Wanted | None = None) -> Inference:

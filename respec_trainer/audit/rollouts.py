@@ -9,6 +9,7 @@ The engine and the actor round differently, but their errors do not favor a rank
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -60,6 +61,17 @@ class RolloutAudit:
             "audit/power": all_audits.power(0.02, LEVEL),
             "audit/tokens": here.draws,
         }
+
+    def state_dict(self) -> dict:
+        """Of all audits so far, alike on every rank; as JSON."""
+        total = self.total
+        arrays = {} if total is None else {name: np.asarray(value).tolist() for name, value in vars(total).items()}
+        return {"total": arrays}
+
+    def load_state_dict(self, state: dict) -> None:
+        total = state["total"]
+        arrays = {name: np.asarray(value) if isinstance(value, list) else value for name, value in total.items()}
+        self.total = ClassSums(**arrays) if arrays else None
 
     def _sums(self, batch: Batch) -> ClassSums:
         drawn, masses = [], []

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from respec_trainer.checkpoint.safetensors_io import DTYPES, open_safetensors
 from respec_trainer.errors import ConfigError
+
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class HFFolder:
@@ -23,27 +28,46 @@ class HFFolder:
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX
         if index.is_file():
-            return json.loads(index.read_text())["weight_map"]
+            return _weight_map(index)
         single = self.folder / "model.safetensors"
         if single.is_file():
             return dict.fromkeys(self._open(single.name).keys(), single.name)
-        raise ConfigError(f"{self.folder} holds neither model.safetensors nor model.safetensors.index.json")
+        raise ConfigError(f"{self.folder} holds neither model.safetensors nor {INDEX}{_pickles(self.folder)}")
 
     def _open(self, name: str) -> safe_open:
         if name not in self._files:
-            try:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(f"{self.folder / name} cannot be read: {error}") from error
+            self._files[name] = open_safetensors(self.folder / name)
         return self._files[name]
+
+    def check_index(self) -> None:
+        """Open every file, and raise ConfigError unless the index names exactly the tensors that each one holds."""
+        for file in self.files():
+            listed = {name for name, holder in self._file_of.items() if holder == file}
+            held = set(self._open(file).keys())
+            pairs = (("lacks", listed - held), ("holds, though the index does not say so,", held - listed))
+            for problem, names in pairs:
+                if names:
+                    raise ConfigError(
+                        f"{self.folder / file} {problem} {some(names)}; {INDEX} and the files are not of one model"
+                    )
+
+    def files(self) -> list[str]:
+        """The names of the safetensors files."""
+        return sorted(set(self._file_of.values()))
 
     def names(self) -> set[str]:
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        code = self._open(self._file_of[name]).get_slice(name).get_dtype()
+        if code not in DTYPES:
+            raise ConfigError(f"{self.folder}: {name} is of dtype {code}, which is not supported")
+        return DTYPES[code]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
         """The part of tensor `name` that `index` selects; all of it for ()."""
@@ -55,3 +79,26 @@ class HFFolder:
 
     def __exit__(self, *_) -> None:
         self._files.clear()  # nothing else holds the memory maps
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{index} has no weight_map that can be read: {error!r}; copy it again") from error
+
+
+def _pickles(folder: Path) -> str:
+    found = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if not found:
+        return ""
+    return (
+        f", but {', '.join(found[:3])}: pickles may run any code when they are read, and are not read here. Save the "
+        f"model anew with transformers' save_pretrained, which writes safetensors"
+    )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

@@ -67,10 +67,23 @@ def padded_vocab_size(config, tp: int) -> int:
     return -(-config.vocab_size // tp) * tp
 
 
+def megatron_shapes(config, tp: int) -> dict[str, tuple[int, ...]]:
+    """The parameters of the Megatron model of Hugging Face `config`, and the shape of one of `tp` shards of each.
+
+    In the order of the Hugging Face tensors, which files that hold them keep too.
+    """
+    kinds = [kind for kind in _IN_LAYER if _has(config, kind)]
+    layers = [f"decoder.layers.{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in kinds]
+    last = [] if config.tie_word_embeddings else ["output_layer.weight"]
+    names = ["embedding.word_embeddings.weight", *layers, "decoder.final_layernorm.weight", *last]
+    return {name: _shard_shape(name, config, tp) for name in names}
+
+
 def megatron_shard(name: str, read: Reader, config, tp_rank: int, tp: int) -> torch.Tensor:
     """Tensor-parallel rank `tp_rank`'s shard of Megatron parameter `name`, contiguous, reading no more than it holds.
 
-    `config` is the Hugging Face config. Padded vocabulary rows are zero.
+    `config` is the Hugging Face config. Padded vocabulary rows are zero. What was read may be returned as it is: copy
+    it before writing into it.
     """
     layout = parameter_layout(name, config, tp)
     if layout.dim is None:
@@ -81,7 +94,7 @@ def megatron_shard(name: str, read: Reader, config, tp_rank: int, tp: int) -> to
     if padding:  # possibly all of the cut: then a range of no rows tells dtype and width
         rows = parts or [_read(Segment(layout.segments[0].source, 0, 0), read, layout.dim)]
         parts = [*rows, rows[0].new_zeros(padding, *rows[0].shape[1:])]
-    return torch.cat(parts, layout.dim)
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, layout.dim)  # one part needs no second copy
 
 
 def to_hf(name: str, shards: Sequence[torch.Tensor], config) -> list[tuple[str, torch.Tensor]]:
@@ -94,6 +107,12 @@ def to_hf(name: str, shards: Sequence[torch.Tensor], config) -> list[tuple[str, 
     out = {source: shards[0].new_empty(shape) for source, shape in shapes.items()}
     copy_to_hf(name, shards, config, out)
     return list(out.items())
+
+
+def hf_model_shapes(config) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors of the model of `config`: those that files must hold, tied ones once."""
+    whole = megatron_shapes(config, 1).items()
+    return {source: shape for name, held in whole for source, shape in hf_shapes(name, held, config, 1).items()}
 
 
 def hf_shapes(name: str, shard_shape: Sequence[int], config, tp: int) -> dict[str, tuple[int, ...]]:
@@ -145,6 +164,23 @@ def parameter_layout(name: str, config, tp: int) -> Layout:
     if match is None or match[2] not in _IN_LAYER:
         raise KeyError(f"no Hugging Face counterpart of Megatron parameter {name!r} is known")
     return _IN_LAYER[match[2]](config, tp, f"model.layers.{match[1]}.")
+
+
+def _has(config, kind: str) -> bool:
+    """Whether models of this family have a parameter of this kind in their layers."""
+    family = {"linear_qkv.bias": "qwen2", "q_layernorm.weight": "qwen3", "k_layernorm.weight": "qwen3"}
+    return family.get(kind.partition(".")[2], config.model_type) == config.model_type
+
+
+def _shard_shape(name: str, config, tp: int) -> tuple[int, ...]:
+    layout = parameter_layout(name, config, tp)
+    if layout.dim is None:
+        per_head = name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+        return (head_dim(config) if per_head else config.hidden_size,)
+    share = sum(segment.length for segment in layout.segments) // tp
+    if name.endswith("bias"):
+        return (share,)
+    return (share, config.hidden_size) if layout.dim == 0 else (config.hidden_size, share)
 
 
 def _read(part: Segment, read: Reader, dim: int) -> torch.Tensor:

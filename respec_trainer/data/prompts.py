@@ -6,8 +6,11 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from respec_trainer.config import DataConfig
 from respec_trainer.errors import ConfigError, DataError
@@ -103,15 +106,34 @@ class PromptStream:
             taken += [self.prompts[i] for i in part]
         return taken
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed}
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position} | self._identity()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where the stream that gave `state` was. Raises ValueError for a stream of another seed."""
-        if state["seed"] != self.seed:
-            raise ValueError(f"the saved stream has seed {state['seed']}, this one {self.seed}: their orders differ")
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the stream that gave `state` was.
+
+        Raises DataError for a stream of another seed, order or prompts: its position would mean others.
+        """
+        for key, value in self._identity().items():
+            if state[key] != value:
+                raise DataError(
+                    f"the run was at prompt {state['position']} of epoch {state['epoch']} of a stream whose {key} is "
+                    f"{state[key]}, here it is {value}: give it the same data.path, data.template, data.shuffle and "
+                    "run.seed, or start a new run (checkpoint.resume=never)"
+                )
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._shuffled()
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes a position mean the same prompts again."""
+        return {"seed": self.seed, "shuffle": self.shuffle, "prompts": len(self.prompts), "digest": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        content = xxhash.xxh3_64()
+        for prompt in self.prompts:
+            content.update(f"{prompt.key}\0{prompt.text}\0{prompt.answer}\0".encode())
+        return content.hexdigest()
 
     def _shuffled(self) -> list[int]:
         order = list(range(len(self.prompts)))

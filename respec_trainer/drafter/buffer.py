@@ -67,8 +67,8 @@ class ReplayBuffer:
       first row of a step brings a snapshot with it, and the last one takes it away.
     """
 
-    def __init__(self, budget_mb: int, retention: Literal["recency", "reservoir"] = "recency", seed: int = 0):
-        self.budget, self.retention = budget_mb * MB, retention
+    def __init__(self, budget: int, retention: Literal["recency", "reservoir"] = "recency", seed: int = 0):
+        self.budget, self.retention = budget, retention
         self.rows: list[Row] = []  # the ones to drop last at the end
         self.lots: list[float] = []  # of the rows, ascending; all alike under "recency"
         self.generator = torch.Generator().manual_seed(seed)
@@ -95,20 +95,25 @@ class ReplayBuffer:
         if not self.used and len(self.rows) < min(batch, len(rows)):
             batch = min(batch, len(rows))
             needed = sum(row.nbytes for row in rows[:batch]) + rows[0].snapshot.nbytes
+            more = -(-(needed - self.budget) // MB)
             raise ConfigError(
-                f"drafter.buffer_mb={self.budget // MB} holds {len(self.rows)} of the {batch} responses that one "
-                f"drafter update takes on each rank: set it to {-(-needed // MB)} or more, or lower drafter.batch_size"
+                f"the {self.budget / MB:.1f} MB that drafter.memory_mb leaves for rollouts hold {len(self.rows)} of "
+                f"the {batch} responses that one drafter update takes on each rank: set it {more} or more higher, or "
+                "lower drafter.batch_size"
             )
         self.used = self.used or bool(rows)
 
     def choose(self, share: float) -> list[Row]:
-        """That share of the rows, rounded up, in random order: the newest, or under "reservoir" any."""
+        """That share of the rows, rounded up, in the order to learn from them.
+
+        Under "reservoir" any rows, in random order. Under "recency" the newest, in random order within a step and the
+        newest step first: generation may end before all are used, and they are nearest to the policy to draft for.
+        """
         count = -(-len(self.rows) // max(round(1 / share), 1))
+        shuffled = [self.rows[i] for i in torch.randperm(len(self.rows), generator=self.generator)]
         if self.retention == "recency":
-            chosen = self.rows[-count:] if count else []
-        else:
-            chosen = [self.rows[i] for i in torch.randperm(len(self.rows), generator=self.generator)[:count]]
-        return [chosen[i] for i in torch.randperm(len(chosen), generator=self.generator)]
+            shuffled.sort(key=lambda row: -row.step)
+        return shuffled[:count]
 
     def newest(self, limit: int) -> list[Row]:
         """At most `limit` rows of the newest step."""

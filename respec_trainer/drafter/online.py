@@ -33,6 +33,7 @@ from respec_trainer.drafter.measure import measure
 from respec_trainer.drafter.recall import recall
 from respec_trainer.drafter.record import Place, StepRecord, rows_of_step
 from respec_trainer.drafter.updates import DrafterUpdates, Micro
+from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.sample import Sample
 
 MEASURED = 64  # newest responses that the drafter is measured on, over all ranks: some hundreds of verify passes
@@ -58,7 +59,8 @@ class OnlineDrafter:
         self.temperature = config.rollout.sampling.temperature
         self.updates = DrafterUpdates(self.drafter, self.settings, self.temperature, self._bf16())
         self.served = self._as_served()
-        self.buffer = ReplayBuffer(self.settings.buffer_mb, self.settings.retention, config.run.seed + place.rank)
+        self.began_as = self._as_served() if self.settings.compare_frozen else None
+        self.buffer = ReplayBuffer(self._room(), self.settings.retention, config.run.seed + place.rank)
         self.cadence = Cadence(self.settings.cadence, self.settings.interval, self.settings.delta)
         self.record = StepRecord(ids, hf_config.vocab_size)
         self.number = 0  # of the version
@@ -85,14 +87,14 @@ class OnlineDrafter:
     def observe(self, samples: list[Sample], inference: Any, rewards: torch.Tensor, generation_seconds: float) -> None:
         """Store this rank's share of a step's samples as `actor.infer` captured it. rewards: [prompts, n].
 
-        Raises ConfigError if `drafter.buffer_mb` is too small for one update's responses.
+        Raises ConfigError if `drafter.memory_mb` is too small for one update's responses.
         """
         rows = rows_of_step(samples, inference, rewards, self.settings, self.place, self.record)
         self.record.observe(samples, self.say)
         self.accept_history.append(self.record.accept_length)
         self.cadence.note(self.record.accept_length, generation_seconds)
         self.buffer.add(rows, self._share_of_batch)
-        assert self.buffer.nbytes <= self.buffer.budget
+        assert self.nbytes <= self.settings.memory_mb * MB
         if self.settings.mode == "sync":
             watch = _Watch(lambda: False)
             self._measure(watch)
@@ -105,13 +107,37 @@ class OnlineDrafter:
     def metrics(self) -> dict[str, float | list[float]]:
         """`drafter/*` since the last call, and `time/learn_exposed`; the same on every rank."""
         found = self.record.metrics(self.config, self._sum, self._least)
-        (held,) = self._sum([self.buffer.nbytes])
-        return found | {"drafter/buffer_mb": held / MB, "drafter/frozen": int(self.frozen)}
+        buffered, held = self._sum([self.buffer.nbytes, self.nbytes])
+        found |= {"drafter/buffer_mb": buffered / MB, "drafter/memory_mb": held / MB}
+        return found | {"drafter/frozen": int(self.frozen)}
+
+    @property
+    def nbytes(self) -> int:
+        """What this rank's learner holds, wherever it lies: rollouts, drafters, gradients, moments."""
+        return self.buffer.nbytes + self._fixed_bytes()
+
+    def _fixed_bytes(self) -> int:
+        drafters = [drafter for drafter in (self.drafter, self.served, self.began_as) if drafter is not None]
+        return self.updates.nbytes + sum(tensor.nbytes for d in drafters for tensor in d.state_dict().values())
+
+    def _room(self) -> int:
+        """Bytes that the budget leaves for rollouts."""
+        room = self.settings.memory_mb * MB - self._fixed_bytes()
+        if room <= 0:
+            needed = -(-self._fixed_bytes() // MB)
+            raise ConfigError(
+                f"drafter.memory_mb={self.settings.memory_mb} is less than the {needed} MB that the drafter and its "
+                f"optimizer take on each rank: set it to {needed} and what the rollouts to learn from shall have"
+            )
+        return room
 
     def _measure(self, watch: _Watch) -> None:
         rows = self.buffer.newest(-(-MEASURED // self.place.world_size))
         watch()
         self.record.measured = measure(self.served, self.wants.draft_ids, rows, self.config, self.place.device)
+        if self.began_as is not None:
+            frozen = measure(self.began_as, self.wants.draft_ids, rows, self.config, self.place.device)
+            self.record.measured_frozen = frozen
 
     def _train(self, may_go_on: Callable[[], bool]) -> None:
         """Go through this training's share of the buffer, for as long as `may_go_on`, which is collective."""
@@ -210,6 +236,7 @@ class OnlineDrafter:
         return {
             "drafter": self.drafter.state_dict(),
             "served": self.served.state_dict(),
+            "began_as": self.began_as.state_dict() if self.began_as is not None else None,
             "updates": self.updates.state_dict(),
             "buffer": self.buffer.state_dict(),
             "cadence": self.cadence.state_dict(),
@@ -223,6 +250,8 @@ class OnlineDrafter:
     def load_state_dict(self, state: dict) -> None:
         self.drafter.load_state_dict(state["drafter"])
         self.served.load_state_dict(state["served"])
+        if self.began_as is not None and state["began_as"] is not None:
+            self.began_as.load_state_dict(state["began_as"])
         self.updates.load_state_dict(state["updates"])
         self.buffer.load_state_dict(state["buffer"])
         self.cadence.load_state_dict(state["cadence"])

@@ -50,6 +50,7 @@ class StepRecord:
         self.steps: dict[str, float] = {}  # metrics that every rank knows
         self.drift = [0.0, 0.0]  # sum over this rank's tokens, tokens
         self.measured: Measurement | None = None
+        self.measured_frozen: Measurement | None = None  # the drafter that the run began with, on the same rows
         self.exposed = 0.0
         self.updates = self.dropped = self.refused = 0
         self.loss = 0.0
@@ -88,8 +89,10 @@ class StepRecord:
 
     def metrics(self, config: Config, add: Callable, least: Callable) -> dict[str, float | list[float]]:
         """Metrics since the last call; `add` and `least` reduce lists of numbers over all ranks."""
-        measured = (self.measured or Measurement.none(config.drafter.unroll)).flat()
-        *totals, drift, tokens, refused = add([*measured.tolist(), *self.drift, self.refused])
+        none = Measurement.none(config.drafter.unroll)
+        measured = torch.stack([(one or none).flat() for one in (self.measured, self.measured_frozen)])
+        *totals, drift, tokens, refused = add([*measured.flatten().tolist(), *self.drift, self.refused])
+        served, frozen = (Measurement.of_flat(total) for total in torch.tensor(totals, dtype=torch.float64).view(2, -1))
         (exposed,) = least([self.exposed])
         found = self.steps | {
             "drafter/updates": self.updates,
@@ -102,7 +105,9 @@ class StepRecord:
             found["drafter/loss"] = self.loss / self.updates
             means = self.sums.means()
             found |= {"drafter/train_acceptance": means["alpha"], "drafter/train_top1": means["top1"]}
-        found |= Measurement.of_flat(torch.tensor(totals, dtype=torch.float64)).metrics(config)
+        found |= served.metrics(config)
+        predicted = frozen.metrics(config).get("drafter/predicted_accept_length")
+        found |= {} if predicted is None else {"drafter/frozen_accept_length": predicted}
         self._clear()
         return found
 

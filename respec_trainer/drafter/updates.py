@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
+from torch.optim import Muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from respec_trainer.config import DrafterConfig
@@ -52,6 +53,15 @@ class DrafterUpdates:
         # gradients, weight, weighted loss, then DepthSums
         self.flat = torch.zeros(self.size + 2 + len(PARTS) * config.unroll, device=self.device)
         self._tie_gradients()
+
+    @property
+    def nbytes(self) -> int:
+        """Gradients and moments: two of AdamW, one of Muon; all float32. They exist from the first update on."""
+        moments = 0
+        for optimizer in self.optimizers:
+            count = 1 if isinstance(optimizer, Muon) else 2
+            moments += count * sum(weight.nbytes for group in optimizer.param_groups for weight in group["params"])
+        return self.flat.nbytes + moments
 
     def _tie_gradients(self) -> None:
         parts = self.flat[: self.size].split([parameter.numel() for parameter in self.parameters])

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class AcceptAlarm:
-    """Compares each step's accept length, in tokens a verify pass, with the one before the last push."""
+    """Compares each step's acceptance with the one before the last push.
+
+    By depth, as accept length also falls where fewer steps are drafted: compared is what chains would come to, in
+    tokens a verify pass, that draft as deep as both steps did.
+    """
 
     def __init__(self, share: float, verified: bool):
         """
@@ -13,17 +19,32 @@ class AcceptAlarm:
             verified: whether every push is proved by digests.
         """
         self.share, self.verified = share, verified
-        self.before: tuple[float, str] | None = None  # accept length, drafter's version
+        self.before: tuple[list[float], str] | None = None  # acceptance by depth, drafter's version
 
-    def hear(self, accept_length: float, drafter: str) -> str | None:
-        """What to tell the user, if drafts accepted a pass fell by more than the share; None if all is well."""
-        before, self.before = self.before, (accept_length, drafter)
-        if before is None or before[0] - 1 <= 0 or accept_length - 1 >= (1 - self.share) * (before[0] - 1):
+    def hear(self, acceptance: Sequence[float], drafter: str) -> str | None:
+        """What to tell the user, if drafts accepted a pass fell by more than the share; None if all is well.
+
+        acceptance[d]: the share of drafts kept at depth d + 1, given that those before it were; empty for a step
+        without drafts, which says nothing.
+        """
+        if not acceptance:
+            return None
+        before, self.before = self.before, (list(acceptance), drafter)
+        if before is None:
+            return None
+        then, now = (_drafts_kept(of[: min(len(acceptance), len(before[0]))]) for of in (before[0], acceptance))
+        if then <= 0 or now >= (1 - self.share) * then:
             return None
         return (
-            f"accept length fell from {before[0]:.2f} to {accept_length:.2f} with the last push, drafts accepted by "
+            f"accept length fell from {1 + then:.2f} to {1 + now:.2f} with the last push, drafts accepted by "
             f"more than {self.share:.0%} (resync.accept_alarm): {self._cause(before[1], drafter)}"
         )
+
+    def state_dict(self) -> dict:
+        return {"before": self.before}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.before = tuple(state["before"]) if state["before"] else None
 
     def _cause(self, before: str, now: str) -> str:
         if not self.verified:
@@ -34,3 +55,12 @@ class AcceptAlarm:
             f"the drafter is still {now}, by its digests, so the policy moved away from it in one update: see "
             "policy/grad_norm and policy/entropy; train the drafter (drafter.weighting) or lower actor.optim.lr"
         )
+
+
+def _drafts_kept(acceptance: Sequence[float]) -> float:
+    """Drafts that a chain of this depth keeps a pass."""
+    kept = survival = 0.0
+    for depth, share in enumerate(acceptance):
+        survival = share if depth == 0 else survival * share
+        kept += survival
+    return kept

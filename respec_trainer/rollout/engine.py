@@ -16,6 +16,7 @@ import torch
 
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.sample import Request, Sample
+from respec_trainer.rollout.steps import StepLog
 
 Role = Literal["target", "draft"]
 
@@ -129,6 +130,10 @@ class RolloutEngine(ABC):
     @abstractmethod
     def stats(self) -> dict[str, float]:
         """Counters since the start: tokens, verify passes, drafts accepted."""
+
+    @abstractmethod
+    def take_steps(self) -> StepLog:
+        """What the engine's batches did since the last call; empty where the engine logs none. Ask when it is idle."""
 
     @abstractmethod
     def shutdown(self) -> None:

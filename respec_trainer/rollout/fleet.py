@@ -22,6 +22,7 @@ from respec_trainer.errors import EngineError
 from respec_trainer.rollout.engine import Pending, RolloutEngine
 from respec_trainer.rollout.ledger import Ledger
 from respec_trainer.rollout.sample import Request, Sample
+from respec_trainer.rollout.steps import StepLog
 
 
 class RolloutFleet:
@@ -52,6 +53,7 @@ class RolloutFleet:
         self.engine = make_engine(rank // span) if rank in self.owners else None
         self.index = rank // span
         self.counts: Counter[str] = Counter()  # of this rank's engine, since they were last taken
+        self.logs: list[StepLog] = []  # of this rank's engine, from before it was last asked aside
         self._agree(self.engine.start if self.engine else None)
 
     def start(self, requests: Sequence[Request]) -> FleetPending:
@@ -60,8 +62,8 @@ class RolloutFleet:
         return FleetPending(self, mine)
 
     def ask_each(self, request: Request) -> list[Sample]:
-        """Every engine's answer to the same request, on every rank."""
-        return self._agree((lambda: self.engine.submit([request]).collect()[0]) if self.engine else None)
+        """Every engine's answer to the same request, on every rank. Rollouts' step logs do not hold it."""
+        return self._agree((lambda: self._ask(request)) if self.engine else None)
 
     def check(self) -> None:
         """Raise EngineLostError on every rank if an engine died since it was last heard of."""
@@ -86,9 +88,26 @@ class RolloutFleet:
         counts, self.counts = self.counts, Counter()
         return sum(self._agree(lambda: counts), Counter())
 
+    def take_steps(self) -> list[StepLog]:
+        """What the engines' batches did since the last call, on every rank; engines that log none add nothing.
+
+        One log an engine, and one more for each time that a rollout of its was interrupted.
+        """
+        return [log for logs in self._agree(self._take_steps if self.engine else None) for log in logs]
+
     def shutdown(self) -> None:
         if self.engine is not None:
             self.engine.shutdown()
+
+    def _ask(self, request: Request) -> Sample:
+        self.logs = self._take_steps()
+        answer = self.engine.submit([request]).collect()[0]
+        self.logs += [StepLog(failures=log.failures) for log in (self.engine.take_steps(),) if log.failures]
+        return answer
+
+    def _take_steps(self) -> list[StepLog]:
+        logs, self.logs = self.logs, []
+        return [log for log in (*logs, self.engine.take_steps()) if len(log) or log.failures]
 
     def _check(self) -> None:
         if self.engine.failure is not None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from respec_trainer.config import Config, DType, EngineConfig, SpeculationConfig
+from respec_trainer.errors import ConfigError
+from respec_trainer.rollout.steps import StepSettings
 
 NO_SPECULATION = SpeculationConfig(algorithm="none")
 
@@ -39,6 +41,8 @@ class EngineSettings:
 
     # Draft steps from each batch size on, as sglang's own table switches them; None: always speculation.steps.
     steps_by_batch: dict[int, int] | None = None
+    # How draft steps change by this package's choice, and that they are logged; None: they do not.
+    steps: StepSettings | None = None
 
     @classmethod
     def from_config(cls, config: Config, device: str, index: int = 0) -> EngineSettings:
@@ -113,7 +117,19 @@ def server_arguments(settings: EngineSettings) -> dict[str, Any]:
         arguments |= _speculation_arguments(settings)
         if settings.steps_by_batch:
             arguments |= _switching_arguments(settings.steps_by_batch)
+    if settings.steps is not None:
+        arguments |= _changing_arguments(settings, settings.steps)
     return arguments
+
+
+def step_environment(steps: StepSettings | None) -> dict[str, str]:
+    """Variables of the engine's processes that have sglang call what `sglang_steps` hooks."""
+    if steps is None:
+        return {}
+    environment = {"SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND": "1"}
+    if steps.simulated_accept_length is not None:
+        environment["SGLANG_SIMULATE_ACC_LEN"] = "1"  # any length turns the hook on, which has its own
+    return environment
 
 
 def _cpu_arguments() -> dict[str, Any]:
@@ -158,9 +174,31 @@ def _speculation_arguments(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
+def _changing_arguments(settings: EngineSettings, steps: StepSettings) -> dict[str, Any]:
+    """sglang prepares a state for 0 and every candidate, and starts in the largest, for which it sizes its buffers."""
+    shape = settings.speculation
+    if shape.algorithm != "eagle3" or shape.topk != 1:
+        raise ConfigError(
+            "draft steps change in chains of eagle3 only: set speculation.algorithm=eagle3 and speculation.topk=1, not "
+            f"{shape.algorithm} and {shape.topk}, or speculation.policy=fixed"
+        )
+    if shape.rejection_sampling:
+        raise ConfigError(
+            "without speculation sglang keeps no draft to go on from that rejection sampling could verify: set "
+            "speculation.rejection_sampling=false, or speculation.policy=fixed"
+        )
+    if settings.steps_by_batch:
+        raise ConfigError("draft steps change by a table (steps_by_batch) or by a choice of our own (steps), not both")
+    table = _table_arguments({"1": {"candidate_steps": sorted({0, *steps.candidates})}})
+    return table | {"speculative_num_steps": steps.most, "speculative_num_draft_tokens": steps.most + 1}
+
+
 def _switching_arguments(steps_by_batch: dict[int, int]) -> dict[str, Any]:
+    return _table_arguments({str(batch): {"candidate_steps": [steps]} for batch, steps in steps_by_batch.items()})
+
+
+def _table_arguments(table: dict[str, dict[str, list[int]]]) -> dict[str, Any]:
     """sglang reads its table from a file, in this process and in its schedulers."""
-    table = {str(batch): {"candidate_steps": [steps]} for batch, steps in steps_by_batch.items()}
     with tempfile.NamedTemporaryFile("w", prefix="respec_steps_", suffix=".json", delete=False) as file:
         json.dump(table, file)
     atexit.register(Path(file.name).unlink, missing_ok=True)

@@ -24,7 +24,8 @@ def draft_chain(original, worker, forward_batch):
     tokens, features = spec.topk_index, spec.hidden_states
     chain = [tokens if worker.hot_token_id is None else worker.hot_token_id[tokens]]
     cache_locs = forward_batch.out_cache_loc.view(batch, worker.speculative_num_steps)
-    for step, backend in enumerate(worker.draft_attn_backend.attn_backends):
+    drafting = worker.draft_attn_backend  # None for one step, whose draft came with the features
+    for step, backend in enumerate(drafting.attn_backends if drafting else ()):
         req_to_token, seq_lens, slots = backend.draft_decode_metadata
         plan = plan_decode(req_to_token, slots, seq_lens)
         positions = forward_batch.positions + step

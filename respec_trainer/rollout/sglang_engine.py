@@ -16,6 +16,7 @@ from respec_trainer.rollout.sglang_args import EngineSettings
 from respec_trainer.rollout.sglang_pending import SGLangPending
 from respec_trainer.rollout.sglang_process import SGLangProcess
 from respec_trainer.rollout.sglang_weights import WeightUpdater
+from respec_trainer.rollout.steps import STEPS_MESSAGE, StepLog, StepSettings
 
 __all__ = ["EngineSettings", "SGLangEngine"]
 
@@ -54,6 +55,7 @@ class SGLangEngine(RolloutEngine):
         self._process = SGLangProcess(replace(self.settings, seed=seed))
         self._updater = WeightUpdater(self._process, self.settings)
         self.versions = {"target": self.settings.actor_version, "draft": self.settings.drafter_version}
+        self.take_steps()  # or learn now that the engine cannot change its steps
 
     @property
     def failure(self) -> EngineError | None:
@@ -131,10 +133,37 @@ class SGLangEngine(RolloutEngine):
         """Sums over collected samples, by the names of COUNTERS."""
         return dict(self._counters)
 
+    def take_steps(self) -> StepLog:
+        return StepLog() if self.settings.steps is None else self._steps_message(None)
+
+    def set_steps(self, steps: StepSettings) -> None:
+        """Go on by other settings, with the candidates that the engine started with, while no request runs.
+
+        What was learnt of acceptance is forgotten, and what was logged is thrown away.
+        """
+        started = self.process.settings.steps
+        if started is None:
+            raise EngineError("draft steps are fixed: start the engine with EngineSettings(steps=...)")
+        if steps.simulated_accept_length is not None and started.simulated_accept_length is None:
+            raise EngineError("acceptance is simulated only by an engine that started so: give it a simulated length")
+        self._steps_message(steps.to_json())
+        self.settings = replace(self.settings, steps=steps)
+
     def shutdown(self) -> None:
         if self._process is not None:
             self._process.shutdown()
             self._process = self._updater = None
+
+    def _steps_message(self, settings: str | None) -> StepLog:
+        """Ask the hooks of `sglang_steps` for the log; with `settings`, have them go on by these."""
+        from sglang.srt.managers.io_struct import DumperControlReqInput
+
+        process = self.process
+        request = DumperControlReqInput(method=STEPS_MESSAGE, body={"settings": settings})
+        (answer,) = process.wait(process.call(process.manager.dumper_control, request), "asking for the draft steps")
+        if not answer.success:
+            raise EngineError(f"asking for the draft steps: {answer.error}")
+        return StepLog.of_bytes(answer.response[0]["log"])
 
     def _occupy(self, method: str, message: str, tags: list[str]) -> None:
         process = self.process

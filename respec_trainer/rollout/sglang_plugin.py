@@ -7,6 +7,7 @@
 - N-gram trees are filled up with different tokens. sglang fills them with copies of token 0, and verification, which
   adds up the mass of a node's children, would accept that token once for each copy, which bends the policy too.
 - Every response token brings back where it came from: an accepted draft, or a draw of the target's own.
+- Draft steps may change while the engine runs (`sglang_steps`).
 
 sglang calls `activate` in every process that loads plugins, for anybody who has this package installed. It acts only in
 the schedulers of this package's own engine, which set SETTINGS.
@@ -14,6 +15,7 @@ the schedulers of this package's own engine, which set SETTINGS.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from typing import Any
 from respec_trainer.compat.versions import require_version
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
+from respec_trainer.rollout.steps import StepSettings
 
 SETTINGS = "RESPEC_ENGINE_PLUGIN"
 ORIGINS = "respec_origins"  # of response tokens, in a request's meta_info; absent without speculation
@@ -31,8 +34,11 @@ ORIGINS = "respec_origins"  # of response tokens, in a request's meta_info; abse
 _hooked: list[str] | None = None
 
 
-def plugin_settings(device: str, seeded: bool) -> str:
-    return json.dumps({"device": device, "seeded": seeded})
+Hooks = dict[str, tuple[Callable, str]]  # target -> (function, kind of hook)
+
+
+def plugin_settings(device: str, seeded: bool, steps: StepSettings | None = None) -> str:
+    return json.dumps({"device": device, "seeded": seeded, "steps": steps and steps.to_json()})
 
 
 def activate() -> None:
@@ -55,6 +61,10 @@ def activate() -> None:
     if settings["seeded"]:
         batch = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
         hooks[f"{batch}.from_schedule_batch"] = (_with_seeds, "AFTER")
+    if settings["steps"]:
+        from respec_trainer.rollout.sglang_steps import Stepper
+
+        hooks = outside(Stepper(StepSettings.of_json(settings["steps"]), settings["device"]).hooks(), hooks)
     for target, (function, kind) in hooks.items():
         HookRegistry.register(target, function, HookType[kind])
     _hooked = list(hooks)
@@ -82,8 +92,20 @@ def read_origins(meta: dict[str, Any], tokens: int, key: str) -> list[int]:
     return origins
 
 
-def _cpu_hooks() -> dict[str, tuple[Callable, str]]:
-    """Target -> (function, kind of hook)."""
+def outside(outer: Hooks, inner: Hooks) -> Hooks:
+    """Both; where they share a target, whose hooks must be AROUND, the outer function wraps the inner one."""
+    both = inner | outer
+    for target in inner.keys() & outer.keys():
+        (wrap, _), (wrapped, _) = outer[target], inner[target]
+        both[target] = (functools.partial(_around, wrap, wrapped), "AROUND")
+    return both
+
+
+def _around(wrap: Callable, wrapped: Callable, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    return wrap(functools.partial(wrapped, original), *args, **kwargs)
+
+
+def _cpu_hooks() -> Hooks:
     from sgl_kernel.sampling import chain_speculative_sampling
 
     from respec_trainer.rollout.sglang_cpu_drafting import catch_up, draft_chain

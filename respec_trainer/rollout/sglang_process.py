@@ -26,7 +26,7 @@ import psutil
 
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout import sglang_workers
-from respec_trainer.rollout.sglang_args import EngineSettings, server_arguments
+from respec_trainer.rollout.sglang_args import EngineSettings, server_arguments, step_environment
 from respec_trainer.rollout.sglang_delivery import Deliveries, delivery_environment
 from respec_trainer.rollout.sglang_host import environment_of, side_effects_undone
 from respec_trainer.rollout.sglang_plugin import plugin_settings
@@ -116,7 +116,7 @@ class SGLangProcess:
         self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True, name="sglang-engine")
         engine = self.settings.engine
         environment = sglang_workers.engine_environment(self.settings.device, engine.threads, engine.tp)
-        environment |= delivery_environment(engine.resume)
+        environment |= delivery_environment(engine.resume) | step_environment(self.settings.steps)
         with side_effects_undone(), environment_of(environment):
             self._thread.start()
             try:
@@ -198,7 +198,7 @@ def _engine_class(settings: EngineSettings, deliveries: Deliveries, fail: Callab
             await super()._handle_batch_output(message)
             deliveries.commit(states, message)
 
-    plugin = plugin_settings(settings.device, settings.seeded)
+    plugin = plugin_settings(settings.device, settings.seeded, settings.steps)
     make_manager = functools.partial(init_tokenizer_manager, TokenizerManagerClass=Manager)
 
     class TrainersEngine(Engine):

@@ -49,6 +49,14 @@ def _tree_tokens(shape: Shape, acceptance: Acceptance) -> float:
     return 1.0 + sum(sorted(nodes, reverse=True)[: draft_tokens - 1])
 
 
+def ranks(first: float, topk: int) -> list[float]:
+    """Probabilities of topk exclusive choices where only the first's is known: each next has half of what is left."""
+    found = [first]
+    while len(found) < topk:
+        found.append((1 - sum(found)) / 2)
+    return found
+
+
 def depth_acceptance(histogram: Sequence[int]) -> list[float]:
     """Acceptance from counts: histogram[k] passes kept exactly k drafts, all of the same number of draft steps.
 
@@ -73,6 +81,18 @@ class AcceptanceEstimate:
         self.kept = [prior_drafts * a for a in prior]
         self.tried = [prior_drafts] * len(prior)
         self.by_depth = list(prior)
+
+    def age(self, depth: int, drafts: float) -> None:
+        """Let what is known of the depths behind the first `depth` count for no more than this many drafts."""
+        for d in range(depth, len(self.tried)):
+            share = min(1.0, drafts / self.tried[d])
+            self.tried[d], self.kept[d] = share * self.tried[d], share * self.kept[d]
+
+    def follow(self, depth: int) -> None:
+        """Take the depths behind the first `depth` to be like the last of those."""
+        like = self.by_depth[depth - 1]
+        for d in range(depth, len(self.tried)):
+            self.by_depth[d], self.kept[d] = like, like * self.tried[d]
 
     def observe(self, survivors: Sequence[float]) -> None:
         """survivors[d] = sequences of a verified batch that kept at least d drafts, for d = 0 .. steps."""

@@ -9,6 +9,7 @@ which is the roofline model (Williams, Waterman and Patterson 2009). All terms a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -36,8 +37,13 @@ class Work(NamedTuple):
         if piece == "draft":  # the first token follows from the extend before it, without a pass
             return cls(batch, steps - 1, batch * topk, read, read * topk)
         if piece in ("catch_up", "prefill"):
-            return cls(batch, 1, read, 0.0, read * context / 2)
+            return cls.reading(batch, context, context)
         return cls(batch, 1, batch * draft_tokens, read, read * draft_tokens)
+
+    @classmethod
+    def reading(cls, batch: float, context: float, unread: float) -> Work:
+        """A pass over the last `unread` of `context` tokens, each of which attends to all before it."""
+        return cls(batch, 1, batch * unread, batch * (context - unread), batch * unread * (context - unread / 2))
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,25 @@ class CostModel:
 
     pieces: dict[Piece, Terms]
 
+    @classmethod
+    def of_tuples(cls, pieces: Mapping[str, Sequence[float]]) -> CostModel:
+        """The inverse of `to_tuples`."""
+        return cls({piece: Terms(*terms) for piece, terms in pieces.items()})
+
+    def to_tuples(self) -> dict[str, tuple[float, ...]]:
+        """Terms by piece as plain data, in the order of Terms."""
+        return {piece: astuple(terms) for piece, terms in self.pieces.items()}
+
     def has(self, piece: Piece) -> bool:
         return piece in self.pieces
 
     def piece_seconds(self, piece: Piece, shape: Shape, batch: float, context: float) -> Any:
+        return self._terms(piece).seconds(Work.of(piece, shape, batch, context))
+
+    def _terms(self, piece: Piece) -> Terms:
         if piece not in self.pieces:
             raise ConfigError(f"the profile has no times of {piece}: measure it, in cells of at least 3 batch sizes")
-        return self.pieces[piece].seconds(Work.of(piece, shape, batch, context))
+        return self.pieces[piece]
 
     def step_seconds(self, batch: float, context: float) -> Any:
         """One decode step without speculation."""
@@ -93,9 +111,15 @@ class CostModel:
         pieces = [piece for piece in ("draft", "verify", "extend", "rest") if piece != "rest" or self.has("rest")]
         return sum(self.piece_seconds(piece, shape, batch, context) for piece in pieces)
 
-    def catch_up_seconds(self, batch: float, context: float) -> Any:
-        """What speculation takes to go on: the drafter reads every sequence so far."""
-        return self.piece_seconds("catch_up", OFF, batch, context)
+    def catch_up_seconds(self, batch: float, context: float, missed: float | None = None) -> Any:
+        """What speculation takes to go on: the drafter reads the last `missed` tokens of each sequence, or all."""
+        if missed is None:
+            return self.piece_seconds("catch_up", OFF, batch, context)
+        return self._terms("catch_up").seconds(Work.reading(batch, context, missed))
+
+    def switch_seconds(self) -> float:
+        """What any change of the steps takes; 0 where that was not measured."""
+        return self.pieces["switch"].fixed if self.has("switch") else 0.0
 
     def warm_seconds(self, batch: float, context: float) -> Any:
         """What it adds to a step without speculation to let the drafter read its tokens, so that none is caught up."""

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.speculation.acceptance import tokens_per_cycle
+from respec_trainer.speculation.acceptance import ranks, tokens_per_cycle
 from respec_trainer.speculation.cost import CostModel, Piece, Terms, Work, seconds
 from respec_trainer.speculation.profile import CYCLE, Cell, Profile
 from respec_trainer.speculation.shape import OFF
@@ -24,8 +24,9 @@ TERMS: dict[Piece, tuple[int, ...]] = {
     "verify": (FIXED, EACH, WEIGHTS, KV, TOKEN, PAIR),
     "extend": (FIXED, EACH, WEIGHTS, KV, TOKEN, PAIR),
     "rest": (FIXED, EACH, TOKEN),
-    "catch_up": (FIXED, EACH, TOKEN, PAIR),
+    "catch_up": (FIXED, EACH, KV, TOKEN, PAIR),
     "prefill": (FIXED, EACH, TOKEN, PAIR),
+    "switch": (FIXED,),
 }
 OVERLAPS = (1.0, 2.0, 4.0, 8.0)
 SOFT = 0.05  # relative residuals beyond this count as outliers, and weigh less
@@ -44,10 +45,10 @@ def fit_costs(profile: Profile) -> CostModel:
 
 
 def check_enough(cells: Sequence[Cell]) -> None:
-    plain, speculative = [c for c in cells if c.shape == OFF], [c for c in cells if c.shape != OFF]
+    plain, speculative = [c for c in cells if "plain" in c.times], [c for c in cells if "verify" in c.times]
     groups = {"plain cells (steps=0)": plain, "cells with steps >= 1": speculative}
     for part in ("catch_up", "prefill"):
-        if having := [c for c in plain if part in c.times]:
+        if having := [c for c in cells if part in c.times]:
             groups[f"cells with {part}"] = having
     missing = []
     for name, group in groups.items():
@@ -73,8 +74,10 @@ def _samples(cells: Iterable[Cell]) -> dict[Piece, list[Measured]]:
     samples = defaultdict(list)
     for cell in cells:
         times = {part: timing.median for part, timing in cell.times.items()}
-        whole = times.pop("cycle", None)
-        if whole is not None:
+        whole, resume = times.pop("cycle", None), times.pop("resume", None)
+        if resume is not None:
+            samples["catch_up"].append((Work.reading(cell.batch, cell.context, 1), resume))
+        if whole is not None and "verify" in times:  # a tree's cycle may have been measured from outside
             # Never negative: the parts may be measured in other repeats than the whole.
             times["rest"] = max(whole - sum(times[part] for part in CYCLE), 1e-3 * whole)
         for piece, taken in times.items():
@@ -134,12 +137,13 @@ def held_out(profile: Profile, levels: Sequence[float] = LEVELS) -> Quality:
     halves. Raises ConfigError if the profile has too few cells.
     """
     check_enough(profile.cells)
-    points = sorted({(cell.batch, cell.context) for cell in profile.cells})
+    cells = [cell for cell in profile.cells if "plain" in cell.times or "verify" in cell.times]
+    points = sorted({(cell.batch, cell.context) for cell in cells})
     errors, right = [], []
     for fold in range(FOLDS):
         left = set(points[fold::FOLDS])
         model = _fit([cell for cell in profile.cells if (cell.batch, cell.context) not in left])
-        for cell in (cell for cell in profile.cells if (cell.batch, cell.context) in left):
+        for cell in (cell for cell in cells if (cell.batch, cell.context) in left):
             errors.append(abs(model.cycle_seconds(cell.shape, cell.batch, cell.context) / cell.seconds - 1))
             right += _signs(model, profile, cell, levels) if cell.shape != OFF else []
     return Quality(float(np.mean(errors)), max(errors), float(np.mean(right)), len(errors))
@@ -149,13 +153,5 @@ def _signs(model: CostModel, profile: Profile, cell: Cell, levels: Sequence[floa
     measured = profile.cell(cell.batch, cell.context, OFF).seconds / cell.seconds
     predicted = model.step_seconds(cell.batch, cell.context)
     predicted /= model.cycle_seconds(cell.shape, cell.batch, cell.context)
-    tokens = [tokens_per_cycle(cell.shape, [_ranks(level, cell.shape.topk)]) for level in levels]
+    tokens = [tokens_per_cycle(cell.shape, [ranks(level, cell.shape.topk)]) for level in levels]
     return [(gain * measured > 1) == (gain * predicted > 1) for gain in tokens]
-
-
-def _ranks(level: float, topk: int) -> list[float]:
-    """The probabilities of topk exclusive choices, the first with `level` and each next with half of what is left."""
-    ranks = [level]
-    while len(ranks) < topk:
-        ranks.append((1 - sum(ranks)) / 2)
-    return ranks

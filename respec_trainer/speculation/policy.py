@@ -1,31 +1,36 @@
 """Policies: how many draft steps the next decode batch takes. Chains only, which the engine can switch while it runs.
 
-`choose` is called before every decode batch, inside the engine too: it looks up times in tables and does some tens of
+A policy is asked before every decode batch, inside the engine too: it looks up times in tables and does some tens of
 floating-point operations in plain Python.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.speculation.cost import CostModel
+from respec_trainer.rollout.steps import StepSettings
+from respec_trainer.speculation.cost import CostModel, Work, seconds
 from respec_trainer.speculation.shape import chain
 
 
 class Policy(Protocol):
-    # Whether it is told the acceptance as it is, and switches at no cost; else what was seen of it, and pays.
+    """What the simulator asks; `scheduler.StepScheduler` is one that also runs in the engine."""
+
+    # Whether `tell` gives it the acceptance as it is and it switches at no cost; else it observes, and pays.
     informed: bool
 
-    def choose(self, batch: int, context: int, acceptance: Sequence[float]) -> int:
+    def choose(self, batch: int, context: float, missed: float) -> int:
         """Draft steps for `batch` sequences of `context` tokens on average; 0 is plain decoding.
 
-        `acceptance[d]` is the probability that the draft at depth d + 1 is kept, given that those before it were.
+        `missed` is the mean number of tokens of a sequence that its drafter has not read.
         """
+
+    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
+        """What came of it: survivors[d] sequences kept at least d + 1 drafts."""
 
 
 class FixedPolicy:
@@ -36,48 +41,62 @@ class FixedPolicy:
     def __init__(self, steps: int):
         self.steps = steps
 
-    def choose(self, batch: int, context: int, acceptance: Sequence[float]) -> int:
+    def choose(self, batch: int, context: float, missed: float) -> int:
         return self.steps
 
+    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
+        pass
 
-class OraclePolicy:
+
+class ThresholdPolicy(FixedPolicy):
+    """The same steps up to a batch size, and none above it: the tables that engines ship, with one row."""
+
+    def __init__(self, steps: int, largest: int):
+        super().__init__(steps)
+        self.largest = largest
+
+    @classmethod
+    def of(cls, settings: StepSettings) -> ThresholdPolicy:
+        """For an engine: `fixed` steps in batches of at most `max_batch`."""
+        return cls(settings.fixed, settings.max_batch)
+
+    def predicted(self) -> float:
+        return 0.0  # it expects nothing
+
+    def choose(self, batch: int, context: float, missed: float) -> int:
+        return self.steps if batch <= self.largest else 0
+
+
+class OraclePolicy(FixedPolicy):
     """The fastest choice at every moment by the true costs and the true acceptance, switching at no cost."""
 
     informed = True
 
     def __init__(self, costs: CostModel, candidates: Sequence[int]):
         self.costs, self.candidates = costs, tuple(candidates)
+        self.acceptance: Sequence[float] = ()
 
-    def choose(self, batch: int, context: int, acceptance: Sequence[float]) -> int:
-        tokens = tokens_by_steps(self.candidates, acceptance)
-        seconds = [self.costs.cycle_seconds(chain(steps), batch, context) for steps in self.candidates]
-        return self.candidates[min(range(len(tokens)), key=lambda i: seconds[i] / tokens[i])]
+    def tell(self, acceptance: Sequence[float]) -> None:
+        """acceptance[d]: probability that the draft at depth d + 1 is kept, given that those before it were."""
+        self.acceptance = acceptance
+
+    def choose(self, batch: int, context: float, missed: float) -> int:
+        tokens = tokens_by_steps(self.candidates, self.acceptance)
+        taken = [self.costs.cycle_seconds(chain(steps), batch, context) for steps in self.candidates]
+        return self.candidates[min(range(len(tokens)), key=lambda i: taken[i] / tokens[i])]
 
 
-class AdaptivePolicy:
-    """The fastest choice by a cost model, once changing to it has become worth its price.
-
-    Every step adds what it loses against each other choice: the seconds it takes less those in which the other would
-    make the same tokens. The policy changes when the best choice's account has reached the price of changing to it, so
-    changing never costs more in all than staying has: the rule of renting until the rent has paid for the skis (Karlin
-    et al. 1988). It assumes nothing of how the batch goes on, and where changing is free takes the best at once.
-
-    Speculation going off and on again costs one catch-up. Each way is priced at half of it: with the whole price on one
-    side, the policy would leave speculation at the slightest doubt.
+class StepTimes:
+    """The cost model's times of a chain's cycle in a table, and of what changing to it takes.
 
     Args:
         costs: seconds by batch and context; where it knows no catch-up, that is free.
         candidates: draft steps to choose from, rising; 0 is plain decoding.
         max_batch: sequences an engine runs at most.
         max_context: tokens a sequence has at most; a longer one counts as this long.
-        switch_seconds: what any change of the steps takes, besides.
     """
 
-    informed = False
-
-    def __init__(
-        self, costs: CostModel, candidates: Sequence[int], max_batch: int, max_context: int, switch_seconds: float = 0.0
-    ):
+    def __init__(self, costs: CostModel, candidates: Sequence[int], max_batch: int, max_context: int):
         if not candidates or sorted(set(candidates)) != list(candidates) or candidates[0] < 0:
             raise ConfigError(f"candidate steps must rise from 0 or more, not {list(candidates)}")
         self.candidates = tuple(candidates)
@@ -85,38 +104,69 @@ class AdaptivePolicy:
         places = range(place_of(max_context) + 1)
         batch, context = np.meshgrid(np.arange(1.0, max_batch + 1), [middle_of(p) for p in places], indexing="ij")
         by_steps = [costs.cycle_seconds(chain(steps), batch, context) for steps in candidates]
-        self.seconds = np.stack(by_steps, -1).tolist()  # [batch - 1][place][candidate]
-        catch_up = costs.catch_up_seconds(batch, context) if costs.has("catch_up") else 0 * batch
-        self.price = switch_seconds  # of changing the steps
-        self.price_off = (switch_seconds + catch_up / 2).tolist()  # [batch - 1][place], of going on or off
-        self.reset()
+        self.cycles = np.stack(by_steps, -1).tolist()  # [batch - 1][place][candidate]
+        self.switch = costs.switch_seconds()
+        self.reading = costs.to_tuples().get("catch_up")
 
-    def fresh(self) -> AdaptivePolicy:
-        """Another policy with the same tables, before its first choice."""
-        other = copy.copy(self)
-        other.reset()
-        return other
+    def at(self, batch: int, context: float) -> list[float]:
+        """Seconds of each candidate's cycle."""
+        return self.cycles[min(batch, self.max_batch) - 1][place_of(min(int(context), self.max_context))]
 
-    def reset(self) -> None:
-        """For the next rollout: the first choice is free."""
-        self.current: int | None = None
-        self.lost = [0.0] * len(self.candidates)
+    def catch_up(self, batch: int, context: float, missed: float) -> float:
+        """Seconds until the drafter has read what it missed."""
+        if missed <= 0 or self.reading is None:
+            return 0.0
+        return seconds(self.reading, Work.reading(batch, context, min(missed, context)))
 
-    def choose(self, batch: int, context: int, acceptance: Sequence[float]) -> int:
-        row = min(batch, self.max_batch) - 1
-        place = place_of(min(context, self.max_context))
-        seconds, tokens = self.seconds[row][place], tokens_by_steps(self.candidates, acceptance)
-        paces = [taken / made for taken, made in zip(seconds, tokens, strict=True)]
+
+class AdaptivePolicy:
+    """The fastest choice by the cost model, once changing to it has become worth its price.
+
+    Every batch adds what it loses against each other choice: the seconds it takes less those in which the other would
+    make the same tokens. The policy changes when the best choice's account has reached the price of changing to it, so
+    changing never costs more in all than staying has: the rule of renting until the rent has paid for the skis (Karlin
+    et al. 1988). Where changing is free it takes the best at once.
+
+    Going off costs a switch, and going on besides that the drafter reads what it has missed since. Most of that price
+    is no loss: the drafter has saved as much by not reading. And responses that have gone on for long go on for long,
+    so that there is something to believe about the future: if speculation would win its price within as many tokens as
+    were missed, a `TRUST` of the price is waited for, else 1 / TRUST of it (ski rental with a prediction: Purohit,
+    Svitkina and Kumar 2018, who bound what a wrong one costs by 1 + 1 / TRUST times the best in hindsight).
+    """
+
+    TRUST = 0.5
+
+    def __init__(self, times: StepTimes):
+        self.times = times
+        self.current: int | None = None  # place among the candidates
+        self.lost = [0.0] * len(times.candidates)
+
+    def choose(self, batch: int, context: float, missed: float, acceptance: Sequence[float]) -> int:
+        """The place of the choice among the candidates.
+
+        `acceptance[d]` is the probability that the draft at depth d + 1 is kept, given that those before it were.
+        """
+        candidates = self.times.candidates
+        taken, tokens = self.times.at(batch, context), tokens_by_steps(candidates, acceptance)
+        paces = [each / made for each, made in zip(taken, tokens, strict=True)]
         best = paces.index(min(paces))
         if self.current is None:
             self.current = best
         if best != self.current:
-            crosses = not (self.candidates[self.current] and self.candidates[best])
-            if self.lost[best] >= (self.price_off[row][place] if crosses else self.price):
-                self.current, self.lost = best, [0.0] * len(self.lost)
-        now, made = seconds[self.current], tokens[self.current]
+            price = self.times.switch
+            if not candidates[self.current] and missed > 0:
+                price += self.times.catch_up(batch, context, missed)
+                likely = missed * (paces[self.current] - paces[best]) >= price
+                price *= self.TRUST if likely else 1 / self.TRUST
+            if self.lost[best] >= price:
+                self.change(best)
+        now, made = taken[self.current], tokens[self.current]
         self.lost = [max(0.0, lost + now - made * pace) for lost, pace in zip(self.lost, paces, strict=True)]
-        return self.candidates[self.current]
+        return self.current
+
+    def change(self, place: int) -> None:
+        """Go on with the candidate at this place, all accounts settled."""
+        self.current, self.lost = place, [0.0] * len(self.lost)
 
 
 def tokens_by_steps(candidates: Sequence[int], acceptance: Sequence[float]) -> list[float]:

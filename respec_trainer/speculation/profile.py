@@ -21,10 +21,13 @@ from respec_trainer.speculation.shape import OFF, Shape
 
 # plain: a decode step of the target. draft: all draft steps of a cycle. verify: the target's pass over the drafts.
 # extend: the drafter's pass over what was kept; without speculation, one token a sequence, to keep its KV warm.
-# catch_up: the drafter's pass over the whole context, as speculation goes on. prefill: prompts, through both models.
-# cycle: a whole speculative cycle, what lies between its parts included.
-Part = Literal["plain", "draft", "verify", "extend", "catch_up", "prefill", "cycle"]
-WITHOUT, WITHIN = ("plain", "extend", "catch_up", "prefill"), ("draft", "verify", "extend", "cycle")
+# catch_up: the drafter's pass over the whole context, as speculation goes on; resume: over the last token only, as it
+# goes on after one step without. prefill: prompts, through both models.
+# switch: changing the engine's state to other steps. cycle: a whole speculative cycle, what lies between its parts
+# included.
+Part = Literal["plain", "draft", "verify", "extend", "catch_up", "resume", "prefill", "switch", "cycle"]
+WITHOUT = ("plain", "extend", "catch_up", "resume", "prefill", "switch")
+WITHIN = ("draft", "verify", "extend", "cycle")
 CYCLE = ("draft", "verify", "extend")
 
 # What decides how long a pass takes; names, paths and token ids do not.
@@ -86,10 +89,17 @@ class Cell(Section):
         allowed = WITHIN if self.shape.steps else WITHOUT
         if wrong := sorted(set(self.times) - set(allowed)):
             raise ValueError(f"times: steps={self.shape.steps} has no part {wrong[0]!r}, only {', '.join(allowed)}")
-        needed = CYCLE if self.shape.steps else ("plain",)
-        if missing := [part for part in needed if part not in self.times]:
+        if not self.times:
+            raise ValueError("times: none are given")
+        missing = [part for part in CYCLE if part not in self.times] if self.shape.steps else []
+        if missing and set(self.times) != {"cycle"}:
             raise ValueError(f"times: {', '.join(missing)} required, but not given")
         return self
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it says what decoding takes, and not only reading prompts."""
+        return bool(self.shape.steps) or "plain" in self.times
 
     @property
     def seconds(self) -> float:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from respec_trainer.errors import ConfigError
+from respec_trainer.rollout.steps import StepSettings
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.policy import AdaptivePolicy, FixedPolicy, OraclePolicy, Policy
+from respec_trainer.speculation.policy import FixedPolicy, OraclePolicy, Policy, StepTimes, ThresholdPolicy
 from respec_trainer.speculation.profile import Profile
+from respec_trainer.speculation.scheduler import StepScheduler
 from respec_trainer.speculation.simulator import Outcome, Setting, simulate
 from respec_trainer.speculation.trace import Trace
 
@@ -21,22 +23,32 @@ def candidates_of(profile: Profile) -> list[int]:
 
 
 def policy_named(
-    name: str, costs: CostModel, candidates: Sequence[int], trace: Trace, setting: Setting
+    name: str,
+    costs: CostModel,
+    candidates: Sequence[int],
+    trace: Trace,
+    setting: Setting,
+    prior: Sequence[float] | None = None,
+    explore: float = StepSettings.explore,
 ) -> Callable[[], Policy]:
-    """A maker of policies: "adaptive", "off", "oracle" or "s=K". Raises ConfigError for any other name."""
+    """A maker of policies: "adaptive", "off", "oracle", "s=K", or "s=K<=B" for none above B sequences.
+
+    "adaptive" is the engine's own scheduler. It starts from the acceptance `prior`, as of the rollout before; default:
+    the trace's mean. Raises ConfigError for any other name.
+    """
     if name == "adaptive":
         longest = int((trace.prompt + trace.length).max())
-        policy = AdaptivePolicy(costs, candidates, min(setting.slots, len(trace)), longest, setting.switch_seconds)
-        return policy.fresh
+        times = StepTimes(costs, candidates, min(setting.slots, len(trace)), longest)
+        return lambda: StepScheduler(times, prior or trace.mean_acceptance(), explore)
     if name == "oracle":
         return lambda: OraclePolicy(costs, candidates)
-    fixed = re.fullmatch(r"s=(\d+)", "s=0" if name == "off" else name)
+    fixed = re.fullmatch(r"s=(\d+)(?:<=(\d+))?", "s=0" if name == "off" else name)
     if not fixed:
-        raise ConfigError(f"no policy {name!r}: choose adaptive, off, oracle or s=K, such as s=3")
+        raise ConfigError(f"no policy {name!r}: choose adaptive, off, oracle, s=K or s=K<=B, such as s=3<=16")
     steps = int(fixed[1])
     if steps not in candidates:
         raise ConfigError(f"policy {name}: the profile has chains of steps {list(candidates)[1:]} only")
-    return lambda: FixedPolicy(steps)
+    return lambda: ThresholdPolicy(steps, int(fixed[2])) if fixed[2] else FixedPolicy(steps)
 
 
 def compare(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from respec_trainer.errors import ConfigError
+
 
 class Shape(NamedTuple):
     """`steps` drafted a cycle (0: no speculation), `topk` branches a step, `draft_tokens` verified, root included."""
@@ -39,3 +41,14 @@ OFF = Shape(0, 1, 1)
 def chain(steps: int) -> Shape:
     """One branch, all of it verified; no speculation for 0."""
     return Shape(steps, 1, steps + 1)
+
+
+def parse_shape(text: str) -> Shape:
+    """ "3,2,6" as a shape. Raises ConfigError if it is none."""
+    try:
+        shape = Shape(*map(int, text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{text!r} is not steps,topk,draft_tokens, such as 3,2,6") from error
+    if fault := shape.fault():
+        raise ConfigError(f"{text}: {fault}")
+    return shape

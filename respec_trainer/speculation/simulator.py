@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.speculation.acceptance import AcceptanceEstimate
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.draws import survivals
 from respec_trainer.speculation.policy import Policy
@@ -35,12 +34,11 @@ class Setting:
     # Whether drafts are kept or not one by one, or every sequence gains the expected number of tokens.
     sampled: bool = True
     seed: int = 0
-    switch_seconds: float = 0.0  # that any change of the steps takes
 
     def __post_init__(self) -> None:
-        for name, least in (("engines", 1), ("slots", 1), ("min_free_slots", 1), ("switch_seconds", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("engines", "slots", "min_free_slots"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.min_free_slots > self.slots:
             raise ConfigError(f"min_free_slots={self.min_free_slots} are never free of slots={self.slots}")
 
@@ -97,23 +95,11 @@ class Outcome:
         return sum(span.seconds * value(span) for span in spans) / sum(span.seconds for span in spans)
 
 
-def simulate(
-    trace: Trace,
-    costs: CostModel,
-    make_policy: Callable[[], Policy],
-    setting: Setting,
-    prior: Sequence[float] | None = None,
-) -> Outcome:
-    """Replay `trace` with one policy for each engine.
-
-    Args:
-        costs: the true ones; a policy may know others.
-        prior: acceptance by depth that policies start from, as from the rollout before; default: the trace's mean.
-    """
-    prior = prior or trace.mean_acceptance()
+def simulate(trace: Trace, costs: CostModel, make_policy: Callable[[], Policy], setting: Setting) -> Outcome:
+    """Replay `trace` with one policy for each engine. `costs` are the true ones; a policy may know others."""
     queues = _deal(len(trace), setting)
     slots = min(setting.slots, -(-len(trace) // setting.engines))  # else the first engine would empty a common queue
-    engines = [_Engine(trace, costs, make_policy(), queue, slots, setting, prior) for queue in queues]
+    engines = [_Engine(trace, costs, make_policy(), queue, slots, setting) for queue in queues]
     due = [(0.0, index) for index in range(len(engines))]
     makespan = 0.0
     while due:
@@ -136,21 +122,13 @@ def _deal(count: int, setting: Setting) -> list[deque[int]]:
 class _Engine:
     """One engine at `clock`, between two decode steps."""
 
-    def __init__(
-        self,
-        trace: Trace,
-        costs: CostModel,
-        policy: Policy,
-        queue: deque[int],
-        slots: int,
-        setting: Setting,
-        prior: Sequence[float],
-    ):
+    def __init__(self, trace: Trace, costs: CostModel, policy: Policy, queue: deque[int], slots: int, setting: Setting):
         self.trace, self.costs, self.policy, self.queue = trace, costs, policy, queue
-        self.slots, self.setting, self.estimate = slots, setting, AcceptanceEstimate(prior)
+        self.slots, self.setting = slots, setting
         self.clock, self.steps, self.switches = 0.0, None, 0
         self.running = np.zeros(0, dtype=np.int64)
         self.done = np.zeros(len(trace))  # tokens of each response so far
+        self.missed = np.zeros(len(trace))  # of them, what the drafter has not read
         self.read: set[int] = set()  # groups whose prompt has been read
         self.spans: list[Span] = []
 
@@ -184,26 +162,31 @@ class _Engine:
         return float((self.trace.prompt[self.running] + self.done[self.running]).mean())
 
     def _choose(self) -> int:
-        known = conditional(self.trace.acceptance[self.running]) if self.policy.informed else self.estimate.by_depth
-        return self.policy.choose(len(self.running), round(self._context()), known)
+        if self.policy.informed:
+            self.policy.tell(conditional(self.trace.acceptance[self.running]))
+        return self.policy.choose(len(self.running), self._context(), float(self.missed[self.running].mean()))
 
     def _switch(self, steps: int) -> float:
-        """Seconds until the engine can go on with `steps`."""
+        """Seconds until the engine can go on with `steps`: what the drafter has missed, it reads now."""
         before, self.steps = self.steps, steps
-        if before is None or before == steps:
-            return 0.0
-        self.switches += 1
-        if self.policy.informed:
-            return 0.0
-        catches_up = before == 0 and self.costs.has("catch_up")
-        catch_up = self.costs.catch_up_seconds(len(self.running), self._context()) if catches_up else 0.0
-        return self.setting.switch_seconds + catch_up
+        seconds = 0.0
+        if before not in (None, steps):
+            self.switches += 1
+            seconds = self.costs.switch_seconds()
+        missed = float(self.missed[self.running].mean())
+        if not steps:
+            self.missed[self.running] += 1
+        elif missed:
+            self.missed[self.running] = 0
+            if self.costs.has("catch_up"):
+                seconds += self.costs.catch_up_seconds(len(self.running), self._context(), missed)
+        return 0.0 if self.policy.informed else seconds
 
     def _decode(self, steps: int) -> float:
         """Let every sequence gain its tokens, and those that are complete go. Returns all tokens gained."""
         running, before = self.running, self.done[self.running]
         kept = survivals(self.trace.acceptance[running], steps, running, before, self.setting)
-        self.estimate.observe([len(running), *kept.sum(0).tolist()])
+        self.policy.observe(steps, len(running), kept.sum(0).tolist())
         length = self.trace.length[running]
         # Sums of expected tokens round; a response that lacks a billionth of a token is complete.
         after = np.where(before + 1 + kept.sum(1) > length - 1e-9, length, before + 1 + kept.sum(1))

@@ -50,7 +50,7 @@ class Solver:
 def measured_table(profile: Profile, context: int, acceptance: Acceptance) -> SpeedupTable:
     """The profile's own speed-ups at one of its context lengths, at the batch sizes that hold every shape."""
     shapes = profile.shapes()
-    at = {(cell.batch, cell.shape): cell.seconds for cell in profile.cells if cell.context == context}
+    at = {(cell.batch, cell.shape): cell.seconds for cell in profile.cells if cell.decodes and cell.context == context}
     batches = sorted(batch for batch, shape in at if shape == OFF and all((batch, other) in at for other in shapes))
     if not batches or not shapes:
         held = sorted({cell.context for cell in profile.cells})

@@ -78,7 +78,7 @@ class Progress:
         return Panel(table, title=f"step {len(self.rows) + 1} of {self.steps}: {self.phase_name}", title_align="left")
 
 
-PHASES_OF_A_STEP = {"generate", "learn", "reward", "infer", "train", "resync", "wake", "checkpoint"}
+PHASES_OF_A_STEP = {"generate", "learn", "reward", "infer", "audit", "train", "resync", "wake", "checkpoint"}
 
 
 def _cell(row: Mapping[str, Any], key: str, form: str) -> str:

@@ -1,12 +1,17 @@
-"""Metrics of a step that follow from its samples alone."""
+"""Metrics of a step that follow from its samples, and from what the engines logged while they drew them."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import zip_longest
+
+import numpy as np
 
 from respec_trainer.config import SpeculationConfig
 from respec_trainer.rollout.sample import UNDRAFTED, Sample
+from respec_trainer.speculation.acceptance import depth_acceptance
+from respec_trainer.telemetry.timeline import Timeline, acceptance_by_depth, mean_by_time, pool, switches
 
 
 def reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -30,13 +35,20 @@ def rollout_metrics(samples: Sequence[Sample], seconds: float) -> dict[str, floa
     }
 
 
-def speculation_metrics(samples: Sequence[Sample], speculation: SpeculationConfig) -> dict[str, float | list[float]]:
-    """`spec/*` over all verify passes of the samples. lossy: 1 if drafts were accepted beyond the policy's law.
+def speculation_metrics(
+    samples: Sequence[Sample], speculation: SpeculationConfig, timelines: Sequence[Timeline] = ()
+) -> dict[str, float | list[float]]:
+    """`spec/*`. lossy: 1 if drafts were accepted beyond the policy's law.
 
-    accept_length counts tokens a verify pass, the bonus token included. accept_by_depth[d-1] is the share of passes
-    that accepted at least d drafts. off_fraction is the share of tokens drawn without speculation, among those that
-    could have been: a response's first token comes with its prompt, before any verify pass.
+    accept_length counts tokens a verify pass, the bonus token included. accept_by_depth[d-1] is the share of drafts
+    kept at depth d, given that those before it were. off_fraction is the share of tokens drawn without speculation,
+    among those that could have been: a response's first token comes with its prompt, before any verify pass. Engines
+    that log their batches give more, and shares of their time instead: `step_metrics`.
     """
+    return _sample_metrics(samples, speculation) | step_metrics(timelines)
+
+
+def _sample_metrics(samples: Sequence[Sample], speculation: SpeculationConfig) -> dict[str, float | list[float]]:
     passes = sum(sample.verify_count for sample in samples)
     decoded = [origin for sample in samples for origin in sample.origins[1:]]
     common = {
@@ -45,13 +57,40 @@ def speculation_metrics(samples: Sequence[Sample], speculation: SpeculationConfi
     }
     if not passes:
         return common | {"spec/accept_length": 1.0, "spec/steps": 0, "spec/accept_by_depth": []}
-    histogram = [0] * (speculation.depth + 1)
-    for sample in samples:
-        for depth, count in enumerate(sample.accept_histogram):
-            histogram[depth] += count
+    histogram = [sum(counts) for counts in zip_longest(*(s.accept_histogram for s in samples), fillvalue=0)]
     drafts = sum(depth * count for depth, count in enumerate(histogram))
     return common | {
         "spec/accept_length": 1.0 + drafts / passes,
         "spec/steps": speculation.depth,
-        "spec/accept_by_depth": [sum(histogram[depth:]) / passes for depth in range(1, speculation.depth + 1)],
+        "spec/accept_by_depth": depth_acceptance(histogram),
     }
+
+
+def step_metrics(timelines: Sequence[Timeline]) -> dict[str, float | list[float]]:
+    """`spec/*` of the decode batches that engines logged, all engines together; nothing where none did.
+
+    steps, off_fraction, predicted_speedup and achieved_speedup are by decode time, which is the batches' own and what
+    lies between them. The last two need predictions and costs, and are left out without. catch_up_share is the part of
+    that time in which drafters read what they had missed, decide_us the policy's own microseconds a batch.
+    """
+    failures = sum(line.log.failures for line in timelines)
+    failed = {"spec/policy_failures": failures} if any(len(line.log) for line in timelines) or failures else {}
+    seconds = pool(timelines, lambda line: line.seconds)
+    total = float(seconds.sum())
+    if total <= 0:
+        return failed
+    steps = pool(timelines, lambda line: line.log.steps)
+    predicted = pool(timelines, lambda line: line.log.predicted)
+    earned = pool(timelines, lambda line: line.earned)
+    known = predicted > 0
+    metrics = {
+        "spec/steps": mean_by_time(steps, seconds),
+        "spec/off_fraction": mean_by_time(steps == 0, seconds),
+        "spec/accept_by_depth": acceptance_by_depth(timelines),
+        "spec/switches": switches(timelines),
+        "spec/decide_us": 1e6 * float(pool(timelines, lambda line: line.log.decide).mean()),
+        "spec/catch_up_share": float(pool(timelines, lambda line: line.log.catch_up).sum()) / total,
+        "spec/predicted_speedup": mean_by_time(predicted[known], seconds[known]),
+        "spec/achieved_speedup": None if np.isnan(earned).any() else float(earned.sum()) / total,
+    }
+    return failed | {name: value for name, value in metrics.items() if value is not None}

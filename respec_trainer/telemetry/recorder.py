@@ -1,14 +1,21 @@
-"""The run's folder: config.yaml, metrics.jsonl (one object a step), samples.jsonl, TensorBoard events."""
+"""The run's folder: config.yaml, metrics.jsonl (one object a step), samples.jsonl, TensorBoard events.
+
+Of each step N = 1, 2, ... also lengths/step_N.jsonl, a trace of its responses, and steps/step_N.npz, what the engines
+did meanwhile, if they log it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from respec_trainer.config import Config, dump_config
 from respec_trainer.rollout.sample import Sample
+from respec_trainer.speculation.trace import save_trace
+from respec_trainer.telemetry.timeline import Timeline, save_timelines
+from respec_trainer.telemetry.traces import trace_rows
 
 
 def new_run_folder(config: Config) -> Path:
@@ -30,21 +37,23 @@ class Recorder:
 
     def __init__(self, folder: Path, config: Config):
         self.folder, self.samples_per_step = folder, config.telemetry.samples_per_step
+        self.group_size, self.kept = config.rollout.samples_per_prompt, config.telemetry.traces
         (folder / "config.yaml").write_text(dump_config(config))
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._samples = (folder / "samples.jsonl").open("a")
-        self._board = None
-        if config.telemetry.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._board, self._wants_board = None, config.telemetry.tensorboard
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one step's metrics; a list (a value by depth) becomes one TensorBoard scalar an entry."""
         self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self._metrics.flush()
-        if self._board is None:
+        if not self._wants_board:
             return
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an interrupted run showed of steps that are done again is taken back.
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
         for name, value in metrics.items():
             if isinstance(value, list):
                 for depth, item in enumerate(value, 1):
@@ -70,11 +79,35 @@ class Recorder:
             self._samples.write(json.dumps(record) + "\n")
         self._samples.flush()
 
+    def rollout(self, step: int, samples: Sequence[Sample], timelines: Sequence[Timeline]) -> None:
+        """Write a step's trace, and its timelines if there are any; those of the newest `telemetry.traces` are kept."""
+        rows = trace_rows(samples, self.group_size, timelines)
+        self._keep(f"lengths/step_{step + 1}.jsonl", lambda path: save_trace(rows, path))
+        if any(len(line.log) for line in timelines):
+            self._keep(f"steps/step_{step + 1}.npz", lambda path: save_timelines(timelines, path))
+        if self.kept and step >= self.kept:
+            for old in (f"lengths/step_{step + 1 - self.kept}.jsonl", f"steps/step_{step + 1 - self.kept}.npz"):
+                (self.folder / old).unlink(missing_ok=True)
+
+    def _keep(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write a file under another name first: a run that is ended meanwhile leaves no half of it."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(f".{path.name}")
+        write(unfinished)
+        unfinished.rename(path)
+
     def close(self) -> None:
         self._metrics.close()
         self._samples.close()
         if self._board is not None:
             self._board.close()
+
+
+def timeline_files(folder: Path) -> dict[int, Path]:
+    """The files of `save_timelines` in a run's folder by step, from 1, in order."""
+    found = {int(path.stem.removeprefix("step_")): path for path in (folder / "steps").glob("step_*.npz")}
+    return dict(sorted(found.items()))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,17 +10,26 @@ import torch.distributed as dist
 from respec_trainer.config import Config
 from respec_trainer.rollout.sample import Sample
 from respec_trainer.telemetry.live import Progress
+from respec_trainer.telemetry.page import write_page
 from respec_trainer.telemetry.phases import PhaseClock
-from respec_trainer.telemetry.recorder import Recorder, new_run_folder
+from respec_trainer.telemetry.recorder import Recorder, new_run_folder, read_metrics
 from respec_trainer.telemetry.summary import LOSSY, print_summary
+from respec_trainer.telemetry.timeline import Timeline
 
 
 class Report:
     """Owns the run's folder (its path is the same on every rank), the progress display and the clock of the phases."""
 
-    def __init__(self, config: Config, rank: int, control: dist.ProcessGroup):
+    def __init__(
+        self,
+        config: Config,
+        rank: int,
+        control: dist.ProcessGroup,
+        folder: Callable[[Config], Path] = new_run_folder,
+    ):
+        """`folder` is asked on the first rank for the run's."""
         self.first = rank == 0
-        place = [str(new_run_folder(config).resolve())] if self.first else [None]
+        place = [str(folder(config).resolve())] if self.first else [None]
         dist.broadcast_object_list(place, src=0, group=control)
         self.folder = Path(place[0])
         self.steps: list[dict] = []
@@ -42,9 +51,18 @@ class Report:
         dropped = f"; {prompts.dropped} dropped: longer than {prompts.limit} tokens" if prompts.dropped else ""
         self.message(f"{len(prompts)} prompts{dropped}")
 
+    def resumed(self) -> None:
+        """The run goes on where its records end."""
+        if self.first:
+            self.steps = read_metrics(self.folder)
+
     def samples(self, step: int, samples: Sequence[Sample], texts: Sequence[tuple[str, str]]) -> None:
         if self.recorder:
             self.recorder.samples(step, samples, texts)
+
+    def rollout(self, step: int, samples: Sequence[Sample], timelines: Sequence[Timeline]) -> None:
+        if self.recorder:
+            self.recorder.rollout(step, samples, timelines)
 
     def step(self, step: int, metrics: dict) -> None:
         self.steps.append(metrics)
@@ -55,7 +73,17 @@ class Report:
     def summary(self) -> None:
         self.progress.__exit__()
         if self.first:
+            if self.steps:
+                self._write_page()
             print_summary(self.steps, self.folder)
+
+    def _write_page(self) -> None:
+        """A page that cannot be drawn is no reason to end a run that has done its work."""
+        try:
+            write_page(self.folder)
+        except Exception as error:
+            again = f"python tools/report.py {self.folder}"
+            self.message(f"report.html was not written ({type(error).__name__}: {error}); try again with {again}")
 
     def close(self) -> None:
         self.progress.__exit__()

@@ -41,6 +41,26 @@ def mismatch(steps: Sequence[Mapping[str, Any]]) -> str:
     return f"{fmean(values):.2g}, at most {max(values):.2g} in a step" if values else "not measured"
 
 
+def speculation_lines(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What engines that choose their draft steps came to, and whether that choosing failed."""
+    lines = []
+    if any("spec/achieved_speedup" in step for step in steps):
+        words = [f"{_by_time(steps, 'spec/achieved_speedup'):.2f}x plain decoding"]
+        if any("spec/predicted_speedup" in step for step in steps):
+            words.append(f"predicted {_by_time(steps, 'spec/predicted_speedup'):.2f}x")
+        lines.append(f"speculation   {', '.join(words)}; off {_by_time(steps, 'spec/off_fraction'):.0%} of the time")
+    failed = [index for index, step in enumerate(steps, 1) if step.get("spec/policy_failures")]
+    if failed:
+        lines.append(f"warning       speculation was turned off: its policy failed in step {failed[0]}")
+    return lines
+
+
+def _by_time(steps: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Mean of a metric over the steps that have it, by their time of generation."""
+    known = [step for step in steps if name in step]
+    return fmean((step[name] for step in known), [step["time/generate"] for step in known])
+
+
 def print_summary(steps: Sequence[Mapping[str, Any]], folder: Path, console: Console | None = None) -> None:
     """Print the summary of a finished run's steps."""
     console = console or Console()
@@ -55,6 +75,7 @@ def print_summary(steps: Sequence[Mapping[str, Any]], folder: Path, console: Con
         f"              {curve([step['reward/mean'] for step in steps])}",
         f"rollouts      {tokens / generate:,.0f} tokens/s over {tokens:,} tokens; {generate / total:.0%} of the time",
         f"accept length {fmean(step['spec/accept_length'] for step in steps):.2f}",
+        *speculation_lines(steps),
         f"mismatch kl   {mismatch(steps)}",
         *([f"warning       {LOSSY}"] if any(step.get("spec/lossy") for step in steps) else []),
         f"time          {total:.0f} s for {len(steps)} steps",

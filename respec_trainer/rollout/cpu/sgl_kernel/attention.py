@@ -44,9 +44,11 @@ def plan_extend(req_to_token, req_pool_indices, seq_lens, extend_seq_lens, group
     group: query heads a key head.
     tree_mask: None, or bool [B * n * n], who of the n new tokens sees whom; without it they see what precedes them.
     """
+    width = int(extend_seq_lens.max())
+    if width == 1:  # verification without drafts: it must cost no more than decoding
+        return plan_decode(req_to_token, req_pool_indices, seq_lens)
     rows, inside = _cache_rows(req_to_token, req_pool_indices, seq_lens)
     batch, length = inside.shape
-    width = int(extend_seq_lens.max())
     column, position = torch.arange(width), torch.arange(length)
     first = (seq_lens - extend_seq_lens)[:, None]  # [B, 1] position of the first new token
     if tree_mask is None:

@@ -40,6 +40,12 @@ def tree_speculative_sampling_target_only(
     Fills the same three outputs as `tree.verify_tree_greedy_cpu`. Thresholds below 1 accept more than the law allows.
     `draft_probs` is not read.
     """
+    if candidates.shape[1] == 1:  # without drafts it must cost no more than decoding
+        only = target_probs[:, 0]
+        predicts.copy_(_draw(only.double(), uniform_samples_for_final_sampling, only))
+        accept_index.copy_(retrive_index)
+        accept_token_num.zero_()
+        return
     law = _Law(candidates, uniform_samples, target_probs, threshold_single, threshold_acc)
     links = retrive_next_token, retrive_next_sibling
     if is_chain(*links):

@@ -1,0 +1,197 @@
+"""How fast checkpoints are converted beside `cp` of the same bytes on the same disk, and in how much memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/convert.py --shape 3b --layers 22 --tp 2 --rounds 3 --out speed.json   # 4 GB
+    OMP_NUM_THREADS=1 python benchmarks/convert.py --shape 7b --tp 2 --rounds 1 --no-cp --out memory.json      # 15 GB
+
+Makes a Qwen2.5 of that shape with random weights, in files of 4 GB, and takes turns in every round:
+
+    cp             cp -r of the folder, and fsync of every file, since a conversion ends with that too
+    to_megatron    the folder as a checkpoint for tp ranks
+    to_hf          that checkpoint as a Hugging Face folder: every file is read twice, first for its checksum
+
+The page cache is emptied of what an arm reads before it starts. Reported are seconds, an arm's share of cp's speed in
+the same round (the median), and the peak of memory while it ran: `anonymous` is the process's own, `resident` includes
+the pages of mapped files, which the kernel takes back when it needs them. Needs three times the model on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from respec_trainer.checkpoint.convert import checkpoint_to_hf, to_megatron, write_hf
+from respec_trainer.checkpoint.hf_map import hf_model_shapes
+from respec_trainer.checkpoint.megatron_folder import MegatronFolder
+from respec_trainer.checkpoint.new_folder import check_place, sync
+from respec_trainer.checkpoint.progress import Silent
+from respec_trainer.checkpoint.safetensors_io import Spec
+
+SHAPES = {
+    "3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+DTYPE = torch.bfloat16
+SAMPLE_SECONDS = 0.02
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="3b")
+    parser.add_argument("--layers", type=int, help="default: the shape's")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-cp", action="store_true", help="memory only")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="respec-convert-") as folder:
+        report = measure(args, Path(folder))
+    print(json.dumps(report, indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2))
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict:
+    config = model_config(args.shape, args.layers)
+    size = sum(Spec(DTYPE, shape).nbytes for shape in hf_model_shapes(config).values())
+    check_place(folder / "hf", 3 * size)
+    make_model(folder / "hf", config)
+    rounds = [one_round(folder, config, args) for _ in range(args.rounds)]
+    largest = max(Spec(DTYPE, shape).nbytes for shape in hf_model_shapes(config).values())
+    report = {"gigabytes": round(size / 1e9, 3), "tp": args.tp, "largest_tensor_gb": round(largest / 1e9, 3)}
+    report["bound_gb"] = round(3 * largest / 1e9 + 1, 3)
+    for arm in rounds[0]:
+        taken = [entry[arm] for entry in rounds]
+        report[arm] = {key: round(max(e[key] for e in taken), 3) for key in ("anonymous_gb", "resident_gb")}
+        report[arm]["seconds"] = [round(entry["seconds"], 2) for entry in taken]
+        if "cp" in rounds[0] and arm != "cp":
+            shares = [entry["cp"]["seconds"] / entry[arm]["seconds"] for entry in rounds]
+            report[arm]["share_of_cp_speed"] = round(median(shares), 3)
+    return report
+
+
+def one_round(folder: Path, config, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    source, checkpoint, back = folder / "hf", folder / "megatron", folder / "back"
+    quiet, figures = Silent(), {}
+
+    def arm(name: str, reads: Path, run: Callable[[], None]) -> None:
+        evict(reads)
+        with memory_peak() as peak:
+            began = time.perf_counter()
+            run()
+            figures[name] = {"seconds": time.perf_counter() - began}
+        figures[name] |= {key: value / 1e6 for key, value in peak.items()}
+        print(name, figures[name], file=sys.stderr, flush=True)
+
+    if not args.no_cp:
+        arm("cp", source, lambda: copy(source, back))
+        shutil.rmtree(back)
+    arm("to_megatron", source, lambda: to_megatron(source, config, checkpoint, args.tp, None, quiet))
+    arm("to_hf", checkpoint, lambda: checkpoint_to_hf(MegatronFolder(checkpoint), config, back, DTYPE, quiet))
+    shutil.rmtree(checkpoint)
+    shutil.rmtree(back)
+    return figures
+
+
+def copy(source: Path, out: Path) -> None:
+    subprocess.run(["cp", "-r", str(source), str(out)], check=True)
+    sync(out)
+
+
+def model_config(shape: str, layers: int | None):
+    from transformers import Qwen2Config
+
+    return Qwen2Config(**SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}))
+
+
+class RandomTensors:
+    """Random weights of a model, each a stretch of one block of noise, made when it is read."""
+
+    def __init__(self, folder: Path, config):
+        self.folder, self.shapes = folder, hf_model_shapes(config)
+        self.block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).to(DTYPE)
+
+    def names(self):
+        return self.shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPE
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
+        size = torch.Size(self.shapes[name]).numel()
+        start = hash(name) % 1000
+        return self.block.repeat((start + size) // len(self.block) + 1)[start : start + size].view(self.shapes[name])
+
+
+def make_model(folder: Path, config) -> None:
+    folder.mkdir()
+    config.save_pretrained(folder)
+    write_hf(folder, RandomTensors(folder, config), DTYPE, Silent())
+    sync(folder)
+
+
+def evict(folder: Path) -> None:
+    """Drop a folder's files, which are on the disk, from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+@contextmanager
+def memory_peak() -> Iterator[dict[str, float]]:
+    """This process's peaks of anonymous and of all resident memory in the statement, in kB."""
+    peak = {"anonymous_gb": 0.0, "resident_gb": 0.0}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            status = dict(line.split(":", 1) for line in lines)
+            for key, name in (("anonymous_gb", "RssAnon"), ("resident_gb", "VmRSS")):
+                peak[key] = max(peak[key], float(status[name].split()[0]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Adaptive speculation against every fixed choice, on skewed rollouts of the real engine, in one go.
+
+    python benchmarks/speculation.py run --config my.yaml --profile profile.json --accept 1 1.5 2 3 --out results
+    python benchmarks/speculation.py run --config my.yaml --profile profile.json --accept drafter --out results
+    python benchmarks/speculation.py simulate --profile profile.json --out results
+
+Heavy-tailed response lengths, the same for all arms, which take turns in a random order each round: the engine without
+speculation, and one whose steps change: off, every fixed number of steps, the best of them with the best batch size
+above which it is off (chosen in hindsight, by replaying the trace), and adaptive. `--accept` gives simulated accept
+lengths of the longest chain, on random prompts, or `drafter` for what the run's own drafter achieves on its data.
+Adaptive starts from the neutral prior every time.
+
+`simulate` replays the recorded rollouts with tools/simulate_rollout.py's simulator and says how far off it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from respec_trainer.config import Config, load_config
+from respec_trainer.rollout.sample import Request, SamplingParams
+from respec_trainer.rollout.step_acceptance import kept_rate
+from respec_trainer.rollout.steps import StepLog, StepSettings
+from respec_trainer.speculation.acceptance import depth_acceptance
+from respec_trainer.speculation.cost import CostModel
+from respec_trainer.speculation.fit import fit_costs
+from respec_trainer.speculation.machine import identity_of
+from respec_trainer.speculation.policy import tokens_by_steps
+from respec_trainer.speculation.profile import Profile, load_profile
+from respec_trainer.speculation.replay import candidates_of, policy_named
+from respec_trainer.speculation.settings import NEUTRAL, adaptive_settings, drafter_config, longest_sequence
+from respec_trainer.speculation.shape import chain
+from respec_trainer.speculation.simulator import Setting, simulate
+from respec_trainer.speculation.trace import Trace
+
+THRESHOLD = "respec_trainer.speculation.policy:ThresholdPolicy"
+PLAIN, ADAPTIVE = "no speculation", "adaptive"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--config", required=True, help="model, drafter, engine, and prompts for `--accept drafter`")
+    run.add_argument("--accept", nargs="+", default=["1", "1.5", "2", "3"])
+    run.add_argument("--requests", type=int, default=64)
+    run.add_argument("--median", type=float, default=64, help="of the lengths' lognormal law, sigma 0.8")
+    run.add_argument("--longest", type=int, default=384)
+    run.add_argument("--prompt", type=int, default=32, help="tokens of a random prompt")
+    run.add_argument("--rounds", type=int, default=3)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("overrides", nargs="*", metavar="section.key=value")
+    replayed = commands.add_parser("simulate")
+    for each in (run, replayed):
+        each.add_argument("--profile", type=Path, required=True)
+        each.add_argument("--out", type=Path, required=True, help="folder of recorded rollouts")
+    args = parser.parse_args()
+    (run_arms if args.command == "run" else replay_recorded)(args)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every rollout shares."""
+
+    config: Config
+    profile: Profile
+    costs: CostModel
+    requests: list[Request]
+    longest: int  # tokens a sequence may have
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        return tuple(candidates_of(self.profile))
+
+    def trace(self, acceptance: list[float]) -> Trace:
+        prompts = np.array([len(request.prompt_ids) for request in self.requests])
+        lengths = np.array([request.sampling.max_new_tokens for request in self.requests])
+        rows = np.tile(np.array(acceptance), (len(lengths), 1))
+        return Trace(prompts, lengths, np.arange(len(lengths)), rows)
+
+    def steps(self, arm: str, accept: float | None) -> StepSettings:
+        common = {"candidates": self.candidates, "max_batch": len(self.requests), "max_context": self.longest}
+        common["simulated_accept_length"] = accept
+        if arm == ADAPTIVE:
+            return adaptive_settings(self.costs, **common)
+        steps, _, largest = arm.removeprefix("s=").partition("<=")
+        if largest:
+            common["max_batch"] = int(largest)
+            return StepSettings("adaptive", fixed=int(steps), policy=THRESHOLD, **common)
+        return StepSettings("fixed", fixed=int(steps), **common)
+
+
+def run_arms(args: argparse.Namespace) -> None:
+    bench = prepare_bench(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    simulated = [None if accept == "drafter" else float(accept) for accept in args.accept]
+    plain = PlainArm(bench)
+    try:
+        for with_drafter in sorted({accept is None for accept in simulated}):
+            engine = start_engine(bench, bench.steps("s=0", None if with_drafter else 1.0))
+            try:
+                for accept in (each for each in simulated if (each is None) == with_drafter):
+                    compare_arms(bench, plain, engine, accept, args)
+            finally:
+                engine.shutdown()
+    finally:
+        plain.close()
+
+
+def prepare_bench(args: argparse.Namespace) -> Bench:
+    from respec_trainer.compat import prepare, resolve_device
+
+    config = load_config(args.config, args.overrides)
+    prepare(config.run.device)
+    from transformers import AutoConfig
+
+    model, profile = AutoConfig.from_pretrained(config.model.path), load_profile(args.profile)
+    identity = identity_of(config, model.to_dict(), drafter_config(config), resolve_device(config.run.device))
+    profile.check_fits(identity, str(args.profile))
+    generator = np.random.default_rng(args.seed)
+    lengths = np.minimum(generator.lognormal(np.log(args.median), 0.8, args.requests).astype(int) + 1, args.longest)
+    prompts = generator.integers(0, model.vocab_size, (args.requests, args.prompt)).tolist()
+    if "drafter" in args.accept:
+        prompts = prompts_of_run(config, args.requests)
+    how = SamplingParams(1, config.rollout.sampling.temperature, ignore_eos=True)
+    requests = [
+        Request(str(row), tuple(prompt), replace(how, max_new_tokens=int(length)))
+        for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    return Bench(config, profile, fit_costs(profile), requests, longest_sequence(config, model))
+
+
+def prompts_of_run(config: Config, count: int) -> list[tuple[int, ...]]:
+    from transformers import AutoTokenizer
+
+    from respec_trainer.data.prompts import load_prompts
+
+    found = load_prompts(config.data, AutoTokenizer.from_pretrained(config.model.path), config.data.max_prompt_tokens)
+    return [prompt.ids for prompt in found[:count]]
+
+
+def start_engine(bench: Bench, steps: StepSettings | None):
+    """With steps that change, or without speculation (None)."""
+    from respec_trainer.compat import prepare, resolve_device
+    from respec_trainer.rollout.sglang_args import NO_SPECULATION
+    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+
+    prepare(bench.config.run.device)
+    settings = EngineSettings.from_config(bench.config, resolve_device(bench.config.run.device))
+    settings = replace(settings, steps=steps)
+    if steps is None:
+        settings = replace(settings, speculation=NO_SPECULATION, drafter_path=None)
+    engine = SGLangEngine(settings)
+    engine.start()
+    return engine
+
+
+class PlainArm:
+    """The engine without speculation, in a process of its own: one process holds one engine."""
+
+    def __init__(self, bench: Bench):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve_plain, args=(bench, theirs))
+        self.process.start()
+        self.pipe.recv()  # ready
+
+    def generate(self) -> float:
+        """Seconds a rollout took."""
+        self.pipe.send("go")
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
+
+def serve_plain(bench: Bench, pipe) -> None:
+    engine = start_engine(bench, None)
+    try:
+        pipe.send("ready")
+        while pipe.recv() is not None:
+            began = time.perf_counter()
+            engine.submit(bench.requests).collect()
+            pipe.send(time.perf_counter() - began)
+    finally:
+        engine.shutdown()
+
+
+def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, args: argparse.Namespace) -> None:
+    """All arms in turns; writes each rollout's log, and a table."""
+    name = "drafter" if accept is None else f"{accept:g}"
+    acceptance = measured_acceptance(bench, engine) if accept is None else simulated_acceptance(bench, accept)
+    threshold = best_threshold(bench, bench.trace(acceptance))
+    arms = [PLAIN, *(f"s={steps}" for steps in bench.candidates), threshold, ADAPTIVE]
+    print(f"accept {name}: acceptance {', '.join(f'{a:.2f}' for a in acceptance)}; switched: {threshold}", flush=True)
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    clocked: dict[str, list[float]] = {}
+    for number in range(args.rounds):
+        for arm in random.Random(f"{args.seed}:{number}").sample(arms, len(arms)):
+            taken, log = (plain.generate(), StepLog()) if arm == PLAIN else generate(bench, engine, arm, accept)
+            seconds[arm].append(taken)
+            if len(log):
+                clocked.setdefault(arm, []).append(engine_seconds(log))
+            if arm != PLAIN:
+                path = args.out / f"{name}_{arm.replace('<=', 'upto')}_{number}.npz"
+                record(path, bench, arm, acceptance, log)
+            print(f"  round {number} {arm:16s} {taken:7.2f} s  {describe(bench, log, acceptance)}", flush=True)
+    summarize(name, seconds, threshold, args.out / f"summary_{name}.json")
+    print("  by the engine's own clock:")
+    summarize(name, clocked, threshold, args.out / f"clocked_{name}.json")
+
+
+def generate(bench: Bench, engine, arm: str, accept: float | None) -> tuple[float, StepLog]:
+    engine.set_steps(bench.steps(arm, accept))
+    began = time.perf_counter()
+    engine.submit(bench.requests).collect()
+    return time.perf_counter() - began, engine.take_steps()
+
+
+def simulated_acceptance(bench: Bench, accept: float) -> list[float]:
+    return [kept_rate(accept, bench.candidates[-1])] * bench.candidates[-1]
+
+
+def measured_acceptance(bench: Bench, engine) -> list[float]:
+    """By depth, of the run's drafter, always drafting as many steps as there are."""
+    _, log = generate(bench, engine, f"s={bench.candidates[-1]}", None)
+    kept = [int(log.batch[~log.prefill].sum()), *log.survivors.sum(0).tolist()]
+    return depth_acceptance([before - after for before, after in zip(kept, [*kept[1:], 0], strict=True)])
+
+
+def best_threshold(bench: Bench, trace: Trace) -> str:
+    """Of all fixed steps and batch sizes above which they are off, what replays this trace fastest."""
+    sizes = sorted({cell.batch for cell in bench.profile.cells})
+    names = [f"s={steps}<={size}" for steps in bench.candidates[1:] for size in sizes]
+
+    def makespan(name: str) -> float:
+        make = policy_named(name, bench.costs, bench.candidates, trace, Setting())
+        return simulate(trace, bench.costs, make, Setting(sampled=False)).makespan
+
+    return min(names, key=makespan)
+
+
+def regret(bench: Bench, log: StepLog, acceptance: list[float]) -> float:
+    """By the cost model, of the choices of a rollout against the best of each batch, which switches at no cost."""
+    spent = best = 0.0
+    for row in np.flatnonzero(~log.prefill):
+        batch, context, steps = int(log.batch[row]), float(log.context[row]), int(log.steps[row])
+        tokens = tokens_by_steps(bench.candidates, acceptance)
+        cycles = [bench.costs.cycle_seconds(chain(each), batch, context) for each in bench.candidates]
+        spent += cycles[bench.candidates.index(steps)] + log.catch_up[row] + log.switch[row]
+        gained = tokens[bench.candidates.index(steps)]
+        best += gained * min(taken / made for taken, made in zip(cycles, tokens, strict=True))
+    return spent / best - 1
+
+
+def describe(bench: Bench, log: StepLog, acceptance: list[float]) -> str:
+    if not len(log):
+        return ""
+    decode = ~log.prefill
+    off = np.nansum(log.period[decode & (log.steps == 0)]) / np.nansum(log.period[decode])
+    changes = int((np.diff(log.steps[decode]) != 0).sum())
+    gained = log.tokens[decode].sum() / log.batch[decode].sum()
+    failed = f"  FAILURES {log.failures}" if log.failures else ""
+    lost = regret(bench, log, acceptance)
+    return f"off {off:4.0%}  changes {changes:3d}  tokens a batch {gained:.2f}  regret {lost:.1%}{failed}"
+
+
+def engine_seconds(log: StepLog) -> float:
+    """From the first batch's start to the last one's end, by the engine's clock."""
+    return float(log.start[-1] - log.start[0] + log.draft[-1] + log.verify[-1] + log.extend[-1])
+
+
+def summarize(name: str, seconds: dict[str, list[float]], threshold: str, out: Path) -> None:
+    """Median over rounds of each arm's makespan to adaptive's in the same round."""
+    ratios = {
+        arm: median(other / own for other, own in zip(taken, seconds[ADAPTIVE], strict=True))
+        for arm, taken in seconds.items()
+    }
+    fixed = [arm for arm in seconds if arm not in (PLAIN, ADAPTIVE, threshold)]
+    best = min(fixed, key=lambda arm: median(seconds[arm]))
+    compared = {"plain": PLAIN, "off": "s=0", "best static": best, "static + on/off": threshold}
+    for label, arm in ((label, arm) for label, arm in compared.items() if arm in seconds):
+        print(f"  adaptive is {ratios[arm]:.3f} times as fast as {label} ({arm})", flush=True)
+    row = {"accept": name, "seconds": seconds, "times_as_fast_as": ratios, "best_static": best, "switched": threshold}
+    out.write_text(json.dumps(row, indent=1))
+
+
+def record(path: Path, bench: Bench, arm: str, acceptance: list[float], log: StepLog) -> None:
+    trace = bench.trace(acceptance)
+    np.savez(
+        path,
+        arm=arm,
+        makespan=engine_seconds(log),
+        prompt=trace.prompt,
+        length=trace.length,
+        acceptance=trace.acceptance,
+        **{f"log_{key}": value for key, value in log.to_arrays().items()},
+    )
+
+
+def replay_recorded(args: argparse.Namespace) -> None:
+    """Simulated makespans against those recorded, by the engine's clock."""
+    profile = load_profile(args.profile)
+    costs, errors = fit_costs(profile), []
+    for path in sorted(args.out.glob("*.npz")):
+        with np.load(path) as found:
+            trace = Trace(found["prompt"], found["length"], np.arange(len(found["length"])), found["acceptance"])
+            arm, makespan = str(found["arm"]), float(found["makespan"])
+        candidates = candidates_of(profile)
+        prior = [NEUTRAL] * candidates[-1]
+        make = policy_named(arm, costs, candidates, trace, Setting(slots=len(trace)), prior)
+        simulated = simulate(trace, costs, make, Setting(slots=len(trace))).makespan
+        errors.append(simulated / makespan - 1)
+        print(f"{path.stem:28s} engine {makespan:7.2f} s  simulated {simulated:7.2f} s  {errors[-1]:+.1%}")
+    print(f"{len(errors)} rollouts: off by {np.abs(errors).mean():.1%} on average, {np.abs(errors).max():.1%} at most")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,84 @@
+"""Folders that are complete or absent: filled beside their place, brought to the disk, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from respec_trainer.errors import ConfigError, RespecError
+
+# What a Hugging Face folder holds besides config, tokenizer and the like: weights in any format, and hidden files.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
+LEFT_BEHIND = (*WEIGHTS, "*.gguf", "*.onnx", "*.h5", "*.msgpack", ".*", "__pycache__")
+
+
+def check_place(out: Path, size: int) -> None:
+    """Raise ConfigError unless `out` is absent or an empty folder, and the disk has room for `size` bytes."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; nothing is overwritten: choose another place")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise ConfigError(f"{out} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there; make room first")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, beside `out`, which it becomes at the end; after an exception nothing is left of it.
+
+    What a killed process left there is removed by the next one that makes `out`. Raises RespecError where the disk is
+    full.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    scratch = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    scratch.mkdir()
+    lock = os.open(scratch, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # gone with this process, however it ends
+        yield scratch
+        sync(scratch)
+        scratch.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RespecError(f"the disk of {out} is full; nothing was written. Make room and try again") from error
+        raise
+    finally:
+        os.close(lock)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for left in out.parent.glob(f".{out.name}.partial-*"):
+        handle = os.open(left, os.O_RDONLY)
+        with suppress(BlockingIOError):  # its process is alive
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+        os.close(handle)
+
+
+def sync(folder: Path) -> None:
+    """Bring every file and folder in `folder` to the disk."""
+    for path in folder.rglob("*"):
+        sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a file's content, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def carry_over(source: Path, out: Path) -> None:
+    """Copy a Hugging Face folder's config, tokenizer and whatever else is not weights."""
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns(*LEFT_BEHIND), dirs_exist_ok=True)

@@ -1,0 +1,156 @@
+"""The safetensors format, written tensor by tensor: the library's own writer wants a whole file in memory at once.
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and byte range of every
+tensor), and the tensors' bytes, without gaps. So all that must be known in advance are names, dtypes and shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from respec_trainer.errors import ConfigError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+PIECE = 1 << 20  # bytes written, or read for a digest, at one time: they stay in the processor's cache
+HEADER_LIMIT = 100_000_000  # bytes; the library refuses to read a longer one
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class SafetensorsWriter:
+    """Writes the tensors of `specs` to a new file, one after the other, in that order. Use it in a `with` statement.
+
+    After the statement the file is complete and on the disk; `size` and `digest` (XXH3, 128 bits) are known.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None):
+        self.path, self.size, self.digest = path, 0, ""
+        self._expected = list(specs.items())[::-1]
+        self._hash = xxhash.xxh3_128()
+        header = _header(specs, metadata or {"format": "pt"})
+        if len(header) > HEADER_LIMIT:
+            raise ValueError(f"{path}: {len(specs)} tensors make a header of {len(header)} bytes, which none reads")
+        self._file = path.open("xb", buffering=0)
+        self._put(header)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next tensor, which must be what `specs` says."""
+        given = name, Spec(tensor.dtype, tuple(tensor.shape))
+        expected = self._expected.pop()
+        if given != expected:
+            raise ValueError(f"{self.path}: {given} where {expected} is next")
+        self._put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+
+    def _put(self, content: bytes | memoryview) -> None:
+        for start in range(0, len(content), PIECE):
+            piece = content[start : start + PIECE]
+            self._hash.update(piece)
+            while len(piece):
+                piece = piece[self._file.write(piece) :]
+        self.size += len(content)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        with self._file:
+            if kind is not None:
+                return
+            if self._expected:
+                raise ValueError(f"{self.path}: {len(self._expected)} tensors were not written")
+            os.fsync(self._file.fileno())
+        self.digest = self._hash.hexdigest()
+
+
+def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, spec in specs.items():
+        span = [offset, offset + spec.nbytes]
+        entries[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, so that they can be mapped into memory
+    return len(text).to_bytes(8, "little") + text
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """The file, opened lazily: its header is checked, tensors are read when asked for. Raises ConfigError."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}{_what_it_is(path)}") from error
+
+
+def file_digest(path: Path) -> str:
+    """XXH3, 128 bits, of a file's content."""
+    state = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def _what_it_is(path: Path) -> str:
+    """Of a file that is no safetensors file: its size and digest, to compare with the original's; whether a pickle."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return (
+            "; it is a pickle, as torch.save writes, which may run any code when it is read and is not read here: save "
+            "the model anew as safetensors"
+        )
+    size, digest = path.stat().st_size, file_digest(path)
+    return f"; it holds {size:,} bytes with XXH3-128 {digest}: compare it with the original, and copy it again"
+
+
+def plan_files(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
+    """Names in order, cut into files of at most `limit` bytes; a larger tensor has a file of its own."""
+    files: list[list[str]] = []
+    room = 0
+    for name, spec in specs.items():
+        if not files or spec.nbytes > room:
+            files.append([])
+            room = limit
+        files[-1].append(name)
+        room -= spec.nbytes
+    return files
+
+
+def file_names(count: int) -> Sequence[str]:
+    """What transformers and SGLang call the files of a folder."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]

@@ -1,0 +1,103 @@
+"""What an adaptive run gives its engines: StepSettings, from the configuration and the profile that it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from respec_trainer.config import Config
+from respec_trainer.errors import ConfigError
+from respec_trainer.rollout.steps import StepSettings
+from respec_trainer.speculation.cost import CostModel
+from respec_trainer.speculation.fit import fit_costs
+from respec_trainer.speculation.machine import identity_of
+from respec_trainer.speculation.profile import Profile, load_profile
+
+# By depth, until a rollout has shown better: between a poor drafter's and a good one's.
+NEUTRAL = 0.7
+
+
+def step_settings(config: Config, hf_config: Any, device: str) -> StepSettings | None:
+    """The engines' settings; None with `speculation.policy=fixed`.
+
+    Args:
+        hf_config: the actor's, as transformers loads it.
+        device: "cpu" or "cuda".
+
+    Raises ConfigError if the profile is missing, malformed, too small to be fitted, or of other shapes, versions or
+    hardware than the run's, naming what differs; and for candidates that it did not measure.
+    """
+    speculation = config.speculation
+    if speculation.policy == "fixed":
+        return None
+    profile = load_profile(speculation.profile)
+    profile.check_fits(identity_of(config, hf_config.to_dict(), drafter_config(config), device), speculation.profile)
+    return adaptive_settings(
+        fit_costs(profile),
+        _candidates(config, profile),
+        max_batch=config.rollout.engine.max_running_requests,
+        max_context=longest_sequence(config, hf_config),
+        explore=speculation.explore,
+        off=speculation.off,
+        seed=config.run.seed,
+    )
+
+
+def adaptive_settings(costs: CostModel, candidates: tuple[int, ...], **more: Any) -> StepSettings:
+    """Settings of mode "adaptive" by these costs; `more` are StepSettings' other fields."""
+    prior = (NEUTRAL,) * candidates[-1]
+    tokens = _tokens_of_a_step(costs)
+    return StepSettings("adaptive", candidates, costs=costs.to_tuples(), prior=prior, catch_up_tokens=tokens, **more)
+
+
+def _tokens_of_a_step(costs: CostModel) -> int | None:
+    """How many the drafter catches up with in the time of the shortest decode step, so that none takes twice as long.
+
+    A power of two; None where the costs know no catching up.
+    """
+    if not costs.has("catch_up"):
+        return None
+    tokens = 1
+    while tokens < 2**20 and costs.catch_up_seconds(1, 2 * tokens, 2 * tokens) <= costs.step_seconds(1, 1):
+        tokens *= 2
+    return tokens
+
+
+def longest_sequence(config: Config, hf_config: Any) -> int:
+    """Tokens of prompt and response together, at most."""
+    longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
+    return min(longest, hf_config.max_position_embeddings)
+
+
+def check_can_adapt(config: Config) -> None:
+    """Raise ConfigError unless the run drafts chains, whose steps the engine can change."""
+    speculation = config.speculation
+    if speculation.algorithm != "eagle3" or speculation.topk > 1:
+        raise ConfigError(
+            "only chains of an eagle3 drafter can change their steps: set speculation.algorithm=eagle3 and "
+            f"speculation.topk=1, not {speculation.algorithm} and {speculation.topk}"
+        )
+
+
+def drafter_config(config: Config) -> dict[str, Any]:
+    path = Path(config.drafter.path) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"drafter.path: {config.drafter.path} holds no config.json")
+    return json.loads(path.read_text())
+
+
+def _candidates(config: Config, profile: Profile) -> tuple[int, ...]:
+    speculation = config.speculation
+    measured = [shape.steps for shape in profile.shapes() if shape.is_chain]
+    found = speculation.candidates
+    if found is None:
+        found = [0, *(steps for steps in measured if steps <= speculation.steps)]
+    # The cost model predicts between measured steps, but not far beyond them.
+    if found[-1] > max(measured, default=0) or found[-1] == 0:
+        raise ConfigError(
+            f"speculation.candidates={found}: {speculation.profile} was measured with chains of {measured} steps; "
+            f"choose candidates up to {max(measured, default=0)} (and speculation.steps at least the least of them), "
+            "or measure longer chains"
+        )
+    return tuple(found)

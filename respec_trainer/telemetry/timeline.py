@@ -1,0 +1,147 @@
+"""Timeline: what one engine did in a generation phase, and how long plain decoding would have taken for the same.
+
+All shares and means are by time. With the plain seconds c of each batch, of which the engine took t and drew k tokens
+a sequence, sum(k c) / sum(t) is the speed-up achieved; a predicted speed-up p averages to sum(p t) / sum(t), which is
+that same quotient if every prediction is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from respec_trainer.errors import DataError
+from respec_trainer.rollout.steps import StepLog
+
+# (sequences [N], their mean contexts [N]) -> seconds of one decode step without speculation [N]
+PlainSeconds = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """`plain`: [N] seconds a decode step without speculation takes on each batch; NaN where no costs are known."""
+
+    log: StepLog
+    plain: np.ndarray
+
+    @classmethod
+    def of(cls, log: StepLog, plain_seconds: PlainSeconds | None) -> Timeline:
+        if plain_seconds is None or not len(log):
+            return cls(log, np.full(len(log), np.nan))
+        return cls(log, plain_seconds(log.batch.astype(float), log.context))
+
+    @cached_property
+    def decodes(self) -> np.ndarray:
+        """[N] which batches decode; the others read prompts."""
+        return ~self.log.prefill
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """[N] from each batch's start to the next one's; of the last, what its parts took."""
+        log = self.log
+        parts = log.draft + log.verify + log.extend + log.catch_up + log.switch + log.decide
+        return np.where(np.isnan(log.period), parts, log.period)
+
+    @cached_property
+    def earned(self) -> np.ndarray:
+        """[N] seconds of plain decoding that draw as many tokens."""
+        return self.plain * self.log.tokens / self.log.batch
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """[N + 1] seconds since the phase began at which each batch began, and the last ended."""
+        began = self.log.start - self.log.start[0]
+        return np.append(began, began[-1] + self.seconds[-1])
+
+
+def pool(timelines: Sequence[Timeline], column: Callable[[Timeline], np.ndarray]) -> np.ndarray:
+    """A column of all decode batches of all engines, one after the other."""
+    return np.concatenate([np.zeros(0), *(column(line)[line.decodes] for line in timelines)])
+
+
+def steps_used(timelines: Sequence[Timeline]) -> set[int]:
+    """Every number of draft steps that a batch was decoded with."""
+    return {int(steps) for steps in pool(timelines, lambda line: line.log.steps)}
+
+
+def switches(timelines: Sequence[Timeline]) -> int:
+    """How often a batch was decoded with other steps than the one before it."""
+    return sum(int(np.count_nonzero(np.diff(line.log.steps[line.decodes]))) for line in timelines)
+
+
+def acceptance_by_depth(timelines: Sequence[Timeline]) -> list[float]:
+    """Share of drafts kept at each depth, given that those before were, over the batches that drafted that deep.
+
+    Ends before the first depth that was never tried.
+    """
+    found: list[float] = []
+    while True:
+        depth, tried, kept = len(found), 0, 0
+        for log in (line.log for line in timelines):
+            if depth >= log.survivors.shape[1]:
+                continue
+            deep = ~log.prefill & (log.steps > depth)
+            before = log.survivors[:, depth - 1] if depth else log.batch
+            tried, kept = tried + int(before[deep].sum()), kept + int(log.survivors[deep, depth].sum())
+        if not tried:
+            return found
+        found.append(kept / tried)
+
+
+def mean_by_time(values: np.ndarray, seconds: np.ndarray) -> float | None:
+    """None where no time passed."""
+    total = float(seconds.sum())
+    return float((values * seconds).sum()) / total if total > 0 else None
+
+
+def save_timelines(timelines: Sequence[Timeline], path: Path) -> None:
+    """Write one .npz: every column of engine i as "i.NAME", and "i.plain"."""
+    arrays = {}
+    for index, line in enumerate(timelines):
+        columns = line.log.to_arrays() | {"plain": line.plain}
+        arrays |= {f"{index}.{name}": values for name, values in columns.items()}
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_timelines(path: Path) -> list[Timeline]:
+    """The inverse of `save_timelines`. Raises DataError for a file that is none of its own."""
+    columns: dict[int, dict[str, np.ndarray]] = {}
+    try:
+        with np.load(path) as file:
+            for name in file.files:
+                index, _, column = name.partition(".")
+                columns.setdefault(int(index), {})[column] = file[name]
+        return [Timeline(StepLog.of_arrays(found), found["plain"]) for _, found in sorted(columns.items())]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise DataError(f"{path} is not a file of decode batches, as runs write them: {error!r}") from error
+
+
+def edges_of(line: Timeline, count: int) -> np.ndarray:
+    """[count + 1] where stretches of equal time begin and end, in seconds since the phase began."""
+    return np.linspace(0.0, line.times[-1], count + 1)
+
+
+def ratio_by_time(line: Timeline, chosen: np.ndarray, above: np.ndarray, below: np.ndarray, count: int) -> np.ndarray:
+    """[count] sum(above) / sum(below) over the `chosen` batches in each of `count` stretches of equal time.
+
+    A batch counts for a stretch by the share of its own time that lies in it. NaN where no chosen batch does.
+    """
+    edges = edges_of(line, count)
+    top, bottom = (
+        np.diff(np.interp(edges, line.times, np.append(0.0, np.cumsum(np.where(chosen, part, 0.0)))))
+        for part in (above, below)
+    )
+    return np.divide(top, bottom, out=np.full(count, np.nan), where=bottom > 1e-9 * bottom.sum())
+
+
+def spans(flags: np.ndarray, edges: np.ndarray) -> list[tuple[float, float]]:
+    """Where flags[i], of the stretch edges[i] to edges[i + 1], holds: (from, to) of each unbroken run."""
+    turns = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
+    return [(float(edges[a]), float(edges[b])) for a, b in list(pairwise(turns))[::2]]

@@ -1,0 +1,65 @@
+"""checkpoint/new_folder.py: a folder is complete or absent."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+import pytest
+
+from respec_trainer.checkpoint.new_folder import carry_over, new_folder
+from respec_trainer.errors import RespecError
+
+
+def test_the_folder_appears_at_the_end(tmp_path):
+    with new_folder(tmp_path / "deep" / "out") as folder:
+        (folder / "a").write_text("a")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "a").read_text() == "a"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_an_exception_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_appeared_there_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("mine")
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_leftovers_go_but_not_a_living_process_folder(tmp_path):
+    dead, living = (tmp_path / f".out.partial-{pid}" for pid in (11, 12))
+    dead.mkdir()
+    living.mkdir()
+    held = os.open(living, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        with new_folder(tmp_path / "out"):
+            pass
+    finally:
+        os.close(held)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", living.name}
+
+
+def test_a_full_disk_is_told(tmp_path):
+    with pytest.raises(RespecError, match="out is full"), new_folder(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_but_weights_is_carried_over(tmp_path):
+    source = tmp_path / "source"
+    kept = ("config.json", "tokenizer.json", "merges.txt", "additional_chat_templates/tool.jinja")
+    left = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "original/consolidated.00.pth")
+    for name in (*kept, *left, ".git/config"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    carry_over(source, tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == set(kept)
