@@ -185,7 +185,7 @@ NORM = "decoder.final_layernorm.weight"
         (lambda held: held.update({f"exp_avg/{NORM}/64": torch.ones(1)}), "has 65 entries, not 64"),
         (lambda held: held.update({f"momentum/{NORM}/0": torch.ones(64)}), "holds, though meta.json .* momentum/"),
         (lambda held: held.update({"exp_avg": torch.ones(64)}), "is not a fragment's key"),
-        (lambda held: held.update({f"exp_avg/{NORM}/0": torch.ones(16).half()}), "is of dtype F16"),
+        (lambda held: held.update({f"exp_avg/{NORM}/0": torch.ones(16).half()}), "is of dtype torch.float16"),
     ],
 )
 def test_fragments_that_do_not_cover_a_parameter_once_are_refused(hf, checkpoint, edit, message):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from respec_trainer.checkpoint import safetensors_io
 from respec_trainer.checkpoint.safetensors_io import (
     PIECE,
+    MappedFile,
     SafetensorsWriter,
     Spec,
     file_digest,
     file_names,
+    open_safetensors,
     plan_files,
 )
+from respec_trainer.errors import ConfigError
 
 TENSORS = {
     "ids": torch.arange(-3, 4),
@@ -81,3 +86,30 @@ def test_files_are_filled_in_order_up_to_their_limit():
     assert plan_files(specs, 100) == [["a", "b"], ["c"], ["d"], ["e"]]
     assert file_names(1) == ["model.safetensors"]
     assert file_names(2) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def test_a_file_that_is_mapped_anew_reads_the_same(tmp_path, monkeypatch):
+    with SafetensorsWriter(tmp_path / "a.safetensors", SPECS) as writer:
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+    opened = []
+
+    def counted(path):
+        opened.append(path)
+        return open_safetensors(path)
+
+    monkeypatch.setattr(safetensors_io, "MAPPED", 70)
+    monkeypatch.setattr(safetensors_io, "open_safetensors", counted)
+    file = MappedFile(tmp_path / "a.safetensors")
+    first = file.read("rows")
+    for _ in range(4):
+        assert torch.equal(file.read("rows", (slice(1, 3),)), TENSORS["rows"][1:3])
+        assert torch.equal(file.read("ids"), TENSORS["ids"])
+    assert torch.equal(first, TENSORS["rows"])  # though its mapping is not the file's any more
+    assert len(opened) > 2
+
+
+def test_an_unknown_dtype_is_refused(tmp_path):
+    save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match="a is of dtype F8_E4M3"):
+        MappedFile(tmp_path / "a.safetensors").dtype("a")

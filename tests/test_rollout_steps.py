@@ -82,7 +82,7 @@ def test_nested_parts_count_once():
 
 def test_the_clock_waits_for_the_device_at_both_ends():
     waits = []
-    recorder = StepRecorder(lambda: waits.append(1))
+    recorder = StepRecorder(wait=lambda: waits.append(1))
     recorder.begin(False, 1, 1.0)
     with recorder.timing("verify"):
         assert len(waits) == 1

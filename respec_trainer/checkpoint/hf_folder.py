@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from respec_trainer.checkpoint.safetensors_io import DTYPES, open_safetensors
+from respec_trainer.checkpoint.safetensors_io import MappedFile
 from respec_trainer.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
@@ -24,7 +23,7 @@ class HFFolder:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, MappedFile] = {}
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
@@ -33,19 +32,19 @@ class HFFolder:
             return _weight_map(index)
         single = self.folder / "model.safetensors"
         if single.is_file():
-            return dict.fromkeys(self._open(single.name).keys(), single.name)
+            return dict.fromkeys(self._open(single.name).names(), single.name)
         raise ConfigError(f"{self.folder} holds neither model.safetensors nor {INDEX}{_pickles(self.folder)}")
 
-    def _open(self, name: str) -> safe_open:
+    def _open(self, name: str) -> MappedFile:
         if name not in self._files:
-            self._files[name] = open_safetensors(self.folder / name)
+            self._files[name] = MappedFile(self.folder / name)
         return self._files[name]
 
     def check_index(self) -> None:
         """Open every file, and raise ConfigError unless the index names exactly the tensors that each one holds."""
         for file in self.files():
             listed = {name for name, holder in self._file_of.items() if holder == file}
-            held = set(self._open(file).keys())
+            held = self._open(file).names()
             pairs = (("lacks", listed - held), ("holds, though the index does not say so,", held - listed))
             for problem, names in pairs:
                 if names:
@@ -61,18 +60,14 @@ class HFFolder:
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+        return self._open(self._file_of[name]).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        code = self._open(self._file_of[name]).get_slice(name).get_dtype()
-        if code not in DTYPES:
-            raise ConfigError(f"{self.folder}: {name} is of dtype {code}, which is not supported")
-        return DTYPES[code]
+        return self._open(self._file_of[name]).dtype(name)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
-        """The part of tensor `name` that `index` selects; all of it for ()."""
-        file = self._open(self._file_of[name])
-        return file.get_slice(name)[index] if index else file.get_tensor(name)
+        """The part of tensor `name` that `index` selects; all of it for (). Mapped from the file: not to be written."""
+        return self._open(self._file_of[name]).read(name, index)
 
     def __enter__(self) -> HFFolder:
         return self

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from respec_trainer.checkpoint.progress import Progress
-from respec_trainer.checkpoint.safetensors_io import DTYPES, file_digest, open_safetensors
+from respec_trainer.checkpoint.safetensors_io import MappedFile, file_digest
 from respec_trainer.errors import ConfigError
 
 FORMAT = 1
@@ -72,7 +72,7 @@ class MegatronFolder:
         self.kinds = WITH_OPTIMIZER if self.meta["optimizer"] else WITHOUT
         self._check_sizes()
         held = [self.folder / name for name in sorted(self.meta["files"]) if name.startswith("actor/")]
-        self._files = {path: open_safetensors(path) for path in held}
+        self._files = {path: MappedFile(path) for path in held}
         self._pieces = self._locate()
         self._check_cover()
 
@@ -90,7 +90,7 @@ class MegatronFolder:
         return self.dtype if kind == "weight" else torch.float32
 
     def _read(self, piece: Piece) -> torch.Tensor:
-        return self._files[piece.path].get_tensor(piece.key)
+        return self._files[piece.path].read(piece.key)
 
     def check_digests(self, progress: Progress, within: str = "") -> None:
         """Read every file, or those within a folder, and raise ConfigError for one that meta.json does not speak of."""
@@ -122,12 +122,11 @@ class MegatronFolder:
             place = re.fullmatch(r"tp(\d+)_dp(\d+)", path.stem)
             if place is None:
                 raise ConfigError(f"{path} is not named tp0_dp0.safetensors or the like; remove it")
-            for key in file.keys():  # noqa: SIM118 - not a mapping
+            for key in file.names():
                 kind, name, start = _parts(key, path)
-                part = file.get_slice(key)
-                if DTYPES.get(part.get_dtype()) != self.kind_dtype(kind):
-                    raise ConfigError(f"{path}: {key} is of dtype {part.get_dtype()}, not {self.kind_dtype(kind)}")
-                pieces[kind, name, int(place[1])].append(Piece(start, part.get_shape()[0], path, key))
+                if file.dtype(key) != self.kind_dtype(kind):
+                    raise ConfigError(f"{path}: {key} is of dtype {file.dtype(key)}, not {self.kind_dtype(kind)}")
+                pieces[kind, name, int(place[1])].append(Piece(start, torch.Size(file.shape(key)).numel(), path, key))
         for found in pieces.values():
             found.sort(key=lambda piece: (piece.start, piece.length))
         return pieces

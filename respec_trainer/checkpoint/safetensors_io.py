@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PIECE = 1 << 20  # bytes written, or read for a digest, at one time: they stay in the processor's cache
+WRITEBACK = 1 << 26  # bytes written before they are sent on to the disk
+MAPPED = 1 << 28  # bytes read of a file before it is mapped anew
 HEADER_LIMIT = 100_000_000  # bytes; the library refuses to read a longer one
 
 
@@ -50,26 +53,34 @@ class Spec:
 class SafetensorsWriter:
     """Writes the tensors of `specs` to a new file, one after the other, in that order. Use it in a `with` statement.
 
-    After the statement the file is complete and on the disk; `size` and `digest` (XXH3, 128 bits) are known.
+    One is written in a thread while the next is made. After the statement the file is complete and on the disk; `size`
+    and `digest` (XXH3, 128 bits) are known.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None):
         self.path, self.size, self.digest = path, 0, ""
+        self._begun = 0  # bytes on their way to the disk
         self._expected = list(specs.items())[::-1]
         self._hash = xxhash.xxh3_128()
         header = _header(specs, metadata or {"format": "pt"})
         if len(header) > HEADER_LIMIT:
             raise ValueError(f"{path}: {len(specs)} tensors make a header of {len(header)} bytes, which none reads")
         self._file = path.open("xb", buffering=0)
-        self._put(header)
+        self._thread = ThreadPoolExecutor(1)
+        self._writing = self._thread.submit(self._put, header)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor, which must be what `specs` says."""
+        """Append the next tensor, which must be what `specs` says, and stay as it is until the next call has returned.
+
+        Errors of writing come with the next call, or with the end of the statement.
+        """
         given = name, Spec(tensor.dtype, tuple(tensor.shape))
         expected = self._expected.pop()
         if given != expected:
             raise ValueError(f"{self.path}: {given} where {expected} is next")
-        self._put(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        content = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        self._writing.result()
+        self._writing = self._thread.submit(self._put, content)
 
     def _put(self, content: bytes | memoryview) -> None:
         for start in range(0, len(content), PIECE):
@@ -77,15 +88,20 @@ class SafetensorsWriter:
             self._hash.update(piece)
             while len(piece):
                 piece = piece[self._file.write(piece) :]
-        self.size += len(content)
+            self.size += min(PIECE, len(content) - start)
+            if self.size - self._begun > WRITEBACK:
+                # Of pages that are not on the disk yet, this begins to bring them there: fsync will have less to do.
+                os.posix_fadvise(self._file.fileno(), self._begun, self.size - self._begun, os.POSIX_FADV_DONTNEED)
+                self._begun = self.size
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        with self._file:
+        with self._file, self._thread:  # left in the other order: no file is closed that is being written
             if kind is not None:
                 return
+            self._writing.result()
             if self._expected:
                 raise ValueError(f"{self.path}: {len(self._expected)} tensors were not written")
             os.fsync(self._file.fileno())
@@ -110,6 +126,38 @@ def open_safetensors(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}{_what_it_is(path)}") from error
+
+
+class MappedFile:
+    """A file that is read tensor by tensor, from start to end perhaps: what was read does not stay in memory.
+
+    Tensors are not copied but mapped, and a mapping's pages count as this process's memory once they were read; so the
+    file is mapped anew from time to time. The old mapping goes with the last tensor out of it.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._file, self._read = path, open_safetensors(path), 0
+
+    def names(self) -> set[str]:
+        return set(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises ConfigError for one that torch, or this package, does not know."""
+        code = self._file.get_slice(name).get_dtype()
+        if code not in DTYPES:
+            raise ConfigError(f"{self.path}: {name} is of dtype {code}, which is not supported")
+        return DTYPES[code]
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
+        """The part of tensor `name` that `index` selects; all of it for ()."""
+        if self._read > MAPPED:
+            self._file, self._read = open_safetensors(self.path), 0
+        tensor = self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
+        self._read += tensor.numel() * tensor.element_size()
+        return tensor
 
 
 def file_digest(path: Path) -> str:

@@ -9,6 +9,7 @@ arrive after the next batch has started; StepRecorder puts them back together.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,16 @@ class Stepper:
         self.settings, self.control = settings, StepControl(settings)
         self.backlog = Backlog(settings.backlog_mb * 2**20)
         self.choice = Choice(0, warm=False)
-        self.recorder = StepRecorder(torch.cuda.synchronize if settings.timed and self.device == "cuda" else None)
+        self.recorder = self._make_recorder()
         self.acceptance = SimulatedAcceptance(settings)
+
+    def _make_recorder(self) -> StepRecorder:
+        if not self.settings.timed:
+            return StepRecorder()
+        if self.device == "cuda":
+            return StepRecorder(wait=torch.cuda.synchronize)
+        # The thread that computes, and no other: what else runs on the cores is in nobody's profile.
+        return StepRecorder(clock=time.thread_time)
 
     def hooks(self) -> dict[str, tuple[Callable, str]]:
         """For `sglang_plugin`: target -> (function, kind of hook)."""

@@ -43,11 +43,17 @@ class StepRecorder:
     the next batch has started: decode rows wait for it in a queue, and `take` hands out those before the first waiting.
 
     Args:
+        clock: seconds from any beginning.
         wait: called before the clock is read at both ends of a part; to wait for a device, or nothing.
     """
 
-    def __init__(self, wait: Callable[[], None] | None = None, most_rows: int = MOST_ROWS):
-        self.wait, self.most_rows = wait, most_rows
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[], None] | None = None,
+        most_rows: int = MOST_ROWS,
+    ):
+        self.clock, self.wait, self.most_rows = clock, wait, most_rows
         self.rows: list[Row] = []
         self.dropped = 0
         self._unsettled: deque[Row] = deque()
@@ -55,7 +61,7 @@ class StepRecorder:
 
     def begin(self, prefill: bool, batch: int, context: float, tokens: int = 0) -> Row:
         """Open the row of a batch that starts now; `tokens` are known of a prefill."""
-        row = Row(time.monotonic(), prefill, batch, context, tokens=tokens)
+        row = Row(self.clock(), prefill, batch, context, tokens=tokens)
         if len(self.rows) >= self.most_rows:
             old = self.most_rows // 2
             del self.rows[:old]
@@ -103,7 +109,7 @@ class StepRecorder:
     def _clock(self) -> float:
         if self.wait is not None:
             self.wait()
-        return time.perf_counter()
+        return self.clock()
 
 
 def survivors_of(kept: Sequence[int], steps: int) -> list[int]:

@@ -41,7 +41,9 @@ class StepSettings:
     # Tokens the drafter catches up with in one decode step; a longer backlog is read over several, which still decode
     # without speculation. None: all at once.
     catch_up_tokens: int | None = None
-    timed: bool = False  # wait for the device between parts, so that their times are their own
+    # For profiles: wait for the device between parts, so that their times are their own; without one, take the time
+    # that the engine's thread computed, so that other work on its cores is not in it.
+    timed: bool = False
     seed: int = 0  # of mode "random"
     # Tests and benchmarks only: drafts are kept at random so that a pass keeps this many tokens, bonus included.
     simulated_accept_length: float | None = None
@@ -87,7 +89,7 @@ class StepLog:
     counts the sequences that kept at least d + 1 drafts.
     """
 
-    start: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the engine process's monotonic clock
+    start: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the engine's clock: seconds, from any beginning
     prefill: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # reads prompts; else decodes
     batch: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # sequences
     context: np.ndarray = field(default_factory=lambda: np.zeros(0))  # mean tokens a sequence has so far

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from respec_trainer.network import free_port
+from respec_trainer.speculation.trace import load_trace
 from respec_trainer.telemetry.recorder import read_metrics
 from tests.test_data_prompts import GSM8K
 
@@ -67,6 +68,9 @@ def test_two_iterations_on_gsm8k(small_actor, small_drafter, tmp_path):
     samples = [json.loads(line) for line in (tmp_path / "test/samples.jsonl").read_text().splitlines()]
     assert {s["actor_version"] for s in samples} == {"actor-0", "actor-1"}
     assert "summary" in output and str(tmp_path / "test") in output
+    assert "<html" in (tmp_path / "test/report.html").read_text()
+    trace = load_trace(tmp_path / "test/lengths/step_2.jsonl")
+    assert len(trace) == 64 and trace.tokens == steps[1]["rollout/tokens"]
     check_export(tmp_path / "test/actor", small_actor)
 
 
@@ -82,11 +86,11 @@ def check_export(folder: Path, source: Path) -> None:
     assert trained == before
 
 
-def test_ctrl_c_ends_every_process(small_actor, small_drafter, tmp_path):
-    data = f"data.path={small_actor}/data/train.jsonl"
-    process = start(small_actor, small_drafter, tmp_path, data, "run.steps=1000", start_new_session=True)
+def test_ctrl_c_ends_every_process_and_the_run_goes_on_where_it_was(small_actor, small_drafter, tmp_path):
+    options = [f"data.path={small_actor}/data/train.jsonl", "checkpoint.every=1"]
+    process = start(small_actor, small_drafter, tmp_path, *options, "run.steps=1000", start_new_session=True)
     try:
-        wait_for_steps(tmp_path / "test/metrics.jsonl", process)
+        wait_for(tmp_path / "test/checkpoints/latest", process)
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         assert len(family) >= 5, "launcher, its node launcher, two ranks and the engine's scheduler"
         began = time.monotonic()
@@ -97,12 +101,20 @@ def test_ctrl_c_ends_every_process(small_actor, small_drafter, tmp_path):
         for survivor in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
             survivor.kill()
         process.kill()
-    assert read_metrics(tmp_path / "test"), "what was recorded stays"
+    done = len(read_metrics(tmp_path / "test"))
+    assert done, "what was recorded stays"
+    steps = done + 1
+    process = start(small_actor, small_drafter, tmp_path, *options, f"run.steps={steps}", "checkpoint.keep=1")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "resumed after step" in output and not (tmp_path / "test-2").exists()
+    assert [step["step"] for step in read_metrics(tmp_path / "test")] == list(range(steps))
+    assert [path.name for path in (tmp_path / "test/checkpoints").glob("step_*")] == [f"step_{steps}"]
 
 
-def wait_for_steps(metrics: Path, process: subprocess.Popen, seconds: float = 180) -> None:
+def wait_for(file: Path, process: subprocess.Popen, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
+    while not file.is_file():
         assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, "no step within the time"
+        assert time.monotonic() < deadline, f"no {file.name} within the time"
         time.sleep(0.5)
