@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import torch.distributed as dist
 from respec_trainer.checkpoint.convert import to_megatron
 from respec_trainer.checkpoint.progress import Silent
 from tests.integration.ranks import run_ranks
+from tests.integration.test_actor_engine import build_actor, variant
 from tests.models import save_tiny_model, tiny_config, tiny_model, tiny_run_config
+from tests.saved_models import read_all, same
 
 TOLERANCE = 1e-5  # in float32, relative to the largest logit
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -67,3 +70,21 @@ def test_logits_after_conversion_are_transformers(models, tp):
     for errors in run_ranks(tp, logit_errors, folders):
         assert errors.keys() == models.keys()
         assert max(errors.values()) <= TOLERANCE, errors
+
+
+def exported(folder: Path, out: Path) -> None:
+    """On each rank: an untrained actor, written in several files."""
+    from respec_trainer.actor.parallel import shutdown_parallel
+    from respec_trainer.checkpoint.export import export_actor
+
+    actor = build_actor(folder, variant(2, 1, 1))
+    export_actor(actor, folder, out, shard_bytes=60_000)
+    shutdown_parallel()
+
+
+def test_an_exported_actor_that_was_not_trained_is_its_source(models, tmp_path):
+    folder, _ = models["qwen2", True]
+    run_ranks(2, exported, folder, tmp_path / "actor")
+    assert same(read_all(folder), read_all(tmp_path / "actor"))
+    assert (tmp_path / "actor/model.safetensors.index.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["actor"]
