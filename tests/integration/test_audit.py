@@ -151,7 +151,7 @@ def test_the_tool(tmp_path, small_actor, small_drafter):
     out = tmp_path / "audit.json"
     command = [sys.executable, "tools/audit_rollout.py", "--config", "configs/quickstart.yaml", "--short"]
     # The actor has hardly been taught, so its law is broad, and takes more draws to test as finely.
-    command += ["--total-variation", "0.1", "--draws", "2048", "--limit", "2048"]
+    command += ["--total-variation", "0.15", "--draws", "1536", "--limit", "1536"]
     command += ["--json", str(out), f"model.path={small_actor}", f"drafter.path={small_drafter}", "run.device=cpu"]
     command += [f"data.path={small_actor}/data/train.jsonl"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
