@@ -64,7 +64,7 @@ def test_the_tool_samples_trains_and_tells(made):
     out, printed = made
     facts = json.loads((out / "recipe.json").read_text())["facts"]
     assert "update 32/32" in printed and f"accept length with 3 draft steps: {facts['accept_length']:.2f}" in printed
-    assert facts["acceptance"][0] > 0.1 and len(facts["overlap"]) == 4
+    assert facts["acceptance"][0] > 0.1 and len(facts["overlap"]) == STEPS
     assert facts["accept_length"] > 1.1 and facts["coverage"] > 0.9
 
 
