@@ -190,6 +190,7 @@ def serve_plain(bench: Bench, pipe) -> None:
     try:
         pipe.send("ready")
         while pipe.recv() is not None:
+            forget_prompts(engine)
             began = time.perf_counter()
             engine.submit(bench.requests).collect()
             pipe.send(time.perf_counter() - began)
@@ -223,9 +224,17 @@ def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, ar
 
 def generate(bench: Bench, engine, arm: str, accept: float | None) -> tuple[float, StepLog]:
     engine.set_steps(bench.steps(arm, accept))
+    forget_prompts(engine)
     began = time.perf_counter()
     engine.submit(bench.requests).collect()
     return time.perf_counter() - began, engine.take_steps()
+
+
+def forget_prompts(engine) -> None:
+    """Have the engine read every prompt anew, as after a push of weights: each rollout has the same ones."""
+    process = engine.process
+    if not process.wait(process.call(process.manager.flush_cache), "flushing the prefix cache").success:
+        raise SystemExit("the engine could not flush its prefix cache: requests were still running")
 
 
 def simulated_acceptance(bench: Bench, accept: float) -> list[float]:

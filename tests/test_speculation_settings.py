@@ -59,7 +59,7 @@ def test_what_engines_are_given(config):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["speculation.profile=absent.json"], "no profile at absent.json"),
+        (["speculation.profile=absent.json"], "speculation.profile: no file absent.json; measure one"),
         (["model.dtype=fp32"], "dtype: measured with 'bf16', the run has 'fp32'"),
         (["rollout.engine.threads=2"], "threads: measured with 1, the run has 2"),
         (["rollout.engine.tp=2"], "tp: measured with 1, the run has 2"),

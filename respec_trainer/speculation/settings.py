@@ -31,6 +31,11 @@ def step_settings(config: Config, hf_config: Any, device: str) -> StepSettings |
     speculation = config.speculation
     if speculation.policy == "fixed":
         return None
+    if not Path(speculation.profile).is_file():
+        raise ConfigError(
+            f"speculation.profile: no file {speculation.profile}; measure one with "
+            f"`python tools/profile_speculation.py --config CONFIG --out {speculation.profile}`"
+        )
     profile = load_profile(speculation.profile)
     profile.check_fits(identity_of(config, hf_config.to_dict(), drafter_config(config), device), speculation.profile)
     return adaptive_settings(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -32,8 +33,8 @@ import psutil
 
 from respec_trainer.network import free_port
 
-# A gloo group's threads outlive it, and poll: some dozens a call, which in the end take the cores from the tests.
-MOST_THREADS = 250
+# Groups that something still holds have threads that poll, dozens a call: in the end they take the cores from the tests.
+MOST_THREADS = 150
 GRACE = 5.0  # seconds the other ranks get to report, once one rank has failed
 
 
@@ -146,7 +147,18 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
             answer = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
         pipe.send_bytes(pickle.dumps(answer))
+        _destroy_engines()
         _destroy_process_group()
+
+
+def _destroy_engines() -> None:
+    """Backward hooks hold on to a DeepSpeed engine, and with it to its groups, where no collection of garbage looks."""
+    if "deepspeed" in sys.modules:
+        from deepspeed import DeepSpeedEngine
+
+        for engine in [thing for thing in gc.get_objects() if type(thing) is DeepSpeedEngine]:
+            engine.destroy()
+        gc.collect()
 
 
 def _destroy_process_group() -> None:
