@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART := .cache/quickstart
+WORKERS ?= 2
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 RANKS := $(if $(filter 1,$(GPUS)),1,2)
@@ -31,9 +32,10 @@ drafter: actor
 	OMP_NUM_THREADS=2 $(BIN)/python tools/train_drafter.py --recipe configs/quickstart-drafter.yaml \
 	  --actor $(QUICKSTART)/actor --data $(QUICKSTART)/actor/data/train.jsonl --out $(QUICKSTART)/drafter
 
+# Files go to the workers whole: their fixtures are engines and models.
 test: $(INSTALLED)
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
