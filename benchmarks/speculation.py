@@ -109,6 +109,9 @@ def run_arms(args: argparse.Namespace) -> None:
         for with_drafter in sorted({accept is None for accept in simulated}):
             engine = start_engine(bench, bench.steps("s=0", None if with_drafter else 1.0))
             try:
+                for steps in bench.candidates:
+                    engine.set_steps(bench.steps(f"s={steps}", None if with_drafter else 1.0))
+                    warm_up(bench, engine)
                 for accept in (each for each in simulated if (each is None) == with_drafter):
                     compare_arms(bench, plain, engine, accept, args)
             finally:
@@ -165,6 +168,12 @@ def start_engine(bench: Bench, steps: StepSettings | None):
     return engine
 
 
+def warm_up(bench: Bench, engine) -> None:
+    """A few steps of every request: the first ones of an engine take longer."""
+    short = [replace(request, sampling=replace(request.sampling, max_new_tokens=8)) for request in bench.requests]
+    engine.submit(short).collect()
+
+
 class PlainArm:
     """The engine without speculation, in a process of its own: one process holds one engine."""
 
@@ -188,6 +197,7 @@ class PlainArm:
 def serve_plain(bench: Bench, pipe) -> None:
     engine = start_engine(bench, None)
     try:
+        warm_up(bench, engine)
         pipe.send("ready")
         while pipe.recv() is not None:
             forget_prompts(engine)

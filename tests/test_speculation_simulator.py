@@ -29,10 +29,11 @@ STEPS = [0, 1, 3]
 
 
 def trace_of(lengths, acceptance=(1.0,), prompt=10, groups=None) -> Trace:
+    """Responses of which so many tokens are decoded, after the first, which comes with the prompt."""
     count = len(lengths)
     groups = np.arange(count) if groups is None else np.array(groups)
     return Trace(
-        np.full(count, prompt), np.array(lengths), groups, np.tile(np.array(acceptance, dtype=float), (count, 1))
+        np.full(count, prompt), np.array(lengths) + 1, groups, np.tile(np.array(acceptance, dtype=float), (count, 1))
     )
 
 
@@ -42,7 +43,7 @@ def run(trace: Trace, steps: int = 0, costs: CostModel | None = None, **keys):
 
 def test_two_responses_without_speculation():
     outcome = run(trace_of([3, 5]))
-    assert outcome.makespan == 5.0 and outcome.tokens == 8 and outcome.tokens_per_second == 1.6
+    assert outcome.makespan == 5.0 and outcome.tokens == 10 and outcome.tokens_per_second == 2.0
     assert outcome.mean_batch == 1.6  # three seconds of two, two of one
     assert outcome.off_fraction == 1.0 and outcome.accept_length == 1.0 and outcome.switches == 0
 
@@ -53,6 +54,13 @@ def test_drafts_that_are_all_kept(sampled):
     assert outcome.makespan == 6.0 and outcome.off_fraction == 0.0
     assert [span.tokens for span in outcome.spans[0]] == [2, 2, 1]  # the last draft is beyond the end
     assert outcome.accept_length == pytest.approx(5 / 3)
+
+
+def test_a_response_of_one_token_is_not_decoded():
+    costs = CostModel(SIMPLE | {"prefill": Terms(fixed=2.0)})
+    assert run(trace_of([0, 0, 3]), costs=costs).makespan == 5.0
+    outcome = run(trace_of([0, 0, 3]), costs=costs, slots=1)  # three prompts, one after the other
+    assert outcome.makespan == 9.0 and outcome.tokens == 6
 
 
 def test_drafts_that_are_never_kept():

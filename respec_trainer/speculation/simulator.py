@@ -1,7 +1,8 @@
 """Replay of a rollout under a policy, without an engine: what it takes if the costs and the acceptance are these.
 
 Each engine decodes the sequences in its slots, one step or cycle after the other, and lets waiting requests in as slots
-become free. A group's prompt is read once by each engine. Time passes by the costs alone.
+become free. A group's prompt is read once by each engine, and each response's first token comes with it. Time passes by
+the costs alone.
 """
 
 from __future__ import annotations
@@ -61,10 +62,12 @@ class Outcome:
     spans: list[list[Span]]  # of each engine
     switches: int
     not_counted: tuple[str, ...]  # what took no time because its costs are not known
+    responses: int
 
     @property
     def tokens(self) -> float:
-        return sum(span.tokens for spans in self.spans for span in spans)
+        """Of all responses, the first of each counted, which none of the spans gains."""
+        return self.responses + sum(span.tokens for spans in self.spans for span in spans)
 
     @property
     def tokens_per_second(self) -> float:
@@ -101,14 +104,14 @@ def simulate(trace: Trace, costs: CostModel, make_policy: Callable[[], Policy], 
     slots = min(setting.slots, -(-len(trace) // setting.engines))  # else the first engine would empty a common queue
     engines = [_Engine(trace, costs, make_policy(), queue, slots, setting) for queue in queues]
     due = [(0.0, index) for index in range(len(engines))]
-    makespan = 0.0
     while due:
-        clock, index = heapq.heappop(due)
+        _, index = heapq.heappop(due)
         if engines[index].advance():
             heapq.heappush(due, (engines[index].clock, index))
-        makespan = max(makespan, clock)
+    makespan = max(engine.clock for engine in engines)
     missing = tuple(piece for piece in ("prefill", "catch_up") if not costs.has(piece))
-    return Outcome(makespan, [engine.spans for engine in engines], sum(engine.switches for engine in engines), missing)
+    spans, switches = [engine.spans for engine in engines], sum(engine.switches for engine in engines)
+    return Outcome(makespan, spans, switches, missing, len(trace))
 
 
 def _deal(count: int, setting: Setting) -> list[deque[int]]:
@@ -127,7 +130,8 @@ class _Engine:
         self.slots, self.setting = slots, setting
         self.clock, self.steps, self.switches = 0.0, None, 0
         self.running = np.zeros(0, dtype=np.int64)
-        self.done = np.zeros(len(trace))  # tokens of each response so far
+        self.length = trace.length - 1  # tokens of each response that are decoded
+        self.done = np.zeros(len(trace))  # of them, so far
         self.missed = np.zeros(len(trace))  # of them, what the drafter has not read
         self.read: set[int] = set()  # groups whose prompt has been read
         self.spans: list[Span] = []
@@ -135,6 +139,8 @@ class _Engine:
     def advance(self) -> bool:
         """Let requests in, and decode once; False if there is nothing left to do."""
         self._admit()
+        while not len(self.running) and self.queue:  # all that were let in had a single token
+            self._admit()
         if not len(self.running):
             return False
         start, batch = self.clock, len(self.running)
@@ -156,7 +162,7 @@ class _Engine:
         if self.costs.has("prefill"):
             prompts = list(unread.values()) or [1] * len(new)  # what is in the cache still costs its last token
             self.clock += self.costs.prefill_seconds(len(prompts), sum(prompts) / len(prompts))
-        self.running = np.concatenate([self.running, np.array(new, dtype=np.int64)])
+        self.running = np.concatenate([self.running, [i for i in new if self.length[i]]]).astype(np.int64)
 
     def _context(self) -> float:
         return float((self.trace.prompt[self.running] + self.done[self.running]).mean())
@@ -187,7 +193,7 @@ class _Engine:
         running, before = self.running, self.done[self.running]
         kept = survivals(self.trace.acceptance[running], steps, running, before, self.setting)
         self.policy.observe(steps, len(running), kept.sum(0).tolist())
-        length = self.trace.length[running]
+        length = self.length[running]
         # Sums of expected tokens round; a response that lacks a billionth of a token is complete.
         after = np.where(before + 1 + kept.sum(1) > length - 1e-9, length, before + 1 + kept.sum(1))
         self.done[running] = after
