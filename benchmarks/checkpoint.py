@@ -5,33 +5,44 @@
 
 Both run launch/train.py under the deepspeed launcher, so the actor and drafter must exist (`make drafter`), and save
 after every step. `stall` reports what training waited for its saves, as a share of the steps' time. `kills` sends
-SIGKILL to every process of the run, launcher, ranks and engine, at moments drawn from --seed, be it starting, resuming,
-generating, saving or pushing weights, starts it again with the same command, and looks at what it left: which steps
-are in metrics.jsonl, and whether every checkpoint there is valid. The first save is waited for: before it there is
-nothing to go on from.
+SIGKILL to every process of the run, launcher, ranks and engine, at moments drawn from --seed, starts it again with the
+same command, and looks at what it left: which steps are in metrics.jsonl, and whether every checkpoint there is valid.
+Of every four kills one comes at any moment, be it starting, resuming or generating, and one each in the middle of
+saving, of pushing weights, and of converting a checkpoint with respec-convert, which is killed with the run; what was
+met is reported. The first save is waited for: before it there is nothing to go on from.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from statistics import median
 
 import psutil
+from told_phases import PHASE_FILE
 
 from respec_trainer.checkpoint.megatron_folder import read_meta
-from respec_trainer.checkpoint.store import check_files, checkpoints_in
+from respec_trainer.checkpoint.store import check_files, checkpoints_in, latest, step_of
+from respec_trainer.convert import main as convert
 from respec_trainer.network import free_port
 from respec_trainer.telemetry.recorder import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent
 SPREAD = 45.0  # seconds after a start within which it is killed: about half of them it takes to get going
+AIMS = ("any moment", "saving", "resyncing", "converting")
+WITHIN = 0.05  # seconds after what is aimed at has begun
+PATIENCE = 300.0  # seconds that it is waited for
 
 
 def main() -> None:
@@ -44,7 +55,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         report = (stall if args.what == "stall" else kills)(args, Path(folder))
     print(json.dumps(report, indent=2))
@@ -52,13 +63,14 @@ def main() -> None:
         args.out.write_text(json.dumps(report, indent=2))
 
 
-def start(args: argparse.Namespace, folder: Path) -> subprocess.Popen:
+def start(args: argparse.Namespace, folder: Path, script: str = "launch/train.py", **environment) -> subprocess.Popen:
     launcher = Path(sys.executable).with_name("deepspeed")
     # The port of a killed run may be held for a while.
     command = [str(launcher), "--num_gpus", str(args.ranks), "--master_port", str(free_port())]
-    command += [str(REPOSITORY / "launch/train.py"), "--config", args.config, f"run.dir={folder}", "run.name=run"]
+    command += [str(REPOSITORY / script), "--config", args.config, f"run.dir={folder}", "run.name=run"]
     command += [f"run.steps={args.steps}", "checkpoint.every=1", *args.overrides]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPOSITORY)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | environment, **quiet)
 
 
 def stall(args: argparse.Namespace, folder: Path) -> dict:
@@ -81,43 +93,118 @@ def stall(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def kills(args: argparse.Namespace, folder: Path) -> dict:
-    draw, killed = random.Random(args.seed), []
-    while len(killed) < args.kills:
-        process = start(args, folder)
-        while not killed and not (folder / "run/checkpoints/latest").is_file() and process.poll() is None:
-            time.sleep(0.1)
-        try:
-            process.wait(draw.uniform(1.0, SPREAD))
+    draw, killed, target = random.Random(args.seed), [], Target(args, folder)
+    for aim in itertools.islice(itertools.cycle(AIMS), args.kills):
+        target.start()
+        if not target.wait_for(aim, draw):
             break  # the run was done before it could be killed as often as that
-        except subprocess.TimeoutExpired:
-            kill(process)
-        killed.append(state_of(folder / "run"))
+        met = target.kill()
+        killed.append({"aim": aim, "met": met, **state_of(target.run), **target.converted_again()})
         print(json.dumps(killed[-1]), flush=True)
     else:
-        process = start(args, folder)
-        process.wait()
-    numbers = [step["step"] for step in read_metrics(folder / "run")]
+        target.start()
+    target.process.wait()
+    target.converted_again()
+    numbers = [step["step"] for step in read_metrics(target.run)]
+    reached = [state["latest"] for state in killed]
     return {
-        "finished": process.returncode == 0,
+        "finished": target.process.returncode == 0,
         "kills": len(killed),
-        "runs": len(list(folder.iterdir())),
+        "met": {aim: sum(aim in state["met"] for state in killed) for aim in AIMS[1:]},
+        "runs": len(list(target.run.parent.iterdir())),
         "steps_in_order": numbers == list(range(args.steps)),
+        "newest_checkpoint_never_older": reached == sorted(reached),
         "damaged": sum(len(state["damaged"]) for state in killed),
+        "conversions_wrong": sum(state.get("conversion") == "wrong" for state in killed),
         "after_kills": killed,
     }
 
 
-def kill(process: subprocess.Popen) -> None:
-    """Everything at once, until nothing is left."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=30)
-    process.wait()
-    time.sleep(0.5)
+class Target:
+    """The run that is killed, and a conversion of its newest checkpoint beside it."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.args, self.run = args, folder / "runs/run"
+        self.phase, self.out = folder / "phase", folder / "converted"
+        self.process: subprocess.Popen
+        self.converting: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        self.phase.unlink(missing_ok=True)
+        phases = {PHASE_FILE: str(self.phase)}
+        self.process = start(self.args, self.run.parent, "benchmarks/told_phases.py", **phases)
+
+    def wait_for(self, aim: str, draw: random.Random) -> bool:
+        """Until a moment to kill at; False if the run ended before."""
+        while latest(self.run / "checkpoints") is None and self.process.poll() is None:
+            time.sleep(0.1)
+        moment = time.monotonic() + draw.uniform(1.0, SPREAD)
+        while time.monotonic() < moment and self.process.poll() is None:
+            time.sleep(0.01)
+        if aim == "converting" and self.process.poll() is None:
+            checkpoint = ["--checkpoint", str(latest(self.run / "checkpoints"))]
+            command = [sys.executable, "tools/convert_checkpoint.py", "to-hf", *checkpoint, "--out", str(self.out)]
+            self.converting = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+        limit = time.monotonic() + PATIENCE
+        while aim != "any moment" and aim not in self.doing():
+            if self.process.poll() is not None or time.monotonic() > limit or self._converted():
+                break
+            time.sleep(1e-3)
+        time.sleep(draw.uniform(0.0, WITHIN))
+        return self.process.poll() is None
+
+    def doing(self) -> list[str]:
+        """Which of AIMS it is in the middle of."""
+        signs = {
+            "saving": any((self.run / "checkpoints").glob(".step_*.partial-*")),
+            "resyncing": self.phase.is_file() and self.phase.read_text() == "resync",
+            "converting": any(self.out.parent.glob(f".{self.out.name}.partial-*")),
+        }
+        return [aim for aim, sign in signs.items() if sign]
+
+    def kill(self) -> list[str]:
+        """Everything; what it was doing. All are stopped first, so that none starts another meanwhile."""
+        family: dict[int, psutil.Process] = {}
+        roots = [each.pid for each in (self.process, self.converting) if each and each.poll() is None]
+        while found := {p.pid: p for root in roots for p in tree(root) if p.pid not in family}:
+            for member in found.values():
+                with suppress(psutil.NoSuchProcess):
+                    member.suspend()
+            family |= found
+        met = self.doing()
+        for member in family.values():
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family.values(), timeout=30)
+        self.process.wait()
+        time.sleep(0.5)
+        return met
+
+    def converted_again(self) -> dict:
+        """Whether what the killed conversion left is whole or absent, and the same is converted after it."""
+        if self.converting is None:
+            return {}
+        self.converting.wait()
+        self.converting = None
+        checkpoint = latest(self.run / "checkpoints")
+        with redirect_stdout(io.StringIO()):
+            right = not self.out.exists() or convert(["inspect", str(self.out)]) == 0
+            shutil.rmtree(self.out, ignore_errors=True)
+            right &= convert(["to-hf", "--checkpoint", str(checkpoint), "--out", str(self.out), "--dtype", "fp32"]) == 0
+            right &= convert(["verify", str(self.out), str(checkpoint), "--tokens", "0"]) == 0
+        right &= not any(self.out.parent.glob(f".{self.out.name}.partial-*"))
+        shutil.rmtree(self.out, ignore_errors=True)
+        return {"conversion": "right" if right else "wrong"}
+
+    def _converted(self) -> bool:
+        return self.converting is not None and self.converting.poll() is not None
+
+
+def tree(root: int) -> list[psutil.Process]:
+    """A process and all below it; [] if it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
+    return []
 
 
 def state_of(run: Path) -> dict:
@@ -127,11 +214,11 @@ def state_of(run: Path) -> dict:
     for checkpoint in found:
         problem = check_files(checkpoint, files := read_meta(checkpoint)["files"], sorted(files))
         damaged += [f"{checkpoint.name}: {problem}"] if problem else []
-    latest = run / "checkpoints/latest"
+    named = latest(run / "checkpoints")
     return {
         "steps": len(read_metrics(run)) if (run / "metrics.jsonl").is_file() else 0,
         "checkpoints": [checkpoint.name for checkpoint in found],
-        "latest": latest.read_text().strip() if latest.is_file() else None,
+        "latest": step_of(named) if named else 0,
         "half_written": len(list((run / "checkpoints").glob(".*"))) if found else 0,
         "damaged": damaged,
     }

@@ -26,6 +26,16 @@ class Scripted:
         return 1.5
 
 
+class Remembering(Scripted):
+    """Scripted, and goes on in its script where another was."""
+
+    def state(self) -> dict:
+        return {"turn": self.turn}
+
+    def load_state(self, state: dict) -> None:
+        self.turn = state["turn"]
+
+
 class Broken(Scripted):
     """Raises at the fifth choice."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from respec_trainer.checkpoint.new_folder import carry_over, new_folder
-from respec_trainer.errors import RespecError
+from respec_trainer.checkpoint.new_folder import carry_over, check_place, new_folder
+from respec_trainer.errors import ConfigError, RespecError
 
 
 def test_the_folder_appears_at_the_end(tmp_path):
@@ -45,6 +47,34 @@ def test_leftovers_go_but_not_a_living_process_folder(tmp_path):
     finally:
         os.close(held)
     assert {path.name for path in tmp_path.iterdir()} == {"out", living.name}
+
+
+def test_a_folder_that_another_process_takes_for_a_leftover_is_made_once_more(tmp_path, monkeypatch):
+    """In the moment between making and locking it."""
+    flock, taken = fcntl.flock, []
+
+    def late(handle, operation):
+        if not taken:
+            taken.append(1)
+            shutil.rmtree(next(tmp_path.glob(".out.partial-*")))
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+    assert taken and (tmp_path / "out" / "a").is_file()
+
+
+def test_leftovers_that_fill_the_disk_do_not_stand_in_the_way(tmp_path, monkeypatch):
+    (tmp_path / ".out.partial-11").mkdir()
+
+    def usage(_):
+        return SimpleNamespace(free=0 if list(tmp_path.iterdir()) else 100)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    check_place(tmp_path / "out", 50)
+    with pytest.raises(ConfigError, match="make room"):
+        check_place(tmp_path / "out", 500)
 
 
 def test_a_full_disk_is_told(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ from respec_trainer.checkpoint.convert import checkpoint_to_hf, reshard, to_mega
 from respec_trainer.checkpoint.megatron_folder import MegatronFolder
 from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.checkpoint.safetensors_io import file_digest
+from respec_trainer.convert import main
+from respec_trainer.drafter.format import save_drafter
 from respec_trainer.errors import ConfigError
+from tests.drafters import DRAFT_IDS, target_config, tiny_drafter
+from tests.models import save_tiny_model
 from tests.saved_models import random_state, save_checkpoint, save_hf
 
 QUIET = Silent()
@@ -118,15 +123,68 @@ def test_a_disk_without_room_is_told_before(tmp_path, hf, monkeypatch):
     refused(hf, tmp_path / "out", "GB are free there; make room")
 
 
-def test_one_flipped_bit_is_found_with_both_checksums(tmp_path, hf, checkpoint):
-    path = checkpoint / ACTOR
-    saved = json.loads((checkpoint / "meta.json").read_text())["files"][ACTOR]["xxh3_128"]
+def flip(path: Path, place: int, bit: int = 1) -> None:
     content = bytearray(path.read_bytes())
-    content[-5] ^= 1
+    content[place] ^= bit
     path.write_bytes(content)
-    message = checkpoint_refused(checkpoint, hf[1], "tp1_dp0.safetensors is corrupted")
-    assert saved in message
-    assert file_digest(path) in message
+
+
+def command_refused(words: list, folder: Path, capsys) -> str:
+    """What the converter says when it makes nothing out of a checkpoint; nothing is there but its source."""
+    before = set(folder.iterdir())
+    assert main([str(word) for word in words]) == 2
+    assert set(folder.iterdir()) == before
+    return capsys.readouterr().err
+
+
+# A number of the header's length, one of its letters, and numbers of the tensors.
+PLACES = [1, 30, 2000, -5, -1000]
+
+
+@pytest.mark.parametrize("command", ["to-hf", "reshard"])
+@pytest.mark.parametrize("place", PLACES)
+def test_one_flipped_bit_is_found_with_both_checksums(tmp_path, checkpoint, capsys, command, place):
+    path = checkpoint / ACTOR
+    saved = file_digest(path)
+    flip(path, place, bit=1 << place % 8)
+    words = [command, "--checkpoint", checkpoint, "--out", tmp_path / "out", *(["--tp", 1] * (command == "reshard"))]
+    message = command_refused(words, tmp_path, capsys)
+    assert f"{ACTOR} is corrupted" in message and saved in message and file_digest(path) in message
+
+
+@pytest.mark.parametrize("name", ["ranks/rank3.safetensors", "hf/tokenizer.json", "state.json"])
+def test_a_flipped_bit_in_what_is_carried_over_is_found(tmp_path, hf, checkpoint, name):
+    flip(checkpoint / name, -5)
+    assert file_digest(checkpoint / name) in checkpoint_refused(checkpoint, hf[1], f"{name} is corrupted")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_flipped_bit_in_a_drafter_is_found(tmp_path, capsys, place):
+    target = target_config("qwen3")
+    save_tiny_model(tmp_path / "hf", target)
+    folder = tmp_path / "step_40"
+    save_drafter(tiny_drafter(target), DRAFT_IDS, folder / "drafter", torch.float32)
+    save_checkpoint(folder, tmp_path / "hf", target, random_state(target), tp=1, dp=1)
+    path = folder / "drafter/model.safetensors"
+    saved = file_digest(path)
+    flip(path, place)
+    message = command_refused(["drafter", "--checkpoint", folder, "--out", tmp_path / "out"], tmp_path, capsys)
+    assert "drafter/model.safetensors is corrupted" in message and saved in message and file_digest(path) in message
+
+
+def test_nothing_appears_before_the_last_file_was_checked(tmp_path, hf, checkpoint, monkeypatch):
+    """However long the check takes, and whenever it finds the damage."""
+    seen, check = [], MegatronFolder.check_digests
+
+    def slow(self, progress, within=""):
+        time.sleep(0.5)
+        seen.append((tmp_path / "out").exists())
+        check(self, progress, within)
+        raise ConfigError("found at last")
+
+    monkeypatch.setattr(MegatronFolder, "check_digests", slow)
+    checkpoint_refused(checkpoint, hf[1], "found at last")
+    assert seen == [False, False]
 
 
 def test_a_truncated_shard_is_found_with_both_checksums(tmp_path, hf, checkpoint):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
+
 import pytest
 
 from respec_trainer.errors import ConfigError
@@ -52,6 +57,31 @@ def test_an_interrupted_making_leaves_what_was_there(tmp_path):
         make_once(folder, {"a": 2}, maker("y", fail=True))
     assert (folder / "weights").read_text() == "x" and not make_once(folder, {"a": 1}, maker("z"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def make_forever(folder):
+    folder.mkdir()
+    (folder / "weights").write_text("half")
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_killed_making_leaves_goes_with_the_next(tmp_path, number):
+    out = tmp_path / "out"
+    make_once(out, {"a": 1}, maker("x"))
+    process = multiprocessing.get_context("spawn").Process(target=make_once, args=(out, {"a": 2}, make_forever))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".out.*/new/weights")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (left,) = tmp_path.glob(".out.*")
+    make_once(out, {"a": 3}, maker("y"))
+    assert left.is_dir() and (out / "weights").read_text() == "y", "one at work is left alone"
+    os.kill(process.pid, number)
+    process.join()
+    assert left.is_dir()
+    make_once(out, {"a": 2}, maker("z"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "weights").read_text() == "z"
 
 
 def test_a_folder_that_no_recipe_made_is_not_touched(tmp_path):

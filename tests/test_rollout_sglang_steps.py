@@ -160,8 +160,7 @@ def test_results_out_of_step_count_as_a_failure():
 
 
 def ask(stepper: Stepper, settings: StepSettings | None, idle: bool = True):
-    body = settings and settings.to_json()
-    return StepLog.of_bytes(stepper._serve(body, idle)["log"])
+    return StepLog.of_bytes(stepper._serve(idle, settings and settings.to_json())["log"])
 
 
 def test_settings_change_between_rollouts_only():
@@ -176,6 +175,18 @@ def test_settings_change_between_rollouts_only():
     assert len(ask(stepper, None)) == 1 and len(ask(stepper, None)) == 0
     with pytest.raises(EngineError, match="no EAGLE worker"):
         ask(Stepper(FIXED, "cpu"), None)
+
+
+def test_what_a_policy_has_learnt_leaves_with_the_log_and_comes_back():
+    settings = replace(OFF, mode="adaptive", policy="tests.step_policies:Remembering", prior=(3, 0, 0))
+    stepper, worker = stepper_of(settings)
+    assert [decode(stepper, worker, requests(2)) for _ in range(2)] == [3, 0]
+    state = ask(stepper, None).state
+    other, worker = stepper_of(settings)
+    with pytest.raises(EngineError, match="while requests run"):
+        other._serve(False, state=state)
+    assert StepLog.of_bytes(other._serve(True, state=state)["log"]).state == state
+    assert [decode(other, worker, requests(2)) for _ in range(2)] == [0, 3]
 
 
 def test_hooks_on_one_target_are_nested():

@@ -104,9 +104,9 @@ def test_a_log_survives_its_way_out_of_the_engine():
     for steps in (0, 3):
         recorder.begin(False, 2, 7.5).steps = steps
         recorder.settle([min(steps, 2), 0])
-    log = recorder.take(failures=2)
+    log = replace(recorder.take(failures=2), state='{"turn": 3}')
     back = StepLog.of_bytes(log.to_bytes())
-    assert back.failures == 2 and back.dropped == 0
+    assert back.failures == 2 and back.dropped == 0 and back.state == log.state
     for name, column in log.to_arrays().items():
         np.testing.assert_array_equal(getattr(back, name), column)
         assert np.asarray(getattr(back, name)).dtype == column.dtype
@@ -145,6 +145,24 @@ def test_a_policy_that_fails_turns_speculation_off(broken, capsys):
     control.observe(0, 4, [])
     assert control.failures == 1 and control.predicted() == 0.0
     assert capsys.readouterr().err.count("Traceback") == 1
+
+
+def test_a_policy_s_state_is_handed_on():
+    settings = replace(SCRIPTED, policy="tests.step_policies:Remembering")
+    first, second = StepControl(settings), StepControl(settings)
+    assert first.choose(4, 10.0, 0.0).steps == 3
+    second.load_state(first.state())
+    assert [control.choose(4, 10.0, 0.0).steps for control in (first, second)] == [0, 0]
+    assert StepControl(SCRIPTED).state() == StepControl(FIXED).state() == "", "those learn nothing"
+    with pytest.raises(ValueError, match="no policy that could go on"):
+        StepControl(FIXED).load_state("{}")
+
+
+def test_a_policy_whose_state_cannot_be_told_turns_speculation_off(capsys):
+    control = StepControl(replace(SCRIPTED, policy="tests.step_policies:Remembering"))
+    control._policy.turn = object()
+    assert control.state() == "" and control.failed
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_policy_that_cannot_be_made_is_an_error_at_the_start():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import timeit
 
@@ -174,6 +175,46 @@ def test_responses_that_differ(costs, share):
     trace = Trace(trace.prompt, trace.length, trace.group, own[:, None])
     oracle = replay(trace, costs, OraclePolicy(costs, STEPS))
     assert replay(trace, costs, StepScheduler.of(settings_of(costs))).regret(oracle) < 0.03
+
+
+def play(scheduler: StepScheduler, batches: list, missed: int = 0) -> list:
+    """What it chooses and predicts of each batch of (sequences, drafts kept of each)."""
+    chosen = []
+    for batch, kept in batches:
+        steps = scheduler.choose(batch, 300.0, missed)
+        chosen.append((steps, scheduler.predicted()))
+        scheduler.observe(steps, batch, [batch if depth < kept else 0 for depth in range(steps)])
+    return chosen
+
+
+BATCHES = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 5)), min_size=1, max_size=60)
+
+
+@settings(max_examples=40, deadline=None)
+@given(BATCHES, BATCHES, st.integers(0, 100))
+def test_one_that_goes_on_from_another_s_state_chooses_alike(before, after, missed):
+    """To the bit, also in the middle of a try; the state goes through JSON."""
+    first, second = StepScheduler.of(settings_of(explore=0.2)), StepScheduler.of(settings_of(explore=0.2))
+    play(first, before, missed)
+    state = json.dumps(first.state())
+    assert len(state) < 1000
+    second.load_state(json.loads(state))
+    assert play(first, after, missed) == play(second, after, missed)
+    assert first.state() == second.state()
+
+
+@pytest.mark.parametrize("candidates", [(0, 1, 2), (0, 2, 4, 7)])
+def test_another_s_candidates_leave_what_was_learnt_of_acceptance(candidates):
+    first = StepScheduler.of(settings_of(explore=0.2))
+    play(first, [(32, 3)] * 40)
+    prior = (0.1,) * candidates[-1]
+    second = StepScheduler(StepTimes(CPU, candidates, 64, 3000), prior, 0.2)
+    second.load_state(first.state())
+    known = min(5, candidates[-1])
+    found = second.estimate.by_depth
+    assert found[:known] == pytest.approx(first.estimate.by_depth[:known])
+    assert found[known:] == [found[known - 1]] * (candidates[-1] - known)
+    assert {steps for steps, _ in play(second, [(8, 3)] * 100)} <= set(candidates)
 
 
 def test_decisions_take_less_than_50_us():

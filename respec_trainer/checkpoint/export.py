@@ -1,16 +1,18 @@
-"""Write the trained actor as a Hugging Face folder that transformers and SGLang load."""
+"""Write the trained models as folders: the actor's for transformers and SGLang, the drafter's for SGLang."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from respec_trainer.checkpoint.convert import SHARD_BYTES, set_dtype, write_index
+from respec_trainer.checkpoint.convert import SHARD_BYTES, copy_drafter, set_dtype, write_index
 from respec_trainer.checkpoint.files import write_tensors
 from respec_trainer.checkpoint.hf_map import hf_model_shapes
-from respec_trainer.checkpoint.new_folder import carry_over, check_place, new_folder
+from respec_trainer.checkpoint.new_folder import beside, carry_over, check_place, new_folder, sync_folder
+from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.checkpoint.safetensors_io import Spec, file_names
 from respec_trainer.resync.stream import ActorStream
 from respec_trainer.resync.workspace import Workspace
@@ -40,6 +42,30 @@ def export_actor(actor, source: Path, out: Path, shard_bytes: int = SHARD_BYTES)
         if writes:
             _name_files(folder, files, total)
             set_dtype(folder / "config.json", dtype)
+
+
+def export_drafter(make: Callable[[Path], None], out: Path, dtype: torch.dtype) -> None:
+    """Write the drafter that `make` puts into the folder it is given to `out`, its weights rounded to `dtype`.
+
+    As `respec-convert drafter` does with a checkpoint's; one rank calls it. `out` is complete or absent. Raises
+    ConfigError if it holds something.
+    """
+    check_place(out, 0)
+    with beside(out) as scratch:
+        make(scratch / "made")
+        copy_drafter(scratch / "made", scratch / "cast", dtype, Silent())
+        (scratch / "cast").rename(out)
+        sync_folder(out.parent)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename `folder`, if it is there, to NAME.earlier-1, or the next number that is free; returns the new place."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (place := folder.with_name(f"{folder.name}.earlier-{number}")).exists():
+        number += 1
+    return folder.rename(place)
 
 
 def _size(hf_config, dtype: torch.dtype) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from respec_trainer.checkpoint.progress import Progress
+from respec_trainer.checkpoint.progress import Progress, Silent
 from respec_trainer.checkpoint.safetensors_io import MappedFile, file_digest
 from respec_trainer.errors import ConfigError
 
@@ -72,9 +72,13 @@ class MegatronFolder:
         self.kinds = WITH_OPTIMIZER if self.meta["optimizer"] else WITHOUT
         self._check_sizes()
         held = [self.folder / name for name in sorted(self.meta["files"]) if name.startswith("actor/")]
-        self._files = {path: MappedFile(path) for path in held}
-        self._pieces = self._locate()
-        self._check_cover()
+        try:
+            self._files = {path: MappedFile(path) for path in held}
+            self._pieces = self._locate()
+            self._check_cover()
+        except ConfigError:
+            self.check_digests(Silent(), "actor/")  # a damaged file is the likely cause, and named with its checksums
+            raise
 
     def shard(self, kind: str, name: str, tp_rank: int) -> torch.Tensor:
         """One tensor-parallel rank's shard of a parameter, whole; mapped from the file where one fragment holds it."""

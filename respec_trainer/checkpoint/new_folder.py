@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,9 +19,13 @@ LEFT_BEHIND = (*WEIGHTS, "*.gguf", "*.onnx", "*.h5", "*.msgpack", ".*", "__pycac
 
 
 def check_place(out: Path, size: int) -> None:
-    """Raise ConfigError unless `out` is absent or an empty folder, and the disk has room for `size` bytes."""
+    """Raise ConfigError unless `out` is absent or an empty folder, and the disk has room for `size` bytes.
+
+    What killed processes left of `out` is removed: it may be what fills the disk.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder; nothing is overwritten: choose another place")
+    _remove_leftovers(out)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < size:
@@ -34,17 +39,26 @@ def new_folder(out: Path) -> Iterator[Path]:
     What a killed process left there is removed by the next one that makes `out`. Raises RespecError where the disk is
     full.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    scratch = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    scratch.mkdir()
-    lock = os.open(scratch, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # gone with this process, however it ends
+    with beside(out) as scratch:
         yield scratch
         sync(scratch)
         scratch.rename(out)
         sync_folder(out.parent)
+
+
+@contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """An empty folder .NAME.partial-PID beside `out`, which is removed at the end, if it is still there.
+
+    Locked for as long as this process lives: those that are not locked were left by killed ones, and are removed
+    before. Raises RespecError where the disk is full.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    scratch = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    lock = _make_locked(scratch)  # gone with this process, however it ends
+    try:
+        yield scratch
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RespecError(f"the disk of {out} is full; nothing was written. Make room and try again") from error
@@ -54,8 +68,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _make_locked(folder: Path) -> int:
+    """Make a folder and lock it; returns the lock, to be closed."""
+    while True:
+        folder.mkdir()
+        with suppress(FileNotFoundError):  # removed by another process before it was locked: once more
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return lock
+            os.close(lock)
+
+
 def _remove_leftovers(out: Path) -> None:
-    for left in out.parent.glob(f".{out.name}.partial-*"):
+    for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
         handle = os.open(left, os.O_RDONLY)
         with suppress(BlockingIOError):  # its process is alive
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,8 @@ MAY_DIFFER = (
     "run.steps",
     "run.device",
     "run.max_bad_steps",
+    "run.lost_after",
+    "run.hang_timeout",
     "model.path",
     "data.path",
     "rollout.engine",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from respec_trainer.checkpoint.new_folder import beside, sync, sync_folder
 from respec_trainer.errors import ConfigError
 
 RECIPE = "recipe.json"
@@ -19,7 +18,8 @@ def make_once(folder: Path, recipe: dict[str, Any], make: Callable[[Path], dict[
     """Have `make` fill `folder`, unless it was filled by an equal recipe before. Returns whether it was made now.
 
     `make` creates the folder it is given, beside the final one, which it replaces only when complete: an interrupted
-    run leaves nothing that looks finished. What `make` returns is kept in recipe.json.
+    run leaves nothing that looks finished, and what a killed one leaves is removed by the next to make `folder`. What
+    `make` returns is kept in recipe.json.
 
     Raises ConfigError if `folder` holds something that was not made here, instead of replacing it.
     """
@@ -29,17 +29,15 @@ def make_once(folder: Path, recipe: dict[str, Any], make: Callable[[Path], dict[
         return False
     if made is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} holds something else than a recipe's result; empty it or choose another folder")
-    scratch, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("making", "old"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        facts = make(scratch)
-        (scratch / RECIPE).write_text(json.dumps({"hash": digest, "recipe": recipe, "facts": facts}, indent=2) + "\n")
+    with beside(folder) as scratch:
+        new = scratch / "new"
+        facts = make(new)
+        (new / RECIPE).write_text(json.dumps({"hash": digest, "recipe": recipe, "facts": facts}, indent=2) + "\n")
+        sync(new)
         if folder.exists():
-            folder.rename(old)
-        scratch.rename(folder)
-    finally:
-        for leftover in (scratch, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            folder.rename(scratch / "old")
+        new.rename(folder)
+        sync_folder(folder.parent)
     return True
 
 

@@ -136,5 +136,12 @@ class RolloutEngine(ABC):
         """What the engine's batches did since the last call; empty where the engine logs none. Ask when it is idle."""
 
     @abstractmethod
+    def load_policy(self, state: str) -> None:
+        """Let the policy of draft steps go on from the state that a log was taken with, while no request runs.
+
+        Nothing happens where the steps are fixed.
+        """
+
+    @abstractmethod
     def shutdown(self) -> None:
         """End every process of the engine. Safe to call twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,12 +17,14 @@ from respec_trainer.rollout.sglang_args import EngineSettings
 from respec_trainer.rollout.sglang_pending import SGLangPending
 from respec_trainer.rollout.sglang_process import SGLangProcess
 from respec_trainer.rollout.sglang_weights import WeightUpdater
-from respec_trainer.rollout.steps import STEPS_MESSAGE, StepLog, StepSettings
+from respec_trainer.rollout.steps import BUSY, STEPS_MESSAGE, StepLog, StepSettings
 
 __all__ = ["EngineSettings", "SGLangEngine"]
 
 # Engines of a run count their seeds up from the run's; lives must not meet them.
 SEEDS_BETWEEN_LIVES = 1_000_003
+# An engine may clear away a batch after its last answer, in which case it is not idle yet.
+CLEARING_SECONDS = 10.0
 COUNTERS = ("requests", "prompt_tokens", "prompt_tokens_cached", "tokens", "verify_passes", "drafts_accepted")
 
 
@@ -134,7 +137,11 @@ class SGLangEngine(RolloutEngine):
         return dict(self._counters)
 
     def take_steps(self) -> StepLog:
-        return StepLog() if self.settings.steps is None else self._steps_message(None)
+        return StepLog() if self.settings.steps is None else self._steps_message()
+
+    def load_policy(self, state: str) -> None:
+        if self.settings.steps is not None:
+            self._steps_message(state=state)
 
     def set_steps(self, steps: StepSettings) -> None:
         """Go on by other settings, with the candidates that the engine started with, while no request runs.
@@ -146,7 +153,7 @@ class SGLangEngine(RolloutEngine):
             raise EngineError("draft steps are fixed: start the engine with EngineSettings(steps=...)")
         if steps.simulated_accept_length is not None and started.simulated_accept_length is None:
             raise EngineError("acceptance is simulated only by an engine that started so: give it a simulated length")
-        self._steps_message(steps.to_json())
+        self._steps_message(settings=steps.to_json())
         self.settings = replace(self.settings, steps=steps)
 
     def shutdown(self) -> None:
@@ -154,16 +161,22 @@ class SGLangEngine(RolloutEngine):
             self._process.shutdown()
             self._process = self._updater = None
 
-    def _steps_message(self, settings: str | None) -> StepLog:
-        """Ask the hooks of `sglang_steps` for the log; with `settings`, have them go on by these."""
+    def _steps_message(self, **body: str) -> StepLog:
+        """Ask the hooks of `sglang_steps` for the log; with `settings` or `state`, have them go on by these."""
         from sglang.srt.managers.io_struct import DumperControlReqInput
 
-        process = self.process
-        request = DumperControlReqInput(method=STEPS_MESSAGE, body={"settings": settings})
-        (answer,) = process.wait(process.call(process.manager.dumper_control, request), "asking for the draft steps")
-        if not answer.success:
-            raise EngineError(f"asking for the draft steps: {answer.error}")
-        return StepLog.of_bytes(answer.response[0]["log"])
+        if body and any(not pending.future.done() for pending in self._pending):
+            raise EngineError(BUSY)
+        process, deadline = self.process, time.monotonic() + CLEARING_SECONDS
+        request = DumperControlReqInput(method=STEPS_MESSAGE, body=body)
+        while True:
+            asked = process.call(process.manager.dumper_control, request)
+            (answer,) = process.wait(asked, "asking for the draft steps")
+            if answer.success:
+                return StepLog.of_bytes(answer.response[0]["log"])
+            if answer.error != BUSY or time.monotonic() > deadline:
+                raise EngineError(f"asking for the draft steps: {answer.error}")
+            time.sleep(0.01)
 
     def _occupy(self, method: str, message: str, tags: list[str]) -> None:
         process = self.process

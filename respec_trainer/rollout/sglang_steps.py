@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from respec_trainer.rollout.sglang_catch_up import Backlog, catch_up, missed
 from respec_trainer.rollout.step_acceptance import SimulatedAcceptance
 from respec_trainer.rollout.step_control import Choice, StepControl
 from respec_trainer.rollout.step_recorder import StepRecorder
-from respec_trainer.rollout.steps import STEPS_MESSAGE, StepSettings
+from respec_trainer.rollout.steps import BUSY, STEPS_MESSAGE, StepSettings
 
 
 class Stepper:
@@ -143,25 +144,27 @@ class Stepper:
         from sglang.srt.managers.io_struct import DumperControlReqOutput
 
         try:
-            served = self._serve(request.body.get("settings"), scheduler.is_fully_idle())
+            served = self._serve(scheduler.is_fully_idle(), **request.body)
             output = DumperControlReqOutput(success=True, response=[served])
         except Exception as error:  # noqa: BLE001 - it would end the engine; the trainer raises it
             output = DumperControlReqOutput(success=False, response=[], error=str(error))
         scheduler.ipc_channels.send_to_tokenizer.send_output(output, request)
         return None
 
-    def _serve(self, settings: str | None, idle: bool) -> dict[str, bytes]:
-        """Hand out the log; with `settings`, JSON of StepSettings, go on by them."""
+    def _serve(self, idle: bool, settings: str | None = None, state: str | None = None) -> dict[str, bytes]:
+        """Hand out the log; with `settings`, JSON of StepSettings, go on by them; with a policy's `state`, from it."""
         if self.worker is None:
             raise EngineError("the engine made no EAGLE worker whose steps could change")
-        if settings is not None and not idle:
-            raise EngineError("steps cannot be set anew while requests run: collect them first")
+        if not (idle or settings is None and state is None):
+            raise EngineError(BUSY)
         recorder, control = self.recorder, self.control
         if settings is not None:
             self.apply(StepSettings.of_json(settings))
         elif idle:
             self.backlog.clear()
-        return {"log": recorder.take(control.failures).to_bytes()}
+        if state is not None:
+            self.control.load_state(state)
+        return {"log": replace(recorder.take(control.failures), state=control.state()).to_bytes()}
 
     def _start_prefill(self, batch: Any) -> None:
         self.backlog.forget(batch.reqs)

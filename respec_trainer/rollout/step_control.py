@@ -6,6 +6,7 @@ Plain Python, no engine. With tensor parallelism every rank asks its own copy: n
 from __future__ import annotations
 
 import importlib
+import json
 import random
 import sys
 import traceback
@@ -17,7 +18,10 @@ from respec_trainer.rollout.steps import StepSettings
 
 
 class Policy(Protocol):
-    """speculation.scheduler.StepScheduler, or one like it."""
+    """speculation.scheduler.StepScheduler, or one like it.
+
+    One that learns has `state()`, which is JSON, and `load_state(state)` besides.
+    """
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         """Draft steps for the next decode batch; `missed`: mean tokens of a sequence that the drafter has not read."""
@@ -73,6 +77,22 @@ class StepControl:
             self._policy.observe(steps, batch, survivors)
         except Exception:  # noqa: BLE001 - see the class
             self.fail()
+
+    def state(self) -> str:
+        """What the policy has learnt, as JSON; "" where it learns nothing, or failed."""
+        if self.failed or not hasattr(self._policy, "state"):
+            return ""
+        try:
+            return json.dumps(self._policy.state())
+        except Exception:  # noqa: BLE001 - see the class
+            self.fail()
+            return ""
+
+    def load_state(self, state: str) -> None:
+        """Let the policy go on from a `state`. Raises ValueError for one that learns nothing."""
+        if not hasattr(self._policy, "load_state"):
+            raise ValueError(f"steps of mode {self.settings.mode} have no policy that could go on from a state")
+        self._policy.load_state(json.loads(state))
 
     def fail(self) -> None:
         """Count the error being handled; the first is shown."""

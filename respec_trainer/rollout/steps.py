@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from respec_trainer.errors import ConfigError
 
 STEPS_MESSAGE = "respec_steps"  # by this name a request for an engine's log, or for other settings, is known in it
+BUSY = "steps cannot be set anew while requests run: collect them first"
 DEFAULT_POLICY = "respec_trainer.speculation.scheduler:StepScheduler"
 
 
@@ -106,6 +107,7 @@ class StepLog:
     predicted: np.ndarray = field(default_factory=lambda: np.zeros(0))  # speed-up over plain decoding; 0: not known
     failures: int = 0  # of the policy; after one, speculation stays off
     dropped: int = 0  # entries that were thrown away, the oldest first, because nobody took them in time
+    state: str = ""  # of the policy when the log was taken, as JSON, for `RolloutEngine.load_policy`; "": it has none
 
     def __len__(self) -> int:
         return len(self.start)
@@ -116,22 +118,26 @@ class StepLog:
         return np.append(np.diff(self.start), np.nan) if len(self) else np.zeros(0)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Every column by name, as `numpy.savez` takes them."""
-        return {part.name: np.asarray(getattr(self, part.name)) for part in fields(self)}
+        """Every column and count by name, as `numpy.savez` takes them."""
+        return {name: np.asarray(getattr(self, name)) for name in self._names()}
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, np.ndarray]) -> StepLog:
         """The inverse of `to_arrays`."""
-        found = {part.name: arrays[part.name] for part in fields(cls)}
+        found = {name: arrays[name] for name in cls._names()}
         return cls(**(found | {name: int(found[name]) for name in ("failures", "dropped")}))
 
     def to_bytes(self) -> bytes:
         file = io.BytesIO()
-        np.savez(file, **self.to_arrays())
+        np.savez(file, state=self.state, **self.to_arrays())
         return file.getvalue()
 
     @classmethod
     def of_bytes(cls, content: bytes) -> StepLog:
         """The inverse of `to_bytes`."""
         with np.load(io.BytesIO(content)) as arrays:
-            return cls.of_arrays(dict(arrays))
+            return replace(cls.of_arrays(dict(arrays)), state=str(arrays["state"]))
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [part.name for part in fields(cls) if part.name != "state"]

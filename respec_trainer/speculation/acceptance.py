@@ -94,6 +94,18 @@ class AcceptanceEstimate:
         for d in range(depth, len(self.tried)):
             self.by_depth[d], self.kept[d] = like, like * self.tried[d]
 
+    def state(self) -> dict[str, list[float]]:
+        """For `load_state`; JSON."""
+        return {"kept": list(self.kept), "tried": list(self.tried)}
+
+    def load_state(self, state: dict[str, list[float]]) -> None:
+        """Go on as the estimate whose `state` this was. Depths that it did not have are taken to be like its last."""
+        known = min(len(state["tried"]), len(self.tried))
+        for d in range(known):
+            self.kept[d], self.tried[d] = state["kept"][d], state["tried"][d]
+            self.by_depth[d] = self.kept[d] / self.tried[d]
+        self.follow(known)
+
     def observe(self, survivors: Sequence[float]) -> None:
         """survivors[d] = sequences of a verified batch that kept at least d drafts, for d = 0 .. steps."""
         for d in range(min(len(survivors) - 1, len(self.by_depth))):

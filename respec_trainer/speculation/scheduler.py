@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.steps import StepSettings
@@ -86,6 +87,27 @@ class StepScheduler:
     def predicted(self) -> float:
         """Speed-up over plain decoding that it expects of the latest choice; 0 where plain is no candidate."""
         return self._predicted
+
+    def state(self) -> dict[str, Any]:
+        """What it has learnt, and what it is about; JSON. One made alike chooses alike after `load_state`."""
+        return {
+            "candidates": list(self.candidates),
+            "acceptance": self.estimate.state(),
+            "seen": self.seen,
+            "unseen": list(self.unseen),
+            "earned": self.earned,
+            "trying": self.trying,
+            "current": self.policy.current,
+            "lost": list(self.policy.lost),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from another's `state`; one of other candidates leaves what was learnt of acceptance, and no more."""
+        self.estimate.load_state(state["acceptance"])
+        self.seen = min(state["seen"], max(self.candidates))
+        if state["candidates"] == list(self.candidates):
+            self.unseen, self.earned, self.trying = list(state["unseen"]), state["earned"], state["trying"]
+            self.policy.current, self.policy.lost = state["current"], list(state["lost"])
 
     def _try(self, place: int, batch: int, context: float, missed: float) -> bool:
         """Begin to try the next deeper candidate that would pay if its new depths were accepted as well as can be.

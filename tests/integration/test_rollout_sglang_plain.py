@@ -7,12 +7,14 @@ import logging
 import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from respec_trainer.config import EngineConfig
+from respec_trainer.convert import main as convert
 from respec_trainer.errors import EngineError
 from respec_trainer.network import free_port
 from respec_trainer.rollout.engine import TensorSpec
@@ -35,7 +37,13 @@ def state() -> tuple:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    return save_target(tmp_path_factory.mktemp("plain") / "target", "qwen3")
+    """Out of a checkpoint, as a trained actor comes to those who serve it; the reference reads the same folder."""
+    folder = tmp_path_factory.mktemp("plain")
+    source, checkpoint, out = (str(folder / name) for name in ("source", "checkpoint", "target"))
+    save_target(Path(source), "qwen3")
+    assert convert(["to-megatron", "--hf", source, "--out", checkpoint, "--tp", "2"]) == 0
+    assert convert(["to-hf", "--checkpoint", checkpoint, "--out", out, "--shard-gb", "1e-4"]) == 0
+    return Path(out)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from respec_trainer.checkpoint.export import export_drafter
 from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED, Request, SamplingParams
@@ -42,7 +43,8 @@ def reference(target):
 @pytest.fixture(scope="module")
 def engine(kind, target):
     _, shape, plain, ids = KINDS[kind]
-    drafter = save_drafter(target.parent / "drafter", target, ids, plain)
+    drafter = target.parent / "drafter"  # as a run exports it
+    export_drafter(lambda folder: save_drafter(folder, target, ids, plain), drafter, torch.float32)
     config = EngineConfig(max_total_tokens=8192)
     engine = SGLangEngine(
         EngineSettings(

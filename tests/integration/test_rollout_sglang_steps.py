@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -158,6 +159,21 @@ def test_an_adaptive_policy_is_told_what_happens(engine, greedy):
     assert responses == greedy and log.failures == 0
     assert log.steps[~log.prefill].tolist() == [(1, 0, 3)[i % 3] for i in range((~log.prefill).sum())]
     assert set(log.predicted[~log.prefill]) == {1.5}
+
+
+def test_what_a_policy_has_learnt_leaves_the_engine_and_comes_back(engine):
+    engine.set_steps(scripted(3, 0, 1, policy="Remembering"))
+    engine.load_policy('{"turn": 1}')
+    pending = engine.submit([Request("k", PROMPTS[0], SamplingParams(20, temperature=0.0, ignore_eos=True))])
+    with pytest.raises(EngineError, match="while requests run"):
+        engine.load_policy('{"turn": 0}')
+    pending.collect()
+    log = engine.take_steps()
+    chosen = log.steps[~log.prefill].tolist()
+    assert chosen[:4] == [1, 3, 0, 1] and json.loads(log.state) == {"turn": 1 + len(chosen)}
+    engine.set_steps(FIXED)
+    with pytest.raises(EngineError, match="no policy that could go on"):
+        engine.load_policy(log.state)
 
 
 def test_other_candidates_are_refused(engine):
