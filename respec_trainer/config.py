@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from respec_trainer.errors import ConfigError
+from respec_trainer.placement import Placement
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -42,6 +43,10 @@ class RunConfig(Section):
     # Steps in a row whose loss or gradient was not finite before the run stops. Each such step is refused and its
     # batch saved.
     max_bad_steps: PositiveInt = 3
+    # Seconds without a sign of life after which a rank, its host or the link to it counts as gone.
+    lost_after: Annotated[float, Field(ge=1, le=600)] = 30.0
+    # Seconds that a phase may take, generation too. Below the hour after which collectives give up by themselves.
+    hang_timeout: Annotated[float, Field(gt=0, lt=3600)] = 1800.0
 
 
 class ModelConfig(Section):
@@ -112,9 +117,24 @@ class EngineConfig(Section):
 
 class RolloutConfig(Section):
     samples_per_prompt: Annotated[int, Field(ge=2)]
+    # colocated: engines and actor share all ranks' devices. disaggregated: the last engine_ranks ranks hold engines.
+    placement: Literal["colocated", "disaggregated"] = "colocated"
+    engine_ranks: NonNegativeInt = 0
+    # Which responses one engine draws. group: all to one prompt, which it reads once. spread: each goes where it fits.
+    deal: Literal["group", "spread"] = "group"
+    hand_over: bool = True  # responses that wait for an engine's room go to another that has room earlier
     sampling: SamplingConfig
     audit_every: NonNegativeInt = 0  # steps from one test of the samples' law to the next; 0: never
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _engines_have_ranks(self) -> RolloutConfig:
+        if (self.placement == "disaggregated") != (self.engine_ranks > 0):
+            raise ValueError(
+                f"placement={self.placement} with engine_ranks={self.engine_ranks}: disaggregated engines need ranks, "
+                "colocated ones are on all; set both, or neither"
+            )
+        return self
 
     @model_validator(mode="after")
     def _there_is_one_law_to_audit(self) -> RolloutConfig:
@@ -358,6 +378,26 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _weights_reach_the_engines(self) -> Config:
+        if self.rollout.engine_ranks and self.resync.transport == "cuda_ipc":
+            raise ValueError(
+                "resync.transport=cuda_ipc hands over memory of a device that engine and trainer share, and with "
+                "rollout.placement=disaggregated they share none: use nccl (or auto)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engines_hang_before_ranks_do(self) -> Config:
+        timeouts = {"rollout.engine.timeout": self.rollout.engine.timeout, "resync.timeout": self.resync.timeout}
+        for key, seconds in timeouts.items():
+            if self.run.hang_timeout <= seconds:
+                raise ValueError(
+                    f"run.hang_timeout={self.run.hang_timeout:g} would end the run before {key}={seconds:g} can tell "
+                    f"that only an engine hangs, which is restarted: make it more than {seconds:g}, or {key} less"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _seeds_fix_every_draw(self) -> Config:
         if self.rollout.sampling.seeded and self.speculation.rejection_sampling:
             raise ValueError(
@@ -403,22 +443,18 @@ class Config(Section):
 
     def check_world(self, world_size: int) -> None:
         """Raise ConfigError where `world_size` trainer ranks cannot carry this configuration."""
-        tp, span = self.actor.parallel.tp, self.rollout.engine.span or self.rollout.engine.tp
-        if world_size % tp:
+        tp, placement = self.actor.parallel.tp, Placement.of(self, world_size)
+        trainers = placement.trainers
+        if trainers % tp:
             raise ConfigError(
-                f"actor.parallel.tp={tp} does not divide the {world_size} ranks started; start a multiple "
-                f"of {tp} (deepspeed --num_gpus {tp} ...) or set actor.parallel.tp=1"
+                f"actor.parallel.tp={tp} does not divide the {placement.described}; start a multiple of {tp} "
+                f"(deepspeed --num_gpus {tp + placement.engine_ranks} ...) or set actor.parallel.tp=1"
             )
-        if world_size % span:
-            raise ConfigError(
-                f"rollout.engine.span={span} does not divide the {world_size} ranks started; "
-                f"set rollout.engine.span to a divisor of {world_size}"
-            )
-        share = (world_size // tp) * self.objective.minibatches
+        share = (trainers // tp) * self.objective.minibatches
         if self.samples_per_step % share:
             raise ConfigError(
                 f"data.prompts_per_step x rollout.samples_per_prompt = {self.samples_per_step} samples do "
-                f"not split over {world_size // tp} data-parallel ranks x objective.minibatches="
+                f"not split over {trainers // tp} data-parallel ranks x objective.minibatches="
                 f"{self.objective.minibatches}; make it a multiple of {share}"
             )
 

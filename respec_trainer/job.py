@@ -17,7 +17,8 @@ from respec_trainer.actor.engine import Actor
 from respec_trainer.actor.parallel import Topology, init_parallel, shutdown_parallel
 from respec_trainer.audit.rollouts import RolloutAudit
 from respec_trainer.checkpoint.checkpoints import Checkpoints, Parts, Stateful
-from respec_trainer.checkpoint.export import export_actor
+from respec_trainer.checkpoint.export import export_actor, export_drafter, set_aside
+from respec_trainer.checkpoint.megatron_folder import DTYPE_NAMES
 from respec_trainer.checkpoint.resume import run_to_continue
 from respec_trainer.config import Config
 from respec_trainer.data.prompts import PromptStream, load_prompts
@@ -25,12 +26,15 @@ from respec_trainer.drafter.format import save_drafter
 from respec_trainer.drafter.learner import setup_learner
 from respec_trainer.drafter.online import OnlineDrafter
 from respec_trainer.drafter.record import Place
+from respec_trainer.hosts import check_hosts, check_shared_folder
 from respec_trainer.resync import Resync
 from respec_trainer.resync.alarm import AcceptAlarm
 from respec_trainer.resync.canary import setup_canary
 from respec_trainer.resync.transport import setup_transport
 from respec_trainer.rewards import setup_reward
+from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.fleet import RolloutFleet
+from respec_trainer.rollout.remote_engine import RemoteEngine
 from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
 from respec_trainer.rollouts import Rollouts
 from respec_trainer.speculation.cost import CostModel
@@ -38,17 +42,23 @@ from respec_trainer.speculation.settings import step_settings
 from respec_trainer.telemetry.recorder import new_run_folder
 from respec_trainer.telemetry.report import Report
 from respec_trainer.telemetry.timeline import Timeline
+from respec_trainer.watchdog import Watchdog
 
 
 class Job:
     """What the loop needs. Attributes are public: trainer.py reads like the algorithm because they are built here."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, watchdog: Watchdog | None = None):
+        """`watchdog`: runs already; it is told when the ranks have met, and of every phase."""
         self.config = config
         self.topology: Topology = init_parallel(config)
-        # Small messages between ranks go over gloo on every machine, so that they never wait behind a GPU stream.
+        if watchdog:
+            watchdog.met()
+        # Small messages between those ranks go over gloo on every machine, so that they never wait behind a GPU stream.
         self.control = dist.new_group(backend="gloo")
-        self.report = Report(config, self.topology.rank, self.control, run_folder)
+        check_hosts(self.control)
+        check_shared_folder(Path(config.run.dir), self.control)
+        self.report = Report(config, self.topology.rank, self.control, run_folder, watchdog and watchdog.enter)
         self.clock = self.report.clock
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.pad_id = self.tokenizer.pad_token_id or 0
@@ -71,9 +81,11 @@ class Job:
         ranks = (self.topology.rank, self.topology.world_size)
         self.checkpoints = Checkpoints(config, self.report.folder, *ranks, self.control, self.report.message)
 
-    def _make_engine(self, index: int) -> SGLangEngine:
+    def _make_engine(self, index: int) -> RolloutEngine:
         settings = EngineSettings.from_config(self.config, device=self.topology.device.type, index=index)
-        return SGLangEngine(replace(settings, steps=self.steps))
+        settings = replace(settings, steps=self.steps)
+        disaggregated = self.config.rollout.placement == "disaggregated"
+        return RemoteEngine(settings, index) if disaggregated else SGLangEngine(settings)
 
     def _setup_resync(self) -> Resync:
         fleet, device = self.fleet, self.topology.device.type
@@ -85,7 +97,7 @@ class Job:
         """Take up the checkpoint that `checkpoint.resume` asks for; the steps done by then."""
         done = self.checkpoints.resume(self.parts(trainer))
         if done is not None:
-            self.report.resumed()
+            self.report.resumed(done)
         return done or 0
 
     def save(self, done: int, metrics: dict, trainer: Stateful) -> None:
@@ -97,9 +109,10 @@ class Job:
     def parts(self, trainer: Stateful) -> Parts:
         """What a checkpoint holds."""
         shared = {"trainer": trainer, "prompts": self.prompts, "alarm": self.alarm, "audit": self.audit}
-        learns = {"learner": self.learner} if isinstance(self.learner, OnlineDrafter) else {}
+        shared["lengths"] = self.fleet.dealer
+        own = {"fleet": self.fleet} | ({"learner": self.learner} if isinstance(self.learner, OnlineDrafter) else {})
         folders = {"drafter": self._drafter_copy} if self.config.speculation.algorithm == "eagle3" else {}
-        return Parts(self.actor, shared, learns, folders, immutable=("learner/buffer",))
+        return Parts(self.actor, shared, own, folders, immutable=("learner/buffer",))
 
     def _drafter_copy(self) -> Callable[[Path], None]:
         if not isinstance(self.learner, OnlineDrafter):
@@ -127,23 +140,35 @@ class Job:
         return folder
 
     def finish(self) -> None:
-        """After the last step: export the actor if asked to, and print the summary."""
+        """After the last step: export both models if asked to, and print the summary."""
         if self.config.checkpoint.export_at_end:
             self.export()
         self.report.summary()
 
     def export(self) -> Path:
-        """Write the actor as it is into the run's folder, as a Hugging Face folder. Every rank calls it."""
+        """Write the models as they are into the run's folder: `actor`, a Hugging Face folder, and `drafter`.
+
+        Every rank calls it. A drafter is there with EAGLE-3, learned or not, in the dtype that engines hold it in.
+        What the run exported before it went on is moved aside. Returns the actor's folder.
+        """
         self.report.phase("exporting the actor")
         self.actor.onload()  # the engines may have its room: they are not needed any more
-        out = self.report.folder / "actor"
-        export_actor(self.actor, Path(self.config.model.path), out)
-        return out
+        actor, drafter = self.report.folder / "actor", self.report.folder / "drafter"
+        first = self.topology.rank == 0
+        for folder in (actor, drafter) if first else ():
+            if earlier := set_aside(folder):
+                self.report.message(f"what this run had exported before is now in {earlier}")
+        export_actor(self.actor, Path(self.config.model.path), actor)
+        if first and self.config.speculation.algorithm == "eagle3":
+            export_drafter(self._drafter_copy(), drafter, DTYPE_NAMES[self.config.model.dtype])
+        return actor
 
     def close(self) -> None:
         """End a job that ran to its end: the engine's processes, then the process groups."""
         self.report.close()
         self.fleet.shutdown()
+        if isinstance(self.fleet.engine, RemoteEngine):
+            self.fleet.engine.release()
         shutdown_parallel()
 
 

@@ -3,8 +3,8 @@
 Weights come from all ranks, so a dead engine is brought back by all ranks together: started anew, connected, given both
 models whole, its weights proven; then it is asked again for what it owes.
 
-Engines and actor share the GPUs and take turns (without a GPU the same calls do nothing). Going to train, the engine
-leaves first; going to generate, the actor leaves in two steps, because its weights have to be pushed between them:
+Colocated engines and actor share the GPUs and take turns (without a GPU the same calls do nothing). Going to train, the
+engine leaves first; going to generate, the actor leaves in two steps, because its weights are pushed between them:
 
     optimizer out -> engine's weights in -> push, proof -> actor's weights out -> engine's KV cache in -> canary
 """
@@ -18,7 +18,8 @@ from typing import Any
 from respec_trainer.errors import EngineLostError, ProofError
 from respec_trainer.resync import Resync
 from respec_trainer.resync.canary import Canary, Voice
-from respec_trainer.rollout.fleet import FleetPending, RolloutFleet
+from respec_trainer.rollout.fleet import RolloutFleet
+from respec_trainer.rollout.fleet_pending import FleetPending
 from respec_trainer.rollout.sample import Request, Sample
 from respec_trainer.rollout.steps import StepLog
 
@@ -124,7 +125,7 @@ class Rollouts:
         """In the order that sharing a GPU needs."""
         self.fleet.check()
         self.actor.onload("weights")  # a push that is made again finds them out
-        self.actor.offload("optimizer")
+        self._make_room("optimizer")
         voice = self.canary.actors_voice(self.actor) if self.canary else None
         self.fleet.wake("weights")
         forgot = self.fleet.sleeps or self.fresh
@@ -133,11 +134,15 @@ class Rollouts:
         except ProofError as error:
             self.say(f"{error}; both models are pushed again, whole")
             self.resync.push(forgot=True, prove=True)
-        self.actor.offload("weights")
+        self._make_room("weights")
         self.fleet.wake("kv_cache")
         if voice is not None:
             self._hear(voice)
         self.fresh = False
+
+    def _make_room(self, part: str) -> None:
+        if self.fleet.shares_devices:
+            self.actor.offload(part)
 
     def _hear(self, voice: Voice) -> None:
         """Have every engine continue the canary's prompt, and compare."""

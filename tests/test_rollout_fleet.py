@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from respec_trainer.errors import EngineError, EngineLostError
-from respec_trainer.rollout.fleet import FleetPending, RolloutFleet
+from respec_trainer.rollout.deal import Unit
+from respec_trainer.rollout.fleet import RolloutFleet
+from respec_trainer.rollout.fleet_pending import FleetPending
 from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.steps import StepLog
 from tests.configs import smallest_config
@@ -18,7 +20,8 @@ REQUESTS = [Request(str(i), (i, i), SamplingParams(max_new_tokens=4)) for i in r
 
 
 def pending_on(engine) -> FleetPending:
-    return FleetPending(SimpleNamespace(engine=engine, resume=False), REQUESTS)
+    fleet = SimpleNamespace(engine=engine, resume=False, _remind=lambda: None)
+    return FleetPending(fleet, REQUESTS, [Unit((0, 1, 2), 3.0)])
 
 
 @pytest.mark.parametrize(("finished", "generating"), [(0, True), (2, True), (3, False)])
@@ -40,23 +43,28 @@ class LoggingEngine:
 
     def __init__(self, index, logs=True):
         self.index, self.logs, self.failure = index, logs, None
-        self.log, self.failures = [], 0
+        self.log, self.failures, self.learnt = [], 0, ""
 
     def start(self):
-        pass
+        self.failure, self.learnt = None, "new"
+
+    def load_policy(self, state):
+        self.learnt = state
 
     def shutdown(self):
         self.failure = EngineError("not running")
 
     def submit(self, requests):
         self.log += [len(request.prompt_ids) for request in requests]
+        self.learnt += f" {len(requests)}"
         return SimpleNamespace(collect=lambda: [f"{self.index}:{request.key}" for request in requests])
 
     def take_steps(self):
         if self.failure is not None:
             raise self.failure
         batches, self.log = self.log if self.logs else [], []
-        return StepLog(start=np.arange(float(len(batches))), batch=np.array(batches), failures=self.failures)
+        columns = {"start": np.arange(float(len(batches))), "batch": np.array(batches)}
+        return StepLog(**columns, failures=self.failures, state=self.learnt)
 
 
 def prompts(*lengths):
@@ -119,3 +127,46 @@ def lose(config):
 def test_an_engine_that_died_is_told_to_every_rank(tmp_path):
     for told in run_ranks(2, lose, smallest_config(tmp_path)):
         assert told == "engine of rank 1: died"
+
+
+def remember(config):
+    """What each of two engines' policies had learnt when it was asked, through a restart and a resumption."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fleet, heard = RolloutFleet(config, LoggingEngine, None, "cpu"), []
+
+    def phase():
+        fleet.start(prompts(1, 1, 1))
+        learnt = fleet.engine.learnt
+        fleet.take_steps()
+        fleet.ask_each(prompts(9)[0])
+        heard.append((learnt, fleet.state_dict()["policy"]))
+
+    phase()
+    if fleet.index == 1:
+        fleet.engine.failure = EngineError("died")
+    fleet.restart()
+    fleet.ask_each(prompts(9)[0])
+    phase()
+    resumed = RolloutFleet(config, LoggingEngine, None, "cpu")
+    resumed.load_state_dict(fleet.state_dict())
+    resumed.ask_each(prompts(9)[0])
+    fleet = resumed
+    phase()
+    return heard
+
+
+def test_what_policies_have_learnt_outlives_their_engines(tmp_path):
+    """A canary sung between an engine's start and its first rollout leaves no trace in it: the state replaces that."""
+    first, second = run_ranks(2, remember, smallest_config(tmp_path))
+    assert first == [("new 2", "new 2 1"), ("new 2 1 1 2", "new 2 1 1 2 1"), ("new 2 1 1 2 1 2", "new 2 1 1 2 1 2 1")]
+    assert second == [("new 1", "new 1 1"), ("new 1 1 1", "new 1 1 1 1"), ("new 1 1 1 1 1", "new 1 1 1 1 1 1")]
+
+
+def test_an_engine_that_learns_nothing_is_told_nothing(tmp_path):
+    engine = SimpleNamespace(take_steps=StepLog)  # which refuses load_policy
+    fleet = SimpleNamespace(engine=engine, policy="", forgot=True)
+    RolloutFleet._remind(fleet)
+    RolloutFleet._take_log(fleet)
+    assert (fleet.policy, fleet.forgot) == ("", False)

@@ -16,6 +16,7 @@ from respec_trainer.compat.deepspeed_cpu import prepare_deepspeed
 from respec_trainer.compat.megatron_cpu import prepare_megatron
 from respec_trainer.config import Config
 from respec_trainer.errors import ConfigError
+from respec_trainer.placement import Placement
 
 # Longer than an engine may take to answer: the other ranks wait at a collective meanwhile.
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
@@ -23,7 +24,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. tp_rank counts within one copy of the model, dp_rank counts the copies."""
+    """This rank's place among those that train. tp_rank counts within one copy of the model, dp_rank the copies."""
 
     rank: int
     world_size: int
@@ -43,8 +44,9 @@ class Topology:
 
 
 def init_parallel(config: Config) -> Topology:
-    """Make every process group and seed the random numbers.
+    """Make every process group of the ranks that train, and seed the random numbers.
 
+    Megatron and DeepSpeed take the default group for all there is, so ranks that only hold engines are not in it.
     Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as launchers set them. Raises ConfigError where
     they are not set, or the world size does not suit the configuration.
     """
@@ -61,13 +63,14 @@ def init_parallel(config: Config) -> Topology:
     from megatron.core import tensor_parallel
 
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    rank, world_size = int(os.environ["RANK"]), Placement.of(config, int(os.environ["WORLD_SIZE"])).trainers
+    place = {"rank": rank, "world_size": world_size}
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT, **place)
     state, tp = _parallel_state(), config.actor.parallel.tp
     state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
     torch.manual_seed(config.run.seed)
     # Megatron's tracker of random states needs CUDA, the one meant for inference does not; there is no dropout to seed.
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed, inference_rng_tracker=device.type == "cpu")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     return Topology(rank, world_size, tp, rank % tp, world_size // tp, rank // tp, device)
 
 

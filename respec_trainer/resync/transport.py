@@ -115,11 +115,12 @@ def choose(wanted: str, device: str, shared_gpu: bool) -> Literal["gloo", "nccl"
 
 
 def setup_transport(config, device: str, engine, engine_ranks: list[int], control) -> Transport:
-    """The transport for this configuration, not yet connected. Engines share the trainer ranks' devices."""
+    """The transport for this configuration, not yet connected. `engine_ranks`: those that speak for an engine."""
     from respec_trainer.resync.broadcast import BroadcastTransport
     from respec_trainer.resync.ipc import IPCTransport
 
-    choice = choose(config.resync.transport, device, shared_gpu=device == "cuda")
+    shared_gpu = device == "cuda" and config.rollout.placement == "colocated"
+    choice = choose(config.resync.transport, device, shared_gpu)
     if choice == "cuda_ipc":
         return IPCTransport(engine, engine_ranks, config.resync.timeout)
     return BroadcastTransport(choice, engine, engine_ranks, config, control)

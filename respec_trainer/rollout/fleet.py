@@ -1,7 +1,8 @@
 """RolloutFleet: all engines of the run, as one trainer rank sees them.
 
-The ranks form spans of `rollout.engine.span`; the first rank of a span owns its engine, starts it, feeds it and ends
-it. Requests are dealt to the engines group by group, and every rank gets every sample back.
+Some ranks own an engine (`placement.py` says which): they start it, feed it and end it, whether it is their child or
+lives on a rank of its own. Requests are dealt to the engines by the tokens that they are expected to take
+(`deal.py`), and every rank gets every sample back.
 
 An engine that dies is ended, and every rank hears of it by an EngineLostError; `restart` brings it back, with the
 weights of its folders. `rollouts.py` does that, and pushes the current ones.
@@ -9,7 +10,6 @@ weights of its folders. `rollouts.py` does that, and pushes the current ones.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -18,9 +18,12 @@ import torch.distributed as dist
 
 from respec_trainer.agreement import agree
 from respec_trainer.config import Config
-from respec_trainer.errors import EngineError
-from respec_trainer.rollout.engine import Pending, RolloutEngine
-from respec_trainer.rollout.ledger import Ledger
+from respec_trainer.placement import Placement
+from respec_trainer.rollout.deal import Dealer, begin, deal
+from respec_trainer.rollout.engine import RolloutEngine
+from respec_trainer.rollout.feeder import Queue
+from respec_trainer.rollout.fleet_pending import FleetPending
+from respec_trainer.rollout.link import job_store
 from respec_trainer.rollout.sample import Request, Sample
 from respec_trainer.rollout.steps import StepLog
 
@@ -38,28 +41,47 @@ class RolloutFleet:
         """Start this rank's engine, if it owns one.
 
         Args:
-            make_engine: span index -> an engine, not yet started.
-            control: a gloo group of all ranks, for small messages.
-            device: "cuda" where engines and trainer take turns on the same GPUs' memory, "cpu" where there is none.
+            make_engine: number of an engine -> the engine, not yet started.
+            control: a gloo group of the ranks that train, for small messages.
+            device: "cuda", where colocated engines take turns with the trainer on the GPUs' memory, or "cpu".
 
         Raises EngineError on every rank if any engine did not start.
         """
-        span = config.rollout.engine.span or config.rollout.engine.tp
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank, placement = dist.get_rank(), Placement.of(config, dist.get_world_size() + config.rollout.engine_ranks)
         self.control = control
-        self.sleeps = device == "cuda"  # engines give their memory back while the actor trains, and forget weights
+        self.shares_devices = config.rollout.placement == "colocated"
+        # Engines give their memory back while the actor trains, and forget weights.
+        self.sleeps = self.shares_devices and device == "cuda"
         self.resume = config.rollout.engine.resume == "tokens"
-        self.owners = list(range(0, world, span))
-        self.engine = make_engine(rank // span) if rank in self.owners else None
-        self.index = rank // span
+        self.dealer = Dealer(config.rollout.deal)
+        self.room = config.rollout.engine.max_running_requests + config.rollout.engine.min_free_slots
+        self.patience = config.rollout.engine.timeout
+        self.owners = placement.owners
+        self.hands_over = config.rollout.hand_over and len(self.owners) > 1
+        self.store: dist.Store | None = None  # where engines' ranks count what they have taken of a common queue
+        self.phases = 0
+        self.index = self.owners.index(rank) if rank in self.owners else None
+        self.engine = None if self.index is None else make_engine(self.index)
         self.counts: Counter[str] = Counter()  # of this rank's engine, since they were last taken
         self.logs: list[StepLog] = []  # of this rank's engine, from before it was last asked aside
-        self._agree(self.engine.start if self.engine else None)
+        self.policy = ""  # state of its policy of draft steps, as it was last heard
+        self.forgot = False  # whether the engine began anew since
+        self._agree(self._start if self.engine else None)
 
     def start(self, requests: Sequence[Request]) -> FleetPending:
-        """Hand each engine its share of the requests and return at once."""
-        mine = [r for i, r in enumerate(requests) if i * len(self.owners) // len(requests) == self.index]
-        return FleetPending(self, mine)
+        """Hand each engine its share of the requests and return at once.
+
+        With `rollout.hand_over` it is only what the engine has room for: the rest goes to whoever has room first.
+        """
+        shares = deal(self.dealer.units(requests, len(self.owners)), len(self.owners))
+        waiting = []
+        if self.hands_over:
+            begun = [begin(share, self.room) for share in shares]
+            shares, rests = zip(*begun, strict=True)
+            waiting = sorted((unit for rest in rests for unit in rest), key=lambda unit: -unit.tokens)
+        self.phases += 1
+        queue = Queue(waiting, self.store, f"respec_queue_{self.phases}") if waiting else None
+        return FleetPending(self, requests, [] if self.index is None else shares[self.index], queue)
 
     def ask_each(self, request: Request) -> list[Sample]:
         """Every engine's answer to the same request, on every rank. Rollouts' step logs do not hold it."""
@@ -95,19 +117,43 @@ class RolloutFleet:
         """
         return [log for logs in self._agree(self._take_steps if self.engine else None) for log in logs]
 
+    def state_dict(self) -> dict[str, str]:
+        """What the policy of draft steps has learnt, in this rank's engine."""
+        return {"policy": self.policy}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        self.policy, self.forgot = state["policy"], True
+
     def shutdown(self) -> None:
         if self.engine is not None:
             self.engine.shutdown()
 
+    def _start(self) -> None:
+        self.engine.start()
+        if self.hands_over:
+            self.store = job_store(self.patience)
+
     def _ask(self, request: Request) -> Sample:
         self.logs = self._take_steps()
         answer = self.engine.submit([request]).collect()[0]
-        self.logs += [StepLog(failures=log.failures) for log in (self.engine.take_steps(),) if log.failures]
+        self.logs += [StepLog(failures=log.failures) for log in (self._take_log(),) if log.failures]
         return answer
 
     def _take_steps(self) -> list[StepLog]:
         logs, self.logs = self.logs, []
-        return [log for log in (*logs, self.engine.take_steps()) if len(log) or log.failures]
+        return [log for log in (*logs, self._take_log()) if len(log) or log.failures]
+
+    def _take_log(self) -> StepLog:
+        log = self.engine.take_steps()
+        if not self.forgot:
+            self.policy = log.state
+        return log
+
+    def _remind(self) -> None:
+        """Before requests: let an engine that began anew choose its draft steps by what was learnt before."""
+        if self.forgot and self.policy:
+            self.engine.load_policy(self.policy)
+        self.forgot = False
 
     def _check(self) -> None:
         if self.engine.failure is not None:
@@ -118,60 +164,9 @@ class RolloutFleet:
             self.counts["restarts"] += 1
             self.engine.shutdown()
             self.engine.start()
+            self.forgot = True
 
     def _agree(self, action: Callable[[], Any] | None) -> list[Any]:
         """Run `action`, None on ranks that own no engine; every rank gets every owner's result, or all raise."""
         results = agree(action, self.engine, self.control)
         return [results[owner] for owner in self.owners]
-
-
-class FleetPending:
-    """Requests the engines are working on. They run from the moment this is made."""
-
-    def __init__(self, fleet: RolloutFleet, mine: Sequence[Request]):
-        self.fleet = fleet
-        self.ledger = Ledger(mine, fleet.resume)
-        self.pending: Pending | None = None
-        self.asked = 0  # requests of it
-        with contextlib.suppress(EngineError):  # only this rank knows of it: `collect` tries again, and all hear of it
-            self._submit()
-
-    def collect(self) -> list[Sample]:
-        """Every sample of every engine, in the order the requests were given, on every rank.
-
-        Raises EngineLostError on every rank if an engine died, once the others have finished. What they drew is kept:
-        after `RolloutFleet.restart` and a push of the same weights, collect again.
-        """
-        shares = self.fleet._agree(self._collect if self.fleet.engine else None)
-        return [sample for share in shares for sample in share]
-
-    def done(self) -> int:
-        """How many of this rank's own engine's requests have finished."""
-        return self.pending.done() if self.pending else 0
-
-    def generating(self) -> bool:
-        """Whether this rank's own engine has requests that have not finished."""
-        return self.pending is not None and self.done() < self.asked
-
-    def _submit(self) -> None:
-        if self.fleet.engine is not None and self.pending is None and self.ledger.open():
-            requests = self.ledger.remaining()
-            self.pending, self.asked = self.fleet.engine.submit(requests), len(requests)
-
-    def _collect(self) -> list[Sample]:
-        self._submit()
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            try:
-                self.ledger.add(pending.collect())
-            except EngineError:
-                if self.fleet.engine.failure is not None:
-                    self._salvage(pending)
-                raise
-        return self.ledger.samples()
-
-    def _salvage(self, pending: Pending) -> None:
-        before = self.ledger.lost_tokens, self.ledger.resumed_tokens
-        self.ledger.add(pending.delivered())
-        self.fleet.counts["lost_tokens"] += self.ledger.lost_tokens - before[0]
-        self.fleet.counts["resumed_tokens"] += self.ledger.resumed_tokens - before[1]

@@ -20,11 +20,18 @@ class Ledger:
     """
 
     def __init__(self, requests: Sequence[Request], resume: bool):
-        self.requests = list(requests)
-        self.resume = resume and not any(request.sampling.stop for request in requests)
-        self.kept: list[Sample | None] = [None] * len(self.requests)
+        self.requests: list[Request] = []
+        self.resume = resume
+        self.kept: list[Sample | None] = []
+        self.extend(requests)
         self.lost_tokens = 0  # delivered, and drawn again
         self.resumed_tokens = 0  # delivered, and gone on from
+
+    def extend(self, requests: Sequence[Request]) -> None:
+        """Owe these too."""
+        self.requests += requests
+        self.kept += [None] * len(requests)
+        self.resume &= not any(request.sampling.stop for request in requests)
 
     def open(self) -> list[int]:
         """Positions of the requests that have no finished response."""

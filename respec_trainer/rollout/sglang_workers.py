@@ -22,7 +22,8 @@ FAILED = 70
 # How a launcher tells a process that it is a rank of a job; the engine's processes are not ranks of the trainer's.
 LAUNCHER = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
-    "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_USE_AGENT_STORE",
 )  # fmt: skip
 
 

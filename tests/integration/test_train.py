@@ -15,6 +15,8 @@ import psutil
 import pytest
 import torch
 
+from respec_trainer.actor.loading import load_hf_config
+from respec_trainer.drafter.format import load_drafter
 from respec_trainer.network import free_port
 from respec_trainer.speculation.trace import load_trace
 from respec_trainer.telemetry.recorder import read_metrics
@@ -87,7 +89,8 @@ def check_export(folder: Path, source: Path) -> None:
 
 
 def test_ctrl_c_ends_every_process_and_the_run_goes_on_where_it_was(small_actor, small_drafter, tmp_path):
-    options = [f"data.path={small_actor}/data/train.jsonl", "checkpoint.every=1"]
+    options = [f"data.path={small_actor}/data/train.jsonl", "checkpoint.every=1", "data.prompts_per_step=8"]
+    options += ["drafter.weighting=uniform", "drafter.mode=sync", "drafter.lr=0.001", "drafter.batch_size=32"]
     process = start(small_actor, small_drafter, tmp_path, *options, "run.steps=1000", start_new_session=True)
     try:
         wait_for(tmp_path / "test/checkpoints/latest", process)
@@ -110,6 +113,18 @@ def test_ctrl_c_ends_every_process_and_the_run_goes_on_where_it_was(small_actor,
     assert "resumed after step" in output and not (tmp_path / "test-2").exists()
     assert [step["step"] for step in read_metrics(tmp_path / "test")] == list(range(steps))
     assert [path.name for path in (tmp_path / "test/checkpoints").glob("step_*")] == [f"step_{steps}"]
+    check_exported_drafter(tmp_path / "test/drafter", tmp_path / f"test/checkpoints/step_{steps}", small_drafter)
+
+
+def check_exported_drafter(folder: Path, checkpoint: Path, source: Path) -> None:
+    """It is what the learner holds, in the engines' dtype, and not what the run began with."""
+    config = load_hf_config(checkpoint / "hf")
+    exported, learner_s, before = (
+        load_drafter(place, config, dtype)[0].state_dict()
+        for place, dtype in ((folder, None), (checkpoint / "drafter", torch.bfloat16), (source, torch.bfloat16))
+    )
+    assert all(torch.equal(tensor, learner_s[name]) for name, tensor in exported.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in exported.items())
 
 
 def wait_for(file: Path, process: subprocess.Popen, seconds: float = 180) -> None:

@@ -1,0 +1,76 @@
+"""Placement: which ranks of a job train the actor, and which hold engines.
+
+colocated:     every rank trains; the first of each `rollout.engine.span` ranks holds an engine besides.
+disaggregated: the last `rollout.engine_ranks` ranks only hold engines, one a span. The others train. They are a world
+               of their own: no process group has an engine's rank in it, and their numbers are those of the job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from respec_trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from respec_trainer.config import Config
+
+
+@dataclass(frozen=True)
+class Placement:
+    trainers: int  # ranks that train: the first ones
+    engine_ranks: int  # ranks after them; 0: colocated
+    span: int
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> Placement:
+        """The placement of a job of `world_size` ranks. Raises ConfigError where there is none."""
+        rollout = config.rollout
+        here = cls(world_size - rollout.engine_ranks, rollout.engine_ranks, rollout.engine.span or rollout.engine.tp)
+        here._check()
+        return here
+
+    @property
+    def described(self) -> str:
+        """The ranks that train, in words for errors."""
+        return f"{self.trainers} ranks that train" if self.engine_ranks else f"{self.trainers} ranks started"
+
+    @property
+    def engines(self) -> int:
+        return (self.engine_ranks or self.trainers) // self.span
+
+    @property
+    def hosts(self) -> list[int]:
+        """Of each engine the rank that starts it as its child."""
+        first = self.trainers if self.engine_ranks else 0
+        return [first + index * self.span for index in range(self.engines)]
+
+    @property
+    def owners(self) -> list[int]:
+        """Of each engine the training rank that feeds it and answers for it: its host, or one of those that train."""
+        if not self.engine_ranks:
+            return self.hosts
+        return [index * self.trainers // self.engines for index in range(self.engines)]
+
+    def trains(self, rank: int) -> bool:
+        return rank < self.trainers
+
+    def _check(self) -> None:
+        if self.trainers < 1:
+            raise ConfigError(
+                f"rollout.engine_ranks={self.engine_ranks} of {self.trainers + self.engine_ranks} ranks started leave "
+                "none to train: start more, or set fewer"
+            )
+        held = self.engine_ranks or self.trainers
+        if held % self.span:
+            ranks = f"rollout.engine_ranks={held}" if self.engine_ranks else f"the {self.described}"
+            raise ConfigError(
+                f"rollout.engine.span={self.span} does not divide {ranks}; set rollout.engine.span to a divisor of "
+                f"{held}"
+            )
+        if self.engines > self.trainers:
+            raise ConfigError(
+                f"{self.engines} engines (rollout.engine_ranks={self.engine_ranks}, rollout.engine.span={self.span}) "
+                f"are more than the {self.described}, each of which can feed one: set a larger span, or fewer "
+                "engine_ranks"
+            )

@@ -1,0 +1,72 @@
+"""placement.py: who trains, who holds an engine and who answers for it; and what cannot be dealt out."""
+
+from __future__ import annotations
+
+import pytest
+
+from respec_trainer.errors import ConfigError
+from respec_trainer.placement import Placement
+from tests.configs import smallest_config
+
+
+def place(folder, world, *overrides):
+    return Placement.of(smallest_config(folder, *overrides), world)
+
+
+def apart(ranks, span=1):
+    return ["rollout.placement=disaggregated", f"rollout.engine_ranks={ranks}", f"rollout.engine.span={span}"]
+
+
+def test_colocated_engines_belong_to_the_first_rank_of_their_span(tmp_path):
+    here = place(tmp_path, 4, "rollout.engine.span=2")
+    assert here.hosts == here.owners == [0, 2]
+    assert all(here.trains(rank) for rank in range(4))
+
+
+@pytest.mark.parametrize(
+    ("world", "ranks", "span", "hosts", "owners"),
+    [
+        (16, 8, 1, [8, 9, 10, 11, 12, 13, 14, 15], [0, 1, 2, 3, 4, 5, 6, 7]),
+        (16, 8, 4, [8, 12], [0, 4]),  # the work of answering is spread over the hosts
+        (3, 1, 1, [2], [0]),
+        (7, 2, 1, [5, 6], [0, 2]),
+    ],
+)
+def test_engines_on_ranks_of_their_own(tmp_path, world, ranks, span, hosts, owners):
+    here = place(tmp_path, world, *apart(ranks, span))
+    assert (here.hosts, here.owners, here.engines) == (hosts, owners, len(hosts))
+    assert [here.trains(rank) for rank in range(world)] == [True] * (world - ranks) + [False] * ranks
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "words"),
+    [
+        (2, apart(2), "leave none to train"),
+        (4, apart(3, 2), "engine.span=2 does not divide rollout.engine_ranks=3"),
+        (3, ["rollout.engine.span=2"], "engine.span=2 does not divide the 3 ranks started"),
+        (5, apart(3), "3 engines .* are more than the 2 ranks that train"),
+    ],
+)
+def test_what_cannot_be_dealt_out(tmp_path, world, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        place(tmp_path, world, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.placement=disaggregated"], "need ranks"),
+        (["rollout.engine_ranks=1"], "colocated ones are on all"),
+        ([*apart(1), "resync.transport=cuda_ipc"], "they share none"),
+    ],
+)
+def test_keys_that_go_together(tmp_path, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        smallest_config(tmp_path, *overrides)
+
+
+def test_the_actor_is_laid_out_over_the_ranks_that_train(tmp_path):
+    config = smallest_config(tmp_path, *apart(1), "actor.parallel.tp=2")
+    config.check_world(3)
+    with pytest.raises(ConfigError, match=r"tp=2 does not divide the 3 ranks that train; .*--num_gpus 3"):
+        config.check_world(4)
