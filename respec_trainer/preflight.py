@@ -7,32 +7,63 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+from respec_trainer.actor.check import check_model
+from respec_trainer.compat import resolve_device
 from respec_trainer.config import Config
+from respec_trainer.data.prompts import check_tokenizer_fits, read_rows
 from respec_trainer.errors import ConfigError
 from respec_trainer.network import is_free
+from respec_trainer.plan.places import Cluster, plan_layout
 from respec_trainer.rewards import setup_reward
 
 
 def preflight(config: Config, world_size: int, rank: int) -> None:
     """Raise ConfigError or DataError for the first thing found that cannot work."""
-    config.check_world(world_size)
+    device = resolve_device(config.run.device)
+    plan_layout(config, Cluster.of_launcher(device) or Cluster(1, world_size, device))
     hf_config = check_model_folder(config)
-    check_context(config, hf_config)
-    check_data(config, hf_config)
-    setup_reward(config.reward)
-    check_drafter(config, hf_config)
-    check_resume(config)
-    check_ports(config, rank)
+    for check in checks(config, hf_config, rank):
+        check()
+
+
+def every_problem(config: Config) -> list[ConfigError]:
+    """All that `preflight` would find but for the ranks' places; what a missing model hides is left out."""
+    problems: list[ConfigError] = []
+    hf_config = None
+    try:
+        hf_config = check_model_folder(config)
+    except ConfigError as error:
+        problems.append(error)
+    for check in checks(config, hf_config, rank=0):
+        try:
+            check()
+        except ConfigError as error:
+            problems.append(error)
+    return problems
+
+
+def checks(config: Config, hf_config, rank: int) -> Iterator[Callable[[], None]]:
+    """What is to be looked at besides the model's folder; without its `hf_config` only what needs none."""
+    if hf_config is not None:
+        yield partial(check_context, config, hf_config)
+    yield partial(check_data, config)
+    if hf_config is not None:
+        yield partial(check_tokenizer, config, hf_config)
+    yield partial(setup_reward, config.reward)
+    if hf_config is not None:
+        yield partial(check_drafter, config, hf_config)
+    yield partial(check_resume, config)
+    yield check_address
+    yield partial(check_ports, config, rank)
 
 
 def check_model_folder(config: Config):
     """The actor's Hugging Face config, once its folder is complete and its shape fits this trainer."""
-    from transformers import AutoConfig
-
-    from respec_trainer.actor.model import check_model
-
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise ConfigError(
@@ -41,12 +72,38 @@ def check_model_folder(config: Config):
     for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
         if not any(folder.glob(pattern)):
             raise ConfigError(f"model.path: {folder} holds no {what} ({pattern})")
-    try:
-        hf_config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"model.path: {folder}/config.json cannot be read: {error}") from error
+    hf_config = read_model_config(folder)
     check_model(hf_config, config.actor.parallel.tp)
+    check_engine_split(config, hf_config)
     return hf_config
+
+
+def read_model_config(path: Path):
+    """The Hugging Face config in a model's folder, or in a file of its own."""
+    from transformers import AutoConfig
+
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"model.path: there is no config.json at {file}")
+    try:
+        return AutoConfig.from_pretrained(file)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"model.path: {file} cannot be read: {error}") from error
+
+
+def check_shapes(config: Config, hf_config) -> None:
+    """What the model's config alone decides."""
+    check_model(hf_config, config.actor.parallel.tp)
+    check_engine_split(config, hf_config)
+    check_context(config, hf_config)
+
+
+def check_engine_split(config: Config, hf_config) -> None:
+    """An engine cuts the model as the actor does."""
+    try:
+        check_model(hf_config, config.rollout.engine.tp)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("actor.parallel.tp", "rollout.engine.tp")) from error
 
 
 def check_context(config: Config, hf_config) -> None:
@@ -57,14 +114,16 @@ def check_context(config: Config, hf_config) -> None:
         )
 
 
-def check_data(config: Config, hf_config) -> None:
-    """Every row of the data can be read, and the tokenizer fits the model."""
-    from transformers import AutoTokenizer
-
-    from respec_trainer.data.prompts import check_tokenizer_fits, read_rows
-
+def check_data(config: Config) -> None:
+    """Every row of the data can be read."""
     for _ in read_rows(config.data):
         pass
+
+
+def check_tokenizer(config: Config, hf_config) -> None:
+    """It can be read, and fits the model."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     except (ValueError, OSError) as error:
@@ -81,8 +140,6 @@ def check_drafter(config: Config, hf_config) -> None:
         check_rejection_sampling(config)
         check_profile(config, hf_config)
     elif config.speculation.algorithm == "standalone":
-        from respec_trainer.actor.check import check_model
-        from respec_trainer.compat import resolve_device
         from respec_trainer.drafter.standalone import check_standalone
 
         device = resolve_device(config.run.device)
@@ -95,7 +152,6 @@ def check_drafter(config: Config, hf_config) -> None:
 
 def check_profile(config: Config, hf_config) -> None:
     """An adaptive run's profile is of this run."""
-    from respec_trainer.compat import resolve_device
     from respec_trainer.speculation.settings import step_settings
 
     step_settings(config, hf_config, resolve_device(config.run.device))
@@ -123,12 +179,28 @@ def check_resume(config: Config) -> None:
         candidates(config, Path())
 
 
+def check_address() -> None:
+    """The host where the ranks are to meet has an address; whether it answers is found when they meet."""
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        return
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise ConfigError(
+            f"MASTER_ADDR={address}, where the ranks are to meet, is no host that {socket.gethostname()} knows "
+            f"({error.strerror}); give --master_addr an address that all hosts can reach"
+        ) from error
+
+
 def check_ports(config: Config, rank: int) -> None:
     """Ports this run will listen on are free; only the rank that will listen looks."""
     if rank != 0:
         return
     master = os.environ.get("MASTER_PORT")
-    if master and not is_free(int(master)):
+    # torchrun's own agent listens there, and the ranks meet in its store.
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if master and not agents and not is_free(int(master)):
         raise ConfigError(f"port {master}, where the ranks are to meet, is occupied; start with --master_port ANOTHER")
     if config.resync.port and not is_free(config.resync.port):
         raise ConfigError(

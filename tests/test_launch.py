@@ -44,3 +44,22 @@ def test_mistakes_are_named(config, overrides, words):
 def test_missing_configuration():
     result = launch("--config", "absent.yaml")
     assert result.returncode == 2 and "no configuration file at absent.yaml" in result.stderr
+
+
+def test_check_lists_every_problem(config):
+    result = launch("--config", config, "--check", "--nodes", "2", "--gpus_per_node", "4", "actor.parallel.tp=3")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    for words in ("tp=3 does not divide the 8 ranks", "no folder actor", "no file train.jsonl", "3 problems found"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize("option", [["--nodes", "2"], ["--model_config", "config.json"]])
+def test_what_is_asked_of_check_is_only_for_it(config, option):
+    result = launch("--config", config, *option)
+    assert result.returncode == 2 and f"{option[0]} is for --check" in result.stderr
+
+
+def test_ranks_of_mpirun_must_know_where_to_meet(config):
+    told = {f"OMPI_COMM_WORLD_{name}": "1" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
+    result = launch("--config", config, **told)
+    assert result.returncode == 2 and "MASTER_ADDR is not set" in result.stderr

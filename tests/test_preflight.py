@@ -9,7 +9,7 @@ import pytest
 
 from respec_trainer.drafter.format import save_drafter
 from respec_trainer.errors import ConfigError, DataError
-from respec_trainer.preflight import check_rejection_sampling, preflight
+from respec_trainer.preflight import check_rejection_sampling, every_problem, preflight
 from tests.configs import smallest_config
 from tests.drafters import DRAFT_IDS, tiny_drafter
 from tests.models import save_tiny_model, tiny_config, tiny_tokenizer
@@ -31,7 +31,7 @@ def check(actor, tmp_path):
     def check(*overrides, world=1):
         preflight(smallest_config(tmp_path, *folders, *overrides), world, rank=0)
 
-    check.folder = tmp_path
+    check.folder, check.actor = tmp_path, actor
     return check
 
 
@@ -164,3 +164,27 @@ def test_occupied_ports(check, monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(ConfigError, match="--master_port"):
             check()
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # as under torchrun, whose agent listens there
+        check()
+
+
+def test_a_meeting_place_nobody_knows(check, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(ConfigError, match="MASTER_ADDR=no-such-host.invalid.*--master_addr"):
+        check()
+
+
+def test_an_engine_must_be_able_to_cut_the_model(check):
+    with pytest.raises(ConfigError, match="rollout.engine.tp=3 does not divide the model's 4 attention heads"):
+        check("rollout.engine.tp=3", "rollout.engine.span=1")
+
+
+def test_every_problem_is_found(check):
+    shape = ["rollout.sampling.max_new_tokens=256", "data.path=absent.jsonl", "checkpoint.resume=absent"]
+    found = every_problem(smallest_config(check.folder, f"model.path={check.actor}", *shape))
+    assert len(found) == 3, found
+
+
+def test_what_needs_the_model_is_left_out_without_one(check):
+    found = every_problem(smallest_config(check.folder, "model.path=absent", "data.path=absent.jsonl"))
+    assert ["no folder absent" in str(found[0]), "no file absent.jsonl" in str(found[1]), len(found)] == [True, True, 2]

@@ -1,0 +1,52 @@
+"""A rank's place as launchers tell it.
+
+DeepSpeed's own and torchrun set the variables that torch reads. mpirun and srun, by which `deepspeed` starts the ranks
+with `--launcher openmpi` and `--launcher slurm`, set others, and say no place to meet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, MutableMapping
+
+from respec_trainer.errors import ConfigError
+
+DEFAULT_PORT = "29500"  # DeepSpeed's and torch's
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+
+
+def adopt_place(environment: MutableMapping[str, str]) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE and MASTER_PORT from what OpenMPI or Slurm say, if it was they.
+
+    Raises ConfigError where nobody says where the ranks are to meet.
+    """
+    place = None if "RANK" in environment else _place(environment)
+    if place is None:
+        return
+    if "MASTER_ADDR" not in environment:
+        raise ConfigError(
+            "MASTER_ADDR is not set: mpirun and srun do not say where the ranks are to meet; put MASTER_ADDR=ADDRESS "
+            "of rank 0's host into .deepspeed_env (see docs/launch.md), or export it"
+        )
+    environment.update(zip(PLACE, place, strict=True))
+    environment.setdefault("MASTER_PORT", DEFAULT_PORT)
+
+
+def _place(environment: Mapping[str, str]) -> list[str] | None:
+    if OPENMPI[0] in environment:
+        return [environment[name] for name in OPENMPI]
+    # A shell inside an allocation has such variables too, but is a step of one task.
+    if int(environment.get(SLURM[1], "1")) > 1:
+        return [*(environment[name] for name in SLURM), _slurm_local_size(environment)]
+    return None
+
+
+def _slurm_local_size(environment: Mapping[str, str]) -> str:
+    """Tasks of each host, 8 of "8(x2)". Raises ConfigError where hosts have different numbers, as in "8,4"."""
+    told = environment["SLURM_STEP_TASKS_PER_NODE"]
+    same = re.fullmatch(r"(\d+)(\(x\d+\))?", told)
+    if same is None:
+        raise ConfigError(f"Slurm runs {told} tasks on the hosts: give all of them the same number (--ntasks-per-node)")
+    return same[1]

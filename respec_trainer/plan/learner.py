@@ -1,0 +1,46 @@
+"""What the Online Learner takes: models and activations on the GPU, rollouts to learn from in host memory."""
+
+from __future__ import annotations
+
+from respec_trainer.config import Config
+from respec_trainer.drafter.buffer import MB
+from respec_trainer.plan.part import PHASES, Part, Phase
+from respec_trainer.plan.places import Layout
+from respec_trainer.plan.sizes import DrafterSizes
+
+
+def learns(config: Config) -> bool:
+    return config.speculation.algorithm == "eagle3" and config.drafter.weighting != "none"
+
+
+def learner_parts(config: Config, drafter: DrafterSizes | None, longest: int) -> list[Part]:
+    """Of a GPU that trains; `longest` tokens a sample."""
+    settings = config.drafter
+    if drafter is None or not learns(config):
+        return []
+    tokens = settings.micro_batch_size * longest
+    fixed = drafter.learning(settings.matrix_lr is not None, settings.compare_frozen)
+    phase: Phase = "generate" if settings.mode == "async" else "train"
+    how = f"{drafter.parameters / 1e6:.0f}e6 numbers, float32, with gradients and moments"
+    activations = drafter.activations(tokens, settings.unroll)
+    return [
+        Part("learner: drafter, optimizer", fixed, PHASES, how),
+        Part("learner: activations", activations, (phase,), f"{settings.unroll} steps of {tokens:,} tokens"),
+    ]
+
+
+def learner_problems(config: Config, drafter: DrafterSizes | None, layout: Layout, longest: int) -> list[str]:
+    """Whether `drafter.memory_mb` holds the learner's models and, at their longest, the responses of one update."""
+    if drafter is None or not learns(config):
+        return []
+    settings, width = config.drafter, 2 if config.model.dtype == "bf16" else 4
+    rows = min(-(-settings.batch_size // layout.placement.trainers), config.samples_per_step)
+    fixed = drafter.learning(settings.matrix_lr is not None, settings.compare_frozen)
+    needed = -(-(fixed + rows * drafter.row(longest, width) + drafter.snapshot(rows * longest, width)) // MB)
+    if needed <= settings.memory_mb:
+        return []
+    return [
+        f"drafter.memory_mb={settings.memory_mb} is less than the {needed} MB that the drafter, its optimizer and the "
+        f"{rows} responses of {longest} tokens that one update takes on each rank may need; raise it, or lower "
+        "drafter.batch_size"
+    ]

@@ -1,0 +1,134 @@
+"""Which rank does what on which host: tensor and data parallelism, engines by span, devices, transports.
+
+Ranks count up through the hosts, as every launcher numbers them: host 0 has ranks 0 .. n-1, host 1 the next n.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from respec_trainer.config import Config
+from respec_trainer.errors import ConfigError
+from respec_trainer.placement import Placement
+from respec_trainer.resync.transport import choose
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the run gets: `hosts` with `ranks_per_host` ranks each, every rank with a device of its own on "cuda"."""
+
+    hosts: int
+    ranks_per_host: int
+    device: Device
+
+    @property
+    def world_size(self) -> int:
+        return self.hosts * self.ranks_per_host
+
+    @classmethod
+    def of_launcher(cls, device: Device) -> Cluster | None:
+        """As a launcher's variables tell this rank; None where no launcher started it.
+
+        DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE. Raises ConfigError where hosts cannot have
+        the same number of ranks each.
+        """
+        if "WORLD_SIZE" not in os.environ:
+            return None
+        world = int(os.environ["WORLD_SIZE"])
+        here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world)
+        if world % here:
+            raise ConfigError(
+                f"{here} ranks on this host are no even share of all {world}: give every host the same number "
+                "(slots in the hostfile)"
+            )
+        return cls(world // here, here, device)
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """One rank. `starts` is the engine that it starts as its child, `feeds` the one that it gives requests to.
+
+    tp_rank and dp_rank are None where it only holds an engine; `engine` is the one that its device generates for, None
+    where it only trains.
+    """
+
+    rank: int
+    host: int
+    device: str  # "cuda:3" of its host, or "cpu"
+    tp_rank: int | None
+    dp_rank: int | None
+    engine: int | None
+    starts: int | None
+    feeds: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every rank's place."""
+
+    cluster: Cluster
+    placement: Placement
+    ranks: tuple[RankPlace, ...]
+    tp: int
+    transport: Literal["gloo", "nccl", "cuda_ipc"]
+
+    @property
+    def dp(self) -> int:
+        return self.placement.trainers // self.tp
+
+    @property
+    def colocated(self) -> bool:
+        """Whether engines and trainer take turns on the same devices."""
+        return not self.placement.engine_ranks
+
+
+def plan_layout(config: Config, cluster: Cluster) -> Layout:
+    """The places of `cluster`'s ranks. Raises ConfigError where the configuration does not fit it, saying why."""
+    config.check_world(cluster.world_size)
+    placement, tp = Placement.of(config, cluster.world_size), config.actor.parallel.tp
+    if cluster.device == "cuda":
+        check_hosts_hold_groups(cluster, placement, tp, config.rollout.engine.tp)
+    shared = cluster.device == "cuda" and not placement.engine_ranks
+    transport = choose(config.resync.transport, cluster.device, shared)
+    places = tuple(_place(rank, cluster, placement, tp) for rank in range(cluster.world_size))
+    return Layout(cluster, placement, places, tp, transport)
+
+
+def check_hosts_hold_groups(cluster: Cluster, placement: Placement, tp: int, engine_tp: int) -> None:
+    """Raise ConfigError where a tensor-parallel group or an engine would reach over hosts, or onto another's devices.
+
+    Only GPUs are that particular: tensor parallelism needs a host's own links between them, and an engine starts its
+    processes on one host.
+    """
+    here, span = cluster.ranks_per_host, placement.span
+    if here % tp and placement.trainers > here:
+        raise ConfigError(
+            f"actor.parallel.tp={tp} does not divide the {here} GPUs of a host: tensor-parallel groups would reach "
+            f"over hosts, whose links are too slow for it; set it to a divisor of {here}"
+        )
+    for first in placement.hosts:
+        if first // here != (first + span - 1) // here:
+            raise ConfigError(
+                f"rollout.engine.span={span}: the engine of ranks {first} to {first + span - 1} would reach over hosts "
+                f"of {here} GPUs, but it runs on one; set it to a divisor of {here}"
+            )
+    if span < engine_tp:
+        raise ConfigError(
+            f"rollout.engine.tp={engine_tp} is more GPUs than the {span} of an engine's span: engines would share "
+            f"GPUs; set rollout.engine.span={engine_tp}, or leave it out"
+        )
+
+
+def _place(rank: int, cluster: Cluster, placement: Placement, tp: int) -> RankPlace:
+    host, local = divmod(rank, cluster.ranks_per_host)
+    device = f"cuda:{local}" if cluster.device == "cuda" else "cpu"
+    tp_rank, dp_rank = (rank % tp, rank // tp) if placement.trains(rank) else (None, None)
+    first = placement.hosts[0]
+    engine = (rank - first) // placement.span if rank >= first else None
+    starts = placement.hosts.index(rank) if rank in placement.hosts else None
+    feeds = placement.owners.index(rank) if rank in placement.owners else None
+    return RankPlace(rank, host, device, tp_rank, dp_rank, engine, starts, feeds)

@@ -1,0 +1,56 @@
+"""launchers.py: what OpenMPI and Slurm say becomes what torch reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from respec_trainer.errors import ConfigError
+from respec_trainer.launchers import adopt_place
+
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
+PLACE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("told", [OPENMPI, SLURM])
+def test_a_place_is_adopted(told):
+    environment = told | {"MASTER_ADDR": "node0"}
+    adopt_place(environment)
+    assert environment == told | {"MASTER_ADDR": "node0"} | PLACE
+
+
+@pytest.mark.parametrize("told", [OPENMPI, SLURM])
+def test_somebody_must_say_where_to_meet(told):
+    with pytest.raises(ConfigError, match="MASTER_ADDR is not set.*deepspeed_env"):
+        adopt_place(dict(told))
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        SLURM | {"RANK": "0"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_who_has_a_place_or_none_keeps_it(environment):
+    before = dict(environment)
+    adopt_place(environment)
+    assert environment == before
+
+
+def test_hosts_with_different_numbers_of_tasks():
+    environment = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4,2(x2)", "MASTER_ADDR": "node0"}
+    with pytest.raises(ConfigError, match=r"4,2\(x2\) tasks"):
+        adopt_place(environment)
