@@ -1,6 +1,8 @@
 # make quickstart   install, make the small actor and its drafter, train: a whole run, with or without a GPU
 # make test         install, run the tests
-# Both can be repeated: what is done is skipped. PIP_FLAGS goes to every pip install (an index of CPU wheels, say).
+# make test-gpu     install, run the tests that need GPUs; results in OUT and docs/gpu.md. With GPU_PYTHON=python3, say,
+#                   nothing is installed: that Python has to have everything, see docs/gpu.md
+# All can be repeated: what is done is skipped. PIP_FLAGS goes to every pip install (an index of CPU wheels, say).
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -20,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart actor drafter test lint clean
+.PHONY: quickstart actor drafter test test-gpu lint clean
 
 quickstart: drafter
 	$(BIN)/deepspeed --quiet --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml actor.parallel.tp=$(RANKS) $(ARGS)
@@ -35,7 +37,14 @@ drafter: actor
 # Files go to the workers whole: their fixtures are engines and models.
 test: $(INSTALLED)
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/gpu $(ARGS)
+
+OUT ?= runs/gpu-results.json
+GPU_PYTHON ?=
+
+test-gpu: $(if $(GPU_PYTHON),,$(INSTALLED))
+	RESPEC_GPU_RESULTS=$(abspath $(OUT)) $(or $(GPU_PYTHON),$(BIN)/python) -m pytest tests/gpu $(ARGS); status=$$?; \
+	  $(or $(GPU_PYTHON),$(BIN)/python) -m tests.gpu.results $(OUT) docs/gpu.md && exit $$status
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

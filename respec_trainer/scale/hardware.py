@@ -1,0 +1,28 @@
+"""Hardware: what a GPU and its links do, by data sheet, and what share of it is assumed to be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU of a cluster. Rates are those that are reached: bytes and operations a second.
+
+    `within` is its link to the other GPUs of its host, `across` its share of the network, each in one direction.
+    """
+
+    name: str
+    memory: int  # bytes
+    bandwidth: float  # of its own memory
+    flops: float  # bf16, dense
+    within: float
+    across: float
+    gpus_per_host: int = 8
+    launch: float = 1.0e-3  # seconds of a decode step that no arithmetic takes: scheduling, sampling, graph launch
+    hop: float = 1.0e-5  # seconds of one small all-reduce between the GPUs of a host
+
+
+# H100 SXM: 80 GB, 3.35 TB/s, 989 TFLOP/s in bf16, NVLink 450 GB/s a direction, one 400 Gb/s port a GPU. Of them 70 %,
+# 50 %, 70 % and 80 % are assumed to be reached. Not measured.
+H100 = Hardware("H100", 80 << 30, 0.7 * 3.35e12, 0.5 * 989e12, 0.7 * 450e9, 0.8 * 50e9)

@@ -1,0 +1,53 @@
+"""tools/audit_rollout.py on this machine: what the engine draws follows the actor's law, after a resync and a sleep.
+
+Small: some thousand draws a cell, where the tool by itself takes as many as a law off by 0.02 needs to be found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.gpu.place import DEVICE, FLOAT32, ON_GPU
+
+REPOSITORY = Path(__file__).parent.parent.parent
+# Of the chain: two filters, after a resync, after a sleep; a rehearsal has time for one.
+CELLS, COUNT = ("EAGLE-3 chain, T=1.0", 5) if ON_GPU else ("EAGLE-3 chain, T=1.0, after sleep", 1)
+DRAWS, LIMIT = ("3072", "12288") if ON_GPU else ("768", "768")
+CONFIG = """
+run: {{name: audit, steps: 1, device: {device}}}
+model: {{path: {target}}}
+data: {{path: {folder}/prompts.jsonl, prompts_per_step: 2, max_prompt_tokens: 64}}
+rollout:
+  samples_per_prompt: 2
+  sampling: {{max_new_tokens: 32}}
+  engine: {{mem_fraction: 0.3, max_total_tokens: 32768}}
+speculation: {{steps: 3, draft_tokens: 4}}
+drafter: {{path: {drafter}}}
+"""
+
+
+def test_the_engine_draws_from_the_actors_law(small, tmp_path, record):
+    rows = [{"question": text, "answer": "#### 1"} for text in ("How many?", "What is 3 + 4?", "Why so?")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"device": DEVICE, "target": small.target, "drafter": small.drafter, "folder": tmp_path}
+    (tmp_path / "config.yaml").write_text(CONFIG.format(**names))
+    out = tmp_path / "audit.json"
+    command = [sys.executable, "tools/audit_rollout.py", "--config", tmp_path / "config.yaml", "--cells", CELLS]
+    command += ["--total-variation", "0.1" if ON_GPU else "0.3", "--draws", DRAWS, "--limit", LIMIT, "--json", out]
+    environment = os.environ | FLOAT32 | {"DS_ACCELERATOR": DEVICE, "PYTHONPATH": search_path()}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+    assert out.is_file(), done.stdout + done.stderr
+    outcome = json.loads(out.read_text())
+    record(p_values={cell["cell"]: cell["p"] for cell in outcome["cells"]})
+    record(power={cell["cell"]: cell["power"] for cell in outcome["cells"]})
+    assert len(outcome["cells"]) == COUNT
+    assert done.returncode == 0 and outcome["passed"], done.stdout + done.stderr
+
+
+def search_path() -> str:
+    """The repository, before what the environment adds."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
