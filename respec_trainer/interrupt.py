@@ -6,10 +6,12 @@ interpreter's wake-up pipe is written from the C handler, so a thread that reads
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -17,39 +19,52 @@ import psutil
 POLL_SECONDS = 1.0
 
 
-def end_on_signal() -> None:
-    """From now on SIGINT, SIGTERM and the loss of the launcher kill this process's children, then the process."""
+def end_on_signal(before: Callable[[int], None] = lambda number: None) -> None:
+    """From now on SIGINT, SIGTERM and the loss of the launcher kill this process's children, then the process.
+
+    `before` is called with the signal's number, before anything is killed; it must return soon.
+    """
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    arguments = (read, Launcher.of_this_process())
+    arguments = (read, Launcher.of_this_process(), before)
     threading.Thread(target=_watch, args=arguments, daemon=True, name="respec-interrupt").start()
 
 
 def end_children() -> None:
     """Kill every descendant of this process."""
-    for child in psutil.Process().children(recursive=True):
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
+    _kill(psutil.Process().children(recursive=True))
 
 
-def _watch(pipe: int, launcher: Launcher) -> None:
+def end_tree(process: psutil.Process) -> None:
+    """Kill a process and every descendant of it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        _kill([*process.children(recursive=True), process])
+
+
+def end_process(status: int) -> None:
+    """End this process now with exit code `status`, its descendants first."""
+    end_children()
+    os._exit(status)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _watch(pipe: int, launcher: Launcher, before: Callable[[int], None]) -> None:
     while True:
         ready, _, _ = select.select([pipe], [], [], POLL_SECONDS)
         numbers = set(os.read(pipe, 64)) if ready else set()
         if numbers & {signal.SIGINT, signal.SIGTERM}:
-            _end(128 + min(numbers))
+            before(min(numbers))
+            end_process(128 + min(numbers))
         if launcher.is_gone():
-            _end(1)
-
-
-def _end(status: int) -> None:
-    end_children()
-    os._exit(status)
+            end_process(1)
 
 
 @dataclass(frozen=True)

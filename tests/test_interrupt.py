@@ -20,7 +20,7 @@ from datetime import timedelta
 from torch.distributed import TCPStore
 from respec_trainer.interrupt import end_on_signal
 from respec_trainer.network import free_port
-end_on_signal()
+end_on_signal(lambda number: print("told of", number, flush=True))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 TCPStore("127.0.0.1", free_port(), 2, True, timedelta(seconds=600))
@@ -49,7 +49,7 @@ def test_signal_ends_a_stuck_rank_and_its_children(number):
         child = int(rank.stdout.readline())
         rank.send_signal(number)
         assert rank.wait(timeout=10) == 128 + number
-        assert gone(child)
+        assert gone(child) and rank.stdout.read() == f"told of {int(number)}\n"
     finally:
         rank.kill()
 

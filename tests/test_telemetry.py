@@ -78,6 +78,14 @@ def test_clock_adds_up_phases_and_starts_anew():
     assert set(clock.take()) == {"time/step"}
 
 
+def test_a_phase_goes_on_when_one_inside_it_has_ended():
+    heard = []
+    clock = PhaseClock(heard.append)
+    with clock("generate"), clock("learn"):
+        pass
+    assert heard == ["generate", "learn", "generate"]
+
+
 def test_run_folder_is_never_shared(config):
     folders = [new_run_folder(config) for _ in range(3)]
     assert [f.name for f in folders] == ["tiny", "tiny-2", "tiny-3"]

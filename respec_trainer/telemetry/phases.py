@@ -8,21 +8,26 @@ from contextlib import contextmanager
 
 
 class PhaseClock:
-    """Adds up seconds by phase name; `listen` is called with each phase as it begins."""
+    """Adds up seconds by phase name; `listen` is told of a phase as it begins, and after one inside it has ended."""
 
     def __init__(self, listen: Callable[[str], None] = lambda name: None):
         self.seconds: dict[str, float] = {}
         self.listen = listen
+        self._open: list[str] = []  # phases under way, the outermost first
         self._began = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self.listen(name)
+        self._open.append(name)
         began = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self._open.pop()
+            if self._open:
+                self.listen(self._open[-1])
 
     def take(self) -> dict[str, float]:
         """The times since the last take, as `time/*` metrics in seconds, with `time/step` for the whole."""

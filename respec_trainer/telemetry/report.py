@@ -26,9 +26,11 @@ class Report:
         rank: int,
         control: dist.ProcessGroup,
         folder: Callable[[Config], Path] = new_run_folder,
+        enter: Callable[[int, str], None] | None = None,
     ):
-        """`folder` is asked on the first rank for the run's."""
+        """`folder` is asked on the first rank for the run's; `enter` hears of each phase, with its step from 1."""
         self.first = rank == 0
+        self.enter, self.done = enter, 0  # steps
         place = [str(folder(config).resolve())] if self.first else [None]
         dist.broadcast_object_list(place, src=0, group=control)
         self.folder = Path(place[0])
@@ -36,12 +38,14 @@ class Report:
         self.recorder = Recorder(self.folder, config) if self.first else None
         self.progress = Progress(config.run.steps, config.telemetry.live if self.first else "off")
         self.progress.__enter__()
-        self.clock = PhaseClock(self.progress.phase)
+        self.clock = PhaseClock(self.phase)
         if config.speculation.lossy:
             self.message(LOSSY)
 
     def phase(self, name: str) -> None:
         self.progress.phase(name)
+        if self.enter:
+            self.enter(self.done + 1, name)
 
     def message(self, text: str) -> None:
         self.progress.message(text)
@@ -51,8 +55,9 @@ class Report:
         dropped = f"; {prompts.dropped} dropped: longer than {prompts.limit} tokens" if prompts.dropped else ""
         self.message(f"{len(prompts)} prompts{dropped}")
 
-    def resumed(self) -> None:
-        """The run goes on where its records end."""
+    def resumed(self, done: int) -> None:
+        """The run goes on where its records end, after `done` steps."""
+        self.done = done
         if self.first:
             self.steps = read_metrics(self.folder)
 
@@ -66,6 +71,7 @@ class Report:
 
     def step(self, step: int, metrics: dict) -> None:
         self.steps.append(metrics)
+        self.done = step + 1
         self.progress.step(step, metrics)
         if self.recorder:
             self.recorder.step(step, metrics)
