@@ -330,7 +330,7 @@ class CheckpointConfig(Section):
     # auto: go on with the newest run of this name that has checkpoints, if there is one. never: a new run. Else the
     # folder of a run, or of one checkpoint: a new run that begins there.
     resume: str = "auto"
-    export_at_end: bool = True  # write the trained actor as a Hugging Face folder into the run's folder
+    export_at_end: bool = True  # write actor (a Hugging Face folder) and drafter into the run's folder
 
 
 class TelemetryConfig(Section):

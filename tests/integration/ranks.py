@@ -21,6 +21,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -67,15 +68,23 @@ class Ranks:
         if self.processes and psutil.Process(self.processes[0].pid).num_threads() > MOST_THREADS:
             self.close()
         self._start()
+        self._signal(signal.SIGCONT)
         payload = pickle.dumps((free_port(), timeout, pickle.dumps((function, args))))
         for pipe in self.pipes:
             pipe.send_bytes(payload)
         answers = self._collect(timeout)
+        self._signal(signal.SIGSTOP)
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
         if failures:
             self.close()
             raise AssertionError("\n".join(failures))
         return [answers[rank][1] for rank in range(self.world_size)]
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Between calls the processes are stopped: threads that poll take no time from the tests."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
 
     def _collect(self, timeout: float) -> dict[int, tuple[bool, Any]]:
         """(True, result) or (False, explanation) of every rank."""
