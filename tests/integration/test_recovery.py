@@ -119,12 +119,12 @@ def test_a_killed_scheduler_costs_nothing_but_time(tmp_path, folders):  # noqa: 
 
 
 def test_a_hanging_scheduler_is_noticed_in_time(tmp_path, folders):  # noqa: F811
-    timeout = 20.0  # a restart must fit in it
+    timeout = 35.0  # a restart must fit in it, on a busy machine too
     config = config_of(tmp_path, folders, f"rollout.engine.timeout={timeout}")
     first, _ = run_ranks(2, survive, config, while_generating, signal.SIGSTOP, 1, timeout=240)
     calm, disturbed, counts, said, seconds = first
     check_whole(calm, disturbed)
-    assert counts["engine/restarts"] == 1 and "not answered for 20 s" in said[0]
+    assert counts["engine/restarts"] == 1 and "not answered for 35 s" in said[0]
     assert timeout < seconds < timeout + 60
 
 

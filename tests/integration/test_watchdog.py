@@ -16,8 +16,8 @@ import pytest
 from respec_trainer.network import free_port
 
 REPOSITORY = Path(__file__).parent.parent.parent
-LOST_AFTER = 4.0  # above what a busy machine may keep a thread from running
-HANG_TIMEOUT = 12.0  # above what starting takes, which counts too
+LOST_AFTER = 8.0  # above what a busy machine may keep a thread from running
+HANG_TIMEOUT = 15.0  # above what starting takes, which counts too
 PATIENCE = 60.0
 
 
