@@ -61,7 +61,10 @@ class Caller:
 
     def _break(self, error: Exception) -> None:
         if self.failure is None:
-            reason = "it ended, or its machine did" if isinstance(error, EOFError) else str(error) or repr(error)
+            # Which of these it is hangs on who notices first, the thread that sends or the one that listens.
+            gone = isinstance(error, EOFError | OSError)
+            reason = "it ended, or its machine did" if gone else repr(error)
+            reason += f" ({error})" if gone and str(error) else ""
             self.failure = EngineError(f"lost the connection to {self.peer}: {reason}")
         while self._waiting:
             try:
