@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from respec_trainer.config import RunConfig
-from respec_trainer.errors import ConfigError
+from respec_trainer.errors import CheckpointError, ConfigError
 from respec_trainer.network import free_port
 from respec_trainer.watchdog import Watchdog
 from respec_trainer.watchdog.ending import Speaker, kill_lost, lost_contact, main_stack
@@ -50,6 +50,9 @@ def test_one_rank_of_a_host_speaks():
 def test_only_lost_connections_are_others_faults():
     assert lost_contact(dist.DistNetworkError("closed"))
     assert lost_contact(RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed"))
+    wrapped = CheckpointError("saving failed")
+    wrapped.__cause__ = dist.DistNetworkError("closed")
+    assert lost_contact(wrapped) and not lost_contact(CheckpointError("saving failed"))
     assert not lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not lost_contact(OSError())
 
 

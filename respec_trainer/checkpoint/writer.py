@@ -41,6 +41,7 @@ class Writer:
         self.group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._error: str | None = None
+        self._cause: Exception | None = None  # of it, if that was no error of saving
 
     def start(self, job: Job) -> None:
         """Begin to write. Call `wait` before."""
@@ -59,19 +60,19 @@ class Writer:
         self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise CheckpointError(error)
+            raise CheckpointError(error) from self._cause
 
     def _run(self, job: Job) -> None:
         try:
-            errors = self._write(job)
+            errors, self._cause = self._write(job), None
         except RuntimeError as error:  # of the process group
-            errors = [f"a rank was lost: {error}"]
+            errors, self._cause = [f"a rank was lost: {error}"], error
         if errors:
             self._error = (
                 f"saving the checkpoint of step {job.step} failed: {errors[0]}. Those before it are as they were; make "
                 "room, and go on from the newest with checkpoint.resume=auto"
             )
-            if self.rank == 0:
+            if self.rank == 0 and self._cause is None:  # who was lost, the watchdog says
                 self.say(self._error)
 
     def _write(self, job: Job) -> list[str]:

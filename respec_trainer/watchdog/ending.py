@@ -67,10 +67,10 @@ def main_stack() -> tuple[str, bool]:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether `error` says no more than that another rank is gone, or its connection."""
+    """Whether `error`, or what it was raised from, says no more than that another rank or its connection is gone."""
     import torch.distributed as dist
 
-    if isinstance(error, dist.DistError):
+    if isinstance(error, dist.DistError) or (error.__cause__ is not None and lost_contact(error.__cause__)):
         return True
     # gloo's own errors are plain RuntimeErrors, with the place in its source.
     return type(error) is RuntimeError and "gloo/transport" in str(error)
