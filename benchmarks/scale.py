@@ -16,15 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-# hidden, MLP, layers, heads, key/value heads, vocabulary, tied: config.json of Qwen/Qwen2.5-3B and so on. And the
-# engine's tensor parallelism.
-MODELS = {
-    "3b": ((2048, 11008, 36, 16, 2, 151936, True), 1),
-    "7b": ((3584, 18944, 28, 28, 4, 152064, False), 1),
-    "14b": ((5120, 13824, 48, 40, 8, 152064, False), 2),
-    "32b": ((5120, 27648, 64, 40, 8, 152064, False), 4),
-    "72b": ((8192, 29568, 80, 64, 8, 152064, False), 8),
-}
+REPOSITORY = Path(__file__).parent.parent
+# Of configs/models/, with the engine's tensor parallelism.
+MODELS = {"3b": 1, "7b": 1, "14b": 2, "32b": 4, "72b": 8}
 GPUS = (16, 64, 256, 1024)
 ACCEPTANCE = (0.75, 0.7, 0.65, 0.6, 0.55)  # by depth: an accept length of 3.0 with five drafts
 CANDIDATES = [0, 1, 2, 3, 5]
@@ -57,7 +51,7 @@ def row(model: str, gpus: int, prompts: int = PROMPTS, longest: int = LONGEST) -
     from respec_trainer.scale.hardware import H100
 
     hf_config, trace = shape_of(model), make_trace(prompts, longest)
-    fit = best_fit(settings(MODELS[model][1], prompts, longest), hf_config, trace, gpus, H100)
+    fit = best_fit(settings(MODELS[model], prompts, longest), hf_config, trace, gpus, H100)
     found = {"model": model, "gpus": gpus, "fits": fit is not None}
     if fit is None:
         return found
@@ -89,25 +83,13 @@ def row(model: str, gpus: int, prompts: int = PROMPTS, longest: int = LONGEST) -
 
 
 def shape_of(model: str):
-    """The Hugging Face config of a model of MODELS, without a file."""
+    """The Hugging Face config of a model of MODELS, its shapes only."""
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 
     define_torchvision_operators()
-    from transformers import Qwen2Config
+    from respec_trainer.preflight import read_model_config
 
-    (hidden, inner, layers, heads, kv_heads, vocabulary, tied), _ = MODELS[model]
-    return Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
+    return read_model_config(REPOSITORY / f"configs/models/qwen2.5-{model}.json")
 
 
 def settings(engine_tp: int, prompts: int, longest: int):
@@ -198,7 +180,7 @@ def elsewhere_table(models: list[str]) -> str:
     head = ["model", "GB", *(f"s at {gigabits} Gb/s" for gigabits in PORTS)]
     body = []
     for model in models:
-        hf_config, tp = shape_of(model), MODELS[model][1]
+        hf_config, tp = shape_of(model), MODELS[model]
         drafter = drafter_sizes(settings(tp, PROMPTS, LONGEST), hf_config, None).parameters
         apart = Layout(tp=tp, dp=1, zero=1, engine_tp=tp, colocated=False)
         said = push(model_parameters(hf_config), drafter, apart, H100)

@@ -19,20 +19,16 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-# Public shapes (config.json of Qwen/Qwen2.5-3B and so on); small: two layers, to try this script.
-SHAPES = {
-    "small": (256, 512, 4, 4, 2, 1024),
-    "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936),
-    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064),
-    "qwen2.5-14b": (5120, 13824, 48, 40, 8, 152064),
-}
-DRAFT_VOCABULARY = 32_000
+MODELS = Path(__file__).parent.parent / "configs/models"
+SMALL = "small"  # four layers, to try this script
 PROMPT_TOKENS = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SHAPES, default="qwen2.5-7b")
+    parser.add_argument(
+        "--model", choices=[SMALL, *(path.stem for path in sorted(MODELS.glob("*.json")))], default="qwen2.5-7b"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--steps", type=int, nargs="+", default=[3])
     parser.add_argument("--accept", type=float, default=2.5)
@@ -43,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        make_folders(Path(folder), SHAPES[args.model])
+        make_folders(Path(folder), args.model)
         engine, steps = start(Path(folder), args)
         try:
             results = measure(engine, steps, args)
@@ -53,31 +49,34 @@ def main() -> None:
         args.out.write_text(json.dumps({"arguments": {**vars(args), "out": None}, "results": results}, indent=1))
 
 
-def make_folders(root: Path, shape: tuple[int, ...]) -> None:
+def make_folders(root: Path, model: str) -> None:
     """target/ and drafter/, each a config.json and nothing else."""
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 
     define_torchvision_operators()
-    from transformers import Qwen2Config
-
     from respec_trainer.drafter.format import drafter_config
     from respec_trainer.drafter.shape import DrafterShape
+    from respec_trainer.plan.sizes import DRAFT_VOCABULARY
 
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    config = Qwen2Config(
-        **dict(zip(names, shape, strict=False)),
-        vocab_size=shape[-1],
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=False,
-        architectures=["Qwen2ForCausalLM"],
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = shape_of(model)
+    config.bos_token_id, config.eos_token_id = 1, 2
     config.save_pretrained(root / "target")
-    drafter = drafter_config(DrafterShape.for_target(config, min(DRAFT_VOCABULARY, shape[-1])))
+    drafter = drafter_config(DrafterShape.for_target(config, min(DRAFT_VOCABULARY, config.vocab_size)))
     (root / "drafter").mkdir()
     (root / "drafter/config.json").write_text(json.dumps(drafter))
+
+
+def shape_of(model: str):
+    """The Hugging Face config of a file of MODELS, or of SMALL."""
+    from transformers import Qwen2Config
+
+    from respec_trainer.preflight import read_model_config
+
+    if model != SMALL:
+        return read_model_config(MODELS / f"{model}.json")
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024, "max_position_embeddings": 4096}
+    return Qwen2Config(architectures=["Qwen2ForCausalLM"], **heads, **sizes)
 
 
 def start(root: Path, args: argparse.Namespace):

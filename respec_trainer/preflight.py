@@ -78,17 +78,17 @@ def check_model_folder(config: Config):
     return hf_config
 
 
-def read_model_config(path: Path):
-    """The Hugging Face config in a model's folder, or in a file of its own."""
+def read_model_config(path: Path, key: str = "model.path"):
+    """The Hugging Face config in a model's folder, or in a file of its own; `key` is what named it, for errors."""
     from transformers import AutoConfig
 
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise ConfigError(f"model.path: there is no config.json at {file}")
+        raise ConfigError(f"{key}: there is no config.json at {file}")
     try:
         return AutoConfig.from_pretrained(file)
     except (ValueError, OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"model.path: {file} cannot be read: {error}") from error
+        raise ConfigError(f"{key}: {file} cannot be read: {error}") from error
 
 
 def check_shapes(config: Config, hf_config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def tiny_run(folder: Path) -> list[str]:
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     own = [f"model.path={actor}", f"data.path={data}", f"run.dir={folder / 'runs'}"]
     return ["--config", str(REPOSITORY / "configs/quickstart.yaml"), *SMALL, *own]
+
+
+def train(config) -> None:
+    """One rank's part in a run, as launch/train.py does it, in a process that lives on."""
+    from respec_trainer.compat import prepare
+
+    prepare("cpu")
+    from respec_trainer.job import Job
+    from respec_trainer.trainer import Trainer
+
+    job = Job(config)
+    Trainer(job).run()
+    job.actor.engine.destroy()
+    job.close()
+    del job
+    gc.collect()  # the process's next run must not meet what this one leaves
 
 
 def numbers(steps: list[dict]) -> list[dict]:

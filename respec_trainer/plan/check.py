@@ -44,7 +44,7 @@ def check(config: Config, question: Question, console: Console | None = None) ->
         problems += [str(error) for error in every_problem(config)]
         hf_config = attempt([], read_model_config, Path(config.model.path))  # what is wrong with it is said already
     else:
-        hf_config = attempt(problems, read_model_config, Path(question.model_config))
+        hf_config = attempt(problems, read_model_config, Path(question.model_config), "--model_config")
         if hf_config is not None:
             attempt(problems, check_shapes, config, hf_config)
     layout = attempt(problems, plan_layout, config, cluster) if cluster else None

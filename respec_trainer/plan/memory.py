@@ -82,7 +82,7 @@ def plan_memory(
     """The estimate for GPUs of `gpu_bytes`, one for each kind of GPU: one where all do the same, else two.
 
     Args:
-        draft_vocab: the drafter's; None: it is not known, and the drafter tool's default is taken.
+        draft_vocab: the drafter's; None: it is not known, and DRAFT_VOCABULARY is taken.
     """
     width = 2 if config.model.dtype == "bf16" else FLOAT
     longest = longest_sequence(config, hf_config)

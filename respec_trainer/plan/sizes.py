@@ -9,7 +9,7 @@ from respec_trainer.checkpoint.hf_map import head_dim, hf_model_shapes, megatron
 from respec_trainer.drafter.shape import DrafterShape
 
 FLOAT = 4  # bytes of float32
-DRAFT_VOCABULARY = 32000  # tools/train_drafter.py's; taken where no drafter is there to be asked
+DRAFT_VOCABULARY = 32000  # as published EAGLE-3 drafters have it; taken where no drafter is there to be asked
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def test_the_engine_speaks_with_the_actors_voice(stage):
 def test_sleep_returns_the_memory_of_engine_and_actor(stage):
     seen = stage("sleep_and_wake")
     if not ON_GPU:
-        return  # there is no second memory
+        pytest.skip("a rehearsal on a CPU has no second memory to give back; the stage itself ran")
     taken, least = seen["taken"], seen["at_least"]
     assert taken["both"] - taken["engine_out"] >= 0.9 * least["engine"]
     assert taken["engine_out"] - taken["both_out"] >= 0.9 * least["actor"]

@@ -7,7 +7,6 @@ the placements may reach a number: the same requests make the same batches on th
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import pytest
 from respec_trainer.config import load_config
 from respec_trainer.telemetry.recorder import read_metrics
 from tests.integration.ranks import run_ranks
+from tests.tiny_runs import numbers, train
 
 REPOSITORY = Path(__file__).parent.parent.parent
 APART = ["rollout.placement=disaggregated", "rollout.engine_ranks=1", "rollout.engine.span=1"]
@@ -32,27 +32,19 @@ SMALL = [
 ]  # fmt: skip
 
 
-def train(config, deadly=0):
+def take_part(config, deadly=0):
     """One rank's part in a run, as launch/train.py does it; the engine dies of its `deadly`th batch of requests."""
     from respec_trainer.compat import prepare
 
     prepare("cpu")
-    from respec_trainer.job import Job
     from respec_trainer.placement import Placement
     from respec_trainer.rollout.engine_host import host_engine
-    from respec_trainer.trainer import Trainer
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if not Placement.of(config, world).trains(rank):
-        with dying_at(deadly):
-            return host_engine(config, rank, world)
-    job = Job(config)
-    Trainer(job).run()
-    job.actor.engine.destroy()
-    job.close()
-    del job
-    gc.collect()  # the process lives on, and its next run must not meet what this one leaves
-    return None
+    if Placement.of(config, world).trains(rank):
+        return train(config)
+    with dying_at(deadly):
+        return host_engine(config, rank, world)
 
 
 @contextlib.contextmanager
@@ -79,16 +71,11 @@ def run(small_actor, small_drafter, tmp_path):
         own = [f"model.path={small_actor}", f"data.path={small_actor}/data/train.jsonl"]
         own += [f"drafter.path={small_drafter}", f"run.dir={tmp_path / name}"]
         config = load_config(REPOSITORY / "configs/quickstart.yaml", [*SMALL, *own, *overrides])
-        run_ranks(ranks, train, config, deadly, timeout=240)
+        run_ranks(ranks, take_part, config, deadly, timeout=240)
         folder = tmp_path / name / "test"
         return read_metrics(folder), [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
     return run
-
-
-def numbers(steps: list[dict]) -> list[dict]:
-    """Without what is measured in seconds."""
-    return [{k: v for k, v in step.items() if not k.startswith("time/") and "per_second" not in k} for step in steps]
 
 
 def test_the_run_is_that_of_colocated_engines(run):

@@ -6,7 +6,6 @@ falls on the other side: with a tiny vocabulary and a few hundred draws none doe
 
 from __future__ import annotations
 
-import gc
 import json
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from respec_trainer.config import load_config
 from respec_trainer.telemetry.recorder import read_metrics
 from tests.integration.ranks import run_ranks
-from tests.tiny_runs import tiny_run
+from tests.tiny_runs import tiny_run, train
 
 STEPS = 3
 TOLERANCE = 1e-5  # of losses and norms of order 1 in float32
@@ -24,22 +23,6 @@ LAYOUTS = {
     "dp 4": (4, ["rollout.engine.span=4"]),
     "tp 2 x dp 2": (4, ["rollout.engine.span=4", "actor.parallel.tp=2"]),
 }
-
-
-def train(config) -> None:
-    """One rank's part in a run, as launch/train.py does it."""
-    from respec_trainer.compat import prepare
-
-    prepare("cpu")
-    from respec_trainer.job import Job
-    from respec_trainer.trainer import Trainer
-
-    job = Job(config)
-    Trainer(job).run()
-    job.actor.engine.destroy()
-    job.close()
-    del job
-    gc.collect()  # the process lives on, and its next run must not meet what this one leaves
 
 
 @pytest.fixture(scope="module")
