@@ -133,7 +133,7 @@ def tables(rows: list[dict]) -> str:
 
 
 def memory_table(rows: list[dict]) -> str:
-    head = ["model", "GPUs", "layout", "micro-batch", "start", "generate", "train", "resync", "host", "slots"]
+    head = ["model", "GPUs", "layout", "micro-batch", "generate", "train", "resync", "host", "slots"]
     body = []
     for r in rows:
         gigabytes = [f"{gb:.0f}" for gb in (*r["gb"].values(), r["host_gb"])]

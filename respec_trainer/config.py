@@ -45,8 +45,8 @@ class RunConfig(Section):
     max_bad_steps: PositiveInt = 3
     # Seconds without a sign of life after which a rank, its host or the link to it counts as gone.
     lost_after: Annotated[float, Field(ge=1, le=600)] = 30.0
-    # Seconds that a phase may take, generation too. Below the hour after which collectives give up by themselves.
-    hang_timeout: Annotated[float, Field(gt=0, lt=3600)] = 1800.0
+    # Seconds that a phase may take, generation too. Collectives give up by themselves after twice as long.
+    hang_timeout: PositiveFloat = 1800.0
 
 
 class ModelConfig(Section):

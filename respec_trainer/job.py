@@ -74,9 +74,12 @@ class Job:
         self.learner = setup_learner(config, self.actor.hf_config, place, self.control, self.report.message)
         self.steps = step_settings(config, self.actor.hf_config, self.topology.device.type)
         self.report.phase("starting the rollout engine")
+        if config.rollout.placement == "colocated":
+            self.actor.offload()  # an engine sizes its cache by the memory that it finds free
         self.fleet = RolloutFleet(config, self._make_engine, self.control, self.topology.device.type)
         restarts, canary = config.rollout.engine.max_restarts, setup_canary(config.resync, config.model.dtype, prompts)
         self.rollouts = Rollouts(self.fleet, self._setup_resync(), self.actor, restarts, self.report.message, canary)
+        self.rollouts.sleep()
         self.alarm = AcceptAlarm(config.resync.accept_alarm, verified=config.resync.verify != "off")
         ranks = (self.topology.rank, self.topology.world_size)
         self.checkpoints = Checkpoints(config, self.report.folder, *ranks, self.control, self.report.message)

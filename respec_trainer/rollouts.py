@@ -20,6 +20,7 @@ from respec_trainer.resync import Resync
 from respec_trainer.resync.canary import Canary, Voice
 from respec_trainer.rollout.fleet import RolloutFleet
 from respec_trainer.rollout.fleet_pending import FleetPending
+from respec_trainer.rollout.link import HostAbsentError
 from respec_trainer.rollout.sample import Request, Sample
 from respec_trainer.rollout.steps import StepLog
 
@@ -100,6 +101,8 @@ class Rollouts:
                 if lost is not None:
                     self._restart(lost)
                 return action()
+            except HostAbsentError:  # it was waited for
+                raise
             except EngineLostError as error:
                 if self.restarts >= self.max_restarts:
                     raise EngineLostError(
@@ -112,6 +115,8 @@ class Rollouts:
         self.restarts += 1
         self.say(f"{lost}; restart {self.restarts} of {self.max_restarts} in this phase")
         self.fresh = True
+        if self.fleet.shares_devices:
+            self.actor.offload()  # as at the start: an engine sizes its cache by what it finds free
         self.fleet.restart()
         self.fleet.sleep()  # the actor must come back to be pushed
         self.resync.connect()

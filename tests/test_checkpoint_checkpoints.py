@@ -65,7 +65,7 @@ def test_a_checkpoint_holds_what_the_format_says(tmp_path):
     }
     meta = json.loads((folder / "meta.json").read_text())
     assert set(meta["files"]) == files - {"meta.json"}
-    assert (meta["format"], meta["step"], meta["tp"], meta["model"]["model_type"]) == (1, 1, 1, "llama")
+    assert (meta["format"], meta["step"], meta["tp"], meta["model"]["model_type"]) == (2, 1, 1, "llama")
     assert (folder / "drafter/config.json").read_text() == "as of update 1"
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from respec_trainer.checkpoint.convert import checkpoint_to_hf, reshard, to_megatron
-from respec_trainer.checkpoint.megatron_folder import MegatronFolder
+from respec_trainer.checkpoint.megatron_folder import MegatronFolder, sealed
 from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.checkpoint.safetensors_io import file_digest
 from respec_trainer.convert import main
@@ -207,7 +207,7 @@ def test_a_folder_that_was_not_completed_is_none(hf, checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "reads format 1"),
+        ({"format": 1}, "reads format 2"),
         ({"dtype": "fp16"}, "fp16; this version reads"),
         ({"tp": "2"}, "without a valid tp"),
         ({"tp": 4}, "lacks .* of tensor-parallel rank 2"),
@@ -217,8 +217,16 @@ def test_a_folder_that_was_not_completed_is_none(hf, checkpoint):
 )
 def test_a_meta_that_does_not_fit_is_refused(hf, checkpoint, change, message):
     path = checkpoint / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(sealed(json.loads(path.read_text()) | change))
     checkpoint_refused(checkpoint, hf[1], message)
+
+
+def test_a_flipped_bit_in_meta_is_told_from_what_was_written(hf, checkpoint):
+    path = checkpoint / "meta.json"
+    text = path.read_text()
+    path.write_text(text.replace('"bytes": 1', '"bytes": 3', 1))
+    assert path.read_text() != text
+    checkpoint_refused(checkpoint, hf[1], "meta.json is corrupted: its contents have the XXH3-128 ")
 
 
 def rewrite(checkpoint: Path, file: str, edit) -> None:
@@ -229,7 +237,7 @@ def rewrite(checkpoint: Path, file: str, edit) -> None:
     meta = json.loads((checkpoint / "meta.json").read_text())
     size = (checkpoint / file).stat().st_size
     meta["files"][file] = {"bytes": size, "xxh3_128": file_digest(checkpoint / file)}
-    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    (checkpoint / "meta.json").write_text(sealed(meta))
 
 
 NORM = "decoder.final_layernorm.weight"

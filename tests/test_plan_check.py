@@ -43,6 +43,7 @@ def test_shipped_configurations_pass(name):
     status, text = ask_shipped(name, gpu_memory_gb=79.1)  # what an H100-80GB has
     assert status == 0, text
     assert "no problem found" in text
+    assert ("watchdog talks over UDP" in text) == (SHIPPED[name][0] > 1)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,15 @@ def test_what_a_response_takes_is_learned_from_its_prompt_and_else_from_all():
     assert again.units(requests(A, B, C), 2) == dealer.units(requests(A, B, C), 2)
 
 
+def test_prompts_not_seen_for_longest_are_forgotten(monkeypatch):
+    monkeypatch.setattr("respec_trainer.rollout.deal.MOST", 2)
+    dealer = Dealer("group")
+    for prompt in (A, B, A, C):
+        dealer.observe([sample(prompt, 10)])
+    dealer.overall = 1.0
+    assert [unit.tokens for unit in dealer.units(requests(A, B, C, each=1), 1)] == [1 + 10, 2 + 1, 3 + 10]
+
+
 def test_groups_stay_together_or_are_spread():
     assert [u.positions for u in Dealer("group").units(requests(A, B, C), 3)] == [(0, 1), (2, 3), (4, 5)]
     assert [u.positions for u in Dealer("spread").units(requests(A, B), 3)] == [(0,), (1,), (2,), (3,)]

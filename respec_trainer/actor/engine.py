@@ -85,9 +85,10 @@ class Actor:
         """Changes with the weights; a refused update changes neither."""
         return f"actor-{self.updates}"
 
-    def offload(self, part: Part) -> None:
-        """Free the GPU memory of "optimizer" (with the gradients), then of "weights"; see `actor.offload`."""
-        self._room.out(part)
+    def offload(self, part: Part | None = None) -> None:
+        """Free the GPU memory of "optimizer" (with the gradients), then of "weights"; None: both. See `offload.py`."""
+        for wanted in ("optimizer", "weights") if part is None else (part,):
+            self._room.out(wanted)
 
     def onload(self, part: Part | None = None) -> None:
         """Bring back "weights", then "optimizer"; None: both."""

@@ -18,9 +18,6 @@ from respec_trainer.config import Config
 from respec_trainer.errors import ConfigError
 from respec_trainer.placement import Placement
 
-# Longer than an engine may take to answer: the other ranks wait at a collective meanwhile.
-COLLECTIVE_TIMEOUT = timedelta(minutes=60)
-
 
 @dataclass(frozen=True)
 class Topology:
@@ -64,8 +61,10 @@ def init_parallel(config: Config) -> Topology:
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, world_size = int(os.environ["RANK"]), Placement.of(config, int(os.environ["WORLD_SIZE"])).trainers
+    # The watchdog knows more of a rank that hangs than a collective that gives up, so it is to speak first.
+    patience = timedelta(seconds=2 * config.run.hang_timeout)
     place = {"rank": rank, "world_size": world_size}
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT, **place)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience, **place)
     state, tp = _parallel_state(), config.actor.parallel.tp
     state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
     torch.manual_seed(config.run.seed)

@@ -21,7 +21,7 @@ import torch
 from respec_trainer.checkpoint.files import Facts, facts_of
 from respec_trainer.checkpoint.hf_folder import INDEX, HFFolder
 from respec_trainer.checkpoint.hf_map import megatron_shapes, megatron_shard
-from respec_trainer.checkpoint.megatron_folder import DTYPE_NAMES, FORMAT, META, MegatronFolder
+from respec_trainer.checkpoint.megatron_folder import DTYPE_NAMES, META, MegatronFolder, sealed
 from respec_trainer.checkpoint.new_folder import carry_over, check_place, new_folder
 from respec_trainer.checkpoint.progress import Progress, Silent
 from respec_trainer.checkpoint.safetensors_io import SafetensorsWriter, Spec, file_names, plan_files
@@ -182,8 +182,8 @@ def write_meta(folder: Path, meta: dict[str, Any], hf_config, written: Mapping[s
     files = {name: written.get(name) or facts_of(folder / name) for name in names}
     parameters = {name: list(shape) for name, shape in megatron_shapes(hf_config, meta["tp"]).items()}
     versions = {package: version(package) for package in WRITERS}
-    meta = {"format": FORMAT, **meta, "parameters": parameters, "versions": versions, "files": files}
-    (folder / META).write_text(json.dumps(meta, indent=1) + "\n")
+    meta = {**meta, "parameters": parameters, "versions": versions, "files": files}
+    (folder / META).write_text(sealed(meta))
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], total: int) -> None:

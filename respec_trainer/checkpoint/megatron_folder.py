@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from respec_trainer.checkpoint.progress import Progress, Silent
 from respec_trainer.checkpoint.safetensors_io import MappedFile, file_digest
 from respec_trainer.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
 DTYPE_NAMES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WITH_OPTIMIZER, WITHOUT = ("master", "exp_avg", "exp_avg_sq"), ("weight",)
@@ -30,8 +32,19 @@ def is_checkpoint(folder: Path | str) -> bool:
     return (Path(folder) / META).is_file()
 
 
+def sealed(meta: Mapping[str, Any]) -> str:
+    """The text of meta.json: `meta` as JSON, with the format and the XXH3-128 of all else in it."""
+    meta = json.loads(json.dumps({"format": FORMAT, **meta}))  # as it will be read
+    return json.dumps({**meta, "xxh3_128": _seal(meta)}, indent=1) + "\n"
+
+
+def _seal(meta: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in meta.items() if key != "xxh3_128"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The contents of meta.json. Raises ConfigError where they are not those of a checkpoint."""
+    """The contents of meta.json. Raises ConfigError where they are not those of a checkpoint, or not as written."""
     path = folder / META
     try:
         meta = json.loads(path.read_text())
@@ -47,6 +60,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
         problem = f"without a valid {wrong[0]}" if wrong else f"of format {meta.get('format')}, {meta['dtype']}"
         names = " or ".join(DTYPE_NAMES)
         raise ConfigError(f"{path} is {problem}; this version reads format {FORMAT}, of models in {names}")
+    if _seal(meta) != meta.get("xxh3_128"):
+        raise ConfigError(
+            f"{path} is corrupted: its contents have the XXH3-128 {_seal(meta)}, but it says {meta.get('xxh3_128')}; "
+            "use another checkpoint, or copy this file again"
+        )
     return meta
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from respec_trainer.checkpoint.files import Facts, facts_of, write_text
-from respec_trainer.checkpoint.megatron_folder import FORMAT, META
+from respec_trainer.checkpoint.megatron_folder import META, sealed
 from respec_trainer.checkpoint.new_folder import sync, sync_folder
 from respec_trainer.errors import ConfigError
 
@@ -54,7 +54,7 @@ def publish(partial: Path, meta: Mapping[str, Any], written: Mapping[str, Facts]
     names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
     files = {name: written.get(name) or facts_of(partial / name) for name in names}
     sync(partial)
-    write_text(partial / META, json.dumps({"format": FORMAT, **meta, "files": files}, indent=1))
+    write_text(partial / META, sealed({**meta, "files": files}))
     sync_folder(partial)
     final = partial.with_name(f"step_{step}")
     partial.rename(final)

@@ -2,8 +2,8 @@
 
 Engines and trainer take turns on a GPU, so no phase holds everything:
 
-    start     the actor as loaded, and the engine, which sizes its key/value cache by what is free then
-    generate  the engine and the Online Learner; the actor is in host memory
+    generate  the engine and the Online Learner; the actor is in host memory, also while the engine starts and sizes
+              its key/value cache by what is free
     train     the actor with gradients and activations; the engine sleeps
     resync    the actor's weights, the engine's, and the buckets between them
 
@@ -54,7 +54,6 @@ class MemoryPlan:
     def problems(self) -> list[str]:
         """What does not fit, one text each, with what to change."""
         remedies = {
-            "start": "lower rollout.engine.mem_fraction, or share the actor among more GPUs",
             "generate": "lower rollout.engine.mem_fraction, rollout.engine.max_running_requests or "
             "drafter.micro_batch_size",
             "train": "lower actor.micro_batch_size or actor.logprob_chunk, set actor.recompute=true, raise "
@@ -93,12 +92,12 @@ def plan_memory(
         *learner_parts(config, drafter, longest),
     ]
     engine = _engine_parts(config, hf_config, drafter, width)
-    taken = sum(part.bytes for part in trainer if "start" in part.phases) if layout.colocated else 0
+    taken = sum(part.bytes for part in trainer if part.phases == PHASES) if layout.colocated else 0  # at its start
     cell = cache_bytes(hf_config, config.rollout.engine.tp, width)
     cell += cell // hf_config.num_hidden_layers if drafter else 0  # the drafter has one layer
     tokens = _pool_tokens(config, engine, gpu_bytes - taken, cell)
     how = f"{tokens:,} x {cell:,} bytes"
-    engine.append(Part("engine: key/value cache", tokens * cell, ("start", "generate"), how))
+    engine.append(Part("engine: key/value cache", tokens * cell, ("generate",), how))
     host = config.drafter.memory_mb * MB if learns(config) else 0
     if layout.colocated:
         host += sum(part.bytes for part in trainer if part.name in MOVED)
@@ -125,14 +124,12 @@ def _actor_parts(config: Config, hf_config, layout: Layout, longest: int, width:
     tokens = settings.micro_batch_size * longest
     activations = actor.activations(tokens, settings.recompute, settings.parallel.sequence_parallel)
     bucket = 2 * config.resync.bucket_mb * MB
-    held: tuple[Phase, ...] = ("start", "train")
-    summed: tuple[Phase, ...] = held if zero.gradients_stay else ("train",)
     how = f"{actor.parameters / 1e9:.2f}e9 numbers a rank"
     kept = "layers' inputs and one layer" if settings.recompute else "every layer"
     return [
-        Part("actor: weights", zero.weights, (*held, "resync"), f"{how}, {zero.how['weights']}"),
-        Part("actor: optimizer", zero.optimizer, held, zero.how["optimizer"]),
-        Part("actor: gradients", zero.gradients, summed, zero.how["gradients"]),
+        Part("actor: weights", zero.weights, ("train", "resync"), f"{how}, {zero.how['weights']}"),
+        Part("actor: optimizer", zero.optimizer, ("train",), zero.how["optimizer"]),
+        Part("actor: gradients", zero.gradients, ("train",), zero.how["gradients"]),
         Part("actor: buffers of an update", zero.update, ("train",), zero.how["update"]),
         Part("actor: activations", activations, ("train",), f"{kept}, {tokens:,} tokens"),
         Part("actor: logits", actor.logits(settings.logprob_chunk), ("train",), f"{settings.logprob_chunk} tokens"),
@@ -142,7 +139,7 @@ def _actor_parts(config: Config, hf_config, layout: Layout, longest: int, width:
 
 def _engine_parts(config: Config, hf_config, drafter: DrafterSizes | None, width: int) -> list[Part]:
     """Without the key/value cache. Asleep, an engine keeps its context and graphs."""
-    engine, phases = config.rollout.engine, ("start", "generate", "resync")
+    engine, phases = config.rollout.engine, ("generate", "resync")
     weights = ActorSizes(hf_config, engine.tp, width).parameters * width
     drafted = config.speculation.draft_tokens if config.speculation.algorithm != "none" else 1
     rows = engine.max_running_requests * drafted
@@ -152,7 +149,7 @@ def _engine_parts(config: Config, hf_config, drafter: DrafterSizes | None, width
     parts = [
         Part("engine: CUDA, graphs", RESERVES["engine"], PHASES, "assumed"),
         Part("engine: weights", weights, phases, f"engine tp {engine.tp}"),
-        Part("engine: one pass", max(prefill, logits), ("start", "generate"), f"{PREFILL} tokens or {rows} logits"),
+        Part("engine: one pass", max(prefill, logits), ("generate",), f"{PREFILL} tokens or {rows} logits"),
     ]
     if drafter:
         size = drafter.parameters * width // engine.tp

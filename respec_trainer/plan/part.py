@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["start", "generate", "train", "resync"]
-PHASES: tuple[Phase, ...] = ("start", "generate", "train", "resync")
+Phase = Literal["generate", "train", "resync"]
+PHASES: tuple[Phase, ...] = ("generate", "train", "resync")
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ def _connections(config: Config, layout: Layout) -> Iterator[RenderableType]:
     where = f"port {port}" if port else "the launcher's port"
     backend = "NCCL, in small messages over gloo" if layout.cluster.device == "cuda" else "gloo"
     yield Text(f"ranks meet at {address}, {where}, and talk over {backend}")
+    if layout.cluster.hosts > 1:
+        yield Text(f"the watchdog talks over UDP to {address}, {where}: let it pass between the hosts")
     meeting = f"at port {config.resync.port or 'any free one'}"
     meeting = "by memory handles" if layout.transport == "cuda_ipc" else meeting
     yield Text(f"weights reach the engines over {layout.transport}, {meeting}; engines listen on free ports")

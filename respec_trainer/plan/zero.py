@@ -48,11 +48,6 @@ class ZeroSizes:
         return FLOAT * (self.numbers if self.stage == 1 else self.share) + bucket
 
     @property
-    def gradients_stay(self) -> bool:
-        """Whether the sums have their memory from the start, and keep it between updates."""
-        return self.stage == 3 or (self.stage == 1 and self.width < FLOAT)
-
-    @property
     def update(self) -> int:
         if self.stage == 1:
             return self.width * self.numbers if self.width < FLOAT else FLOAT * self.share

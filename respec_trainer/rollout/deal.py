@@ -18,6 +18,7 @@ import numpy as np
 
 from respec_trainer.rollout.sample import Request, Sample
 
+MOST = 100_000  # prompts remembered, some 10 MB
 NEWEST = 0.5  # share of the newest phase in a prompt's mean: the policy moves
 
 
@@ -45,7 +46,9 @@ class Dealer:
             lengths[_digest(sample.prompt_ids)].append(len(sample.response_ids))
         for prompt, found in lengths.items():
             mean = sum(found) / len(found)
-            self.means[prompt] = NEWEST * mean + (1 - NEWEST) * self.means.get(prompt, mean)
+            self.means[prompt] = NEWEST * mean + (1 - NEWEST) * self.means.pop(prompt, mean)
+        for prompt in list(self.means)[:-MOST]:  # those not seen for longest
+            del self.means[prompt]
         self.overall = sum(map(sum, lengths.values())) / max(1, len(samples))
 
     def units(self, requests: Sequence[Request], engines: int) -> list[Unit]:

@@ -84,7 +84,7 @@ class FakeResync:
 
 
 class FakeActor:
-    def offload(self, part):
+    def offload(self, part=None):
         pass
 
     def onload(self, part=None):
