@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/convert.py --shape 3b --layers 22 --tp 2 --rounds 3 --out speed.json   # 4 GB
     OMP_NUM_THREADS=1 python benchmarks/convert.py --shape 7b --tp 2 --rounds 1 --no-cp --out memory.json      # 15 GB
+    OMP_NUM_THREADS=1 python benchmarks/convert.py --shape 7b --layers 2 --tp 2 --reshard 4 --out reshard.json # 19 GB
 
 Makes a Qwen2.5 of that shape with random weights, in files of 4 GB, and takes turns in every round:
 
@@ -12,6 +13,8 @@ Makes a Qwen2.5 of that shape with random weights, in files of 4 GB, and takes t
 The page cache is emptied of what an arm reads before it starts. Reported are seconds, an arm's share of cp's speed in
 the same round (the median), and the peak of memory while it ran: `anonymous` is the process's own, `resident` includes
 the pages of mapped files, which the kernel takes back when it needs them. Needs three times the model on the disk.
+
+`--reshard TP` measures that alone: from a checkpoint with float32 weights and AdamW's moments to one of TP ranks.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from statistics import median
 
 import torch
 
-from respec_trainer.checkpoint.convert import checkpoint_to_hf, to_megatron, write_hf
+from respec_trainer.checkpoint.convert import checkpoint_to_hf, reshard, to_megatron, write_hf, write_meta, write_shards
 from respec_trainer.checkpoint.hf_map import hf_model_shapes
-from respec_trainer.checkpoint.megatron_folder import MegatronFolder
+from respec_trainer.checkpoint.megatron_folder import WITH_OPTIMIZER, MegatronFolder
 from respec_trainer.checkpoint.new_folder import check_place, sync
 from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.checkpoint.safetensors_io import Spec
@@ -70,6 +73,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-cp", action="store_true", help="memory only")
+    parser.add_argument("--reshard", type=int, metavar="TP", help="only this")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
@@ -83,10 +87,16 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     config = model_config(args.shape, args.layers)
     size = sum(Spec(DTYPE, shape).nbytes for shape in hf_model_shapes(config).values())
-    check_place(folder / "hf", 3 * size)
-    make_model(folder / "hf", config)
-    rounds = [one_round(folder, config, args) for _ in range(args.rounds)]
-    largest = max(Spec(DTYPE, shape).nbytes for shape in hf_model_shapes(config).values())
+    dtype = torch.float32 if args.reshard else DTYPE
+    if args.reshard:
+        size *= len(WITH_OPTIMIZER) * dtype.itemsize // DTYPE.itemsize
+        check_place(folder / "hf", 2 * size)
+        rounds = [resharded(folder, config, args) for _ in range(args.rounds)]
+    else:
+        check_place(folder / "hf", 3 * size)
+        make_model(folder / "hf", config)
+        rounds = [one_round(folder, config, args) for _ in range(args.rounds)]
+    largest = max(Spec(dtype, shape).nbytes for shape in hf_model_shapes(config).values())
     report = {"gigabytes": round(size / 1e9, 3), "tp": args.tp, "largest_tensor_gb": round(largest / 1e9, 3)}
     report["bound_gb"] = round(3 * largest / 1e9 + 1, 3)
     for arm in rounds[0]:
@@ -102,24 +112,34 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 def one_round(folder: Path, config, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     source, checkpoint, back = folder / "hf", folder / "megatron", folder / "back"
     quiet, figures = Silent(), {}
-
-    def arm(name: str, reads: Path, run: Callable[[], None]) -> None:
-        evict(reads)
-        with memory_peak() as peak:
-            began = time.perf_counter()
-            run()
-            figures[name] = {"seconds": time.perf_counter() - began}
-        figures[name] |= {key: value / 1e6 for key, value in peak.items()}
-        print(name, figures[name], file=sys.stderr, flush=True)
-
     if not args.no_cp:
-        arm("cp", source, lambda: copy(source, back))
+        figures["cp"] = arm(source, lambda: copy(source, back))
         shutil.rmtree(back)
-    arm("to_megatron", source, lambda: to_megatron(source, config, checkpoint, args.tp, None, quiet))
-    arm("to_hf", checkpoint, lambda: checkpoint_to_hf(MegatronFolder(checkpoint), config, back, DTYPE, quiet))
+    figures["to_megatron"] = arm(source, lambda: to_megatron(source, config, checkpoint, args.tp, None, quiet))
+    figures["to_hf"] = arm(checkpoint, lambda: checkpoint_to_hf(MegatronFolder(checkpoint), config, back, DTYPE, quiet))
     shutil.rmtree(checkpoint)
     shutil.rmtree(back)
+    print(figures, file=sys.stderr, flush=True)
     return figures
+
+
+def resharded(folder: Path, config, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    source, out = folder / "trained", folder / "resharded"
+    make_checkpoint(source, config, args.tp)
+    figures = arm(source, lambda: reshard(MegatronFolder(source), config, out, args.reshard, Silent()))
+    shutil.rmtree(source)
+    shutil.rmtree(out)
+    return {"reshard": figures}
+
+
+def arm(reads: Path, run: Callable[[], None]) -> dict[str, float]:
+    """Seconds and peaks of memory, in GB, of one conversion."""
+    evict(reads)
+    with memory_peak() as peak:
+        began = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds} | {key: value / 1e6 for key, value in peak.items()}
 
 
 def copy(source: Path, out: Path) -> None:
@@ -152,13 +172,24 @@ class RandomTensors:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
         size = torch.Size(self.shapes[name]).numel()
         start = hash(name) % 1000
-        return self.block.repeat((start + size) // len(self.block) + 1)[start : start + size].view(self.shapes[name])
+        return self.block.repeat((start + size) // len(self.block) + 1)[start : start + size].view(self.shapes[name])[index]
 
 
 def make_model(folder: Path, config) -> None:
     folder.mkdir()
     config.save_pretrained(folder)
     write_hf(folder, RandomTensors(folder, config), DTYPE, Silent())
+    sync(folder)
+
+
+def make_checkpoint(folder: Path, config, tp: int) -> None:
+    """As a run saves it: weights and moments in float32."""
+    config.save_pretrained(folder / "hf")
+    source = RandomTensors(folder, config)
+    sources, dtypes = dict.fromkeys(WITH_OPTIMIZER, source), dict.fromkeys(WITH_OPTIMIZER, torch.float32)
+    written = write_shards(folder, sources, dtypes, config, tp, Silent())
+    meta = {"step": 0, "tp": tp, "dp": 1, "zero": 1, "dtype": "bf16", "optimizer": True, "model": config.to_dict()}
+    write_meta(folder, meta, config, written)
     sync(folder)
 
 

@@ -221,9 +221,11 @@ def test_trees_are_timed_from_outside(tmp_path, monkeypatch):
     engine = Tree()
     engine.clock = Clock()
     monkeypatch.setattr("respec_trainer.speculation.trees.time", engine.clock)
-    cells = tree_cells(engine, Shape(3, 2, 6), profile, SAMPLING, 512, 2, lambda *_: None)
+    cells = tree_cells(engine, Shape(3, 2, 6), profile, SAMPLING, 512, 2, 10.0, lambda *_: None)
     assert len(cells) == 7 and engine.tokens == TOKENS
     assert all(cell.times["cycle"].seconds == pytest.approx([0.3, 0.3]) for cell in cells)
+    hurried = tree_cells(engine, Shape(3, 2, 6), profile, SAMPLING, 512, 2, 0.01, lambda *_: None)
+    assert [len(cell.times["cycle"].seconds) for cell in hurried] == [1] * 7, "no repeat begins once the time is used"
     tree = json.loads(cells[0].model_dump_json())
     assert tree["shape"] == [3, 2, 6]
     assert fit_costs(profile.model_copy(update={"cells": profile.cells + cells})) == fit_costs(profile)

@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 5], help="draft steps (default 1 2 3 5)")
     parser.add_argument("--trees", nargs="+", default=[], metavar="S,T,N", help="trees to measure as well")
     parser.add_argument("--quick", action="store_true", help="fewer places, once each")
-    parser.add_argument("--minutes", type=float, default=9.0, help="when no further repeat begins (default 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="when no further repeat begins (default 9; of each tree a third)")
     parser.add_argument(
         "--acceptance",
         default="0.8,0.75,0.7,0.65,0.6",
@@ -63,7 +63,7 @@ def profile(args: argparse.Namespace) -> int:
     device = resolve_device(config.run.device)
     found = measure_chains(args, config, device)
     for shape in trees:
-        cells = measure_tree(config, device, shape, found, 1 if args.quick else 3)
+        cells = measure_tree(config, device, shape, found, 1 if args.quick else 3, args.minutes / 3)
         found = Profile(identity=found.identity, cells=[cell for cell in found.cells if cell.shape != shape] + cells)
         found.save(args.out)
     report(found, args.out, acceptance)
@@ -90,7 +90,7 @@ def measure_chains(args: argparse.Namespace, config, device: str):
         return measure(engine, plan, identity, config.rollout.sampling, model.vocab_size, args.out, tell)
 
 
-def measure_tree(config, device: str, shape, found, repeats: int):
+def measure_tree(config, device: str, shape, found, repeats: int, minutes: float):
     from transformers import AutoConfig
 
     from respec_trainer.config import SpeculationConfig
@@ -99,7 +99,7 @@ def measure_tree(config, device: str, shape, found, repeats: int):
     vocabulary = AutoConfig.from_pretrained(config.model.path).vocab_size
     speculation = SpeculationConfig(steps=shape.steps, topk=shape.topk, draft_tokens=shape.draft_tokens)
     with running(config, device, speculation=speculation) as engine, progress(f"tree {shape}") as tell:
-        return tree_cells(engine, shape, found, config.rollout.sampling, vocabulary, repeats, tell)
+        return tree_cells(engine, shape, found, config.rollout.sampling, vocabulary, repeats, minutes, tell)
 
 
 @contextmanager

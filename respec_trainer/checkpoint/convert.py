@@ -61,7 +61,8 @@ def reshard(checkpoint: MegatronFolder, hf_config, out: Path, tp: int, progress:
     """Write a checkpoint anew for `tp` tensor-parallel ranks, weights and moments; the rest is carried over."""
     kinds = {kind: checkpoint.kind_dtype(kind) for kind in checkpoint.kinds}
     check_place(out, _shards_size(kinds, hf_config, tp))
-    views = {kind: CheckpointTensors(checkpoint, hf_config, kind) for kind in kinds}
+    weights = CheckpointTensors(checkpoint, hf_config)
+    views = {kind: weights.of_kind(kind) for kind in kinds}
     with new_folder(out) as folder, checked(checkpoint):
         shutil.copytree(checkpoint.folder, folder, ignore=_but_actor(checkpoint.folder), dirs_exist_ok=True)
         _spread_ranks(folder / "ranks", checkpoint.tp * checkpoint.meta["dp"], tp)

@@ -34,8 +34,8 @@ class Tensors(Protocol):
 class CheckpointTensors:
     """One kind of a checkpoint's state under Hugging Face names and in their shapes: weights, or AdamW's moments.
 
-    A Megatron parameter is put together when one of its tensors is read, and kept until one of another is: read in
-    the order of `names`. Use it in a `with` statement, as HFFolder. Raises ConfigError where the checkpoint's
+    A Megatron parameter is put together when one of its tensors is read, and kept until one of another, or of another
+    kind, is: read in the order of `names`. Use it in a `with` statement, as HFFolder. Raises ConfigError where the checkpoint's
     parameters are not those of its model.
     """
 
@@ -50,7 +50,7 @@ class CheckpointTensors:
             sources = hf_map.hf_shapes(name, shape, hf_config, checkpoint.tp)
             self._shapes |= sources
             self._parameter_of |= dict.fromkeys(sources, name)
-        self._held: dict[str, torch.Tensor] = {}
+        self._held: dict[tuple[str, str], torch.Tensor] = {}  # by kind and name; shared by the kinds
 
     def names(self) -> KeysView[str]:
         return self._shapes.keys()
@@ -63,20 +63,24 @@ class CheckpointTensors:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
         """The part of tensor `name` that `index` selects; all of it for ()."""
-        if name not in self._held:
-            self._held = {}  # before its successors are made, so that both never exist together
-            self._held = self._assemble(self._parameter_of[name])
-        return self._held[name][index] if index else self._held[name]
+        key = self.kind, name
+        if key not in self._held:
+            self._held.clear()  # before its successors are made, so that both never exist together
+            made = self._assemble(self._parameter_of[name])
+            self._held |= {(self.kind, each): tensor for each, tensor in made.items()}
+        return self._held[key][index] if index else self._held[key]
 
     def of_kind(self, kind: str) -> CheckpointTensors:
         """Another kind of the same checkpoint's state."""
-        return CheckpointTensors(self.checkpoint, self.hf_config, kind)
+        other = CheckpointTensors(self.checkpoint, self.hf_config, kind)
+        other._held = self._held
+        return other
 
     def __enter__(self) -> CheckpointTensors:
         return self
 
     def __exit__(self, *_) -> None:
-        self._held = {}
+        self._held.clear()
 
     def _assemble(self, parameter: str) -> dict[str, torch.Tensor]:
         shards = [self.checkpoint.shard(self.kind, parameter, t) for t in range(self.checkpoint.tp)]

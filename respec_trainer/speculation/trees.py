@@ -18,7 +18,7 @@ from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 from respec_trainer.speculation.profile import Cell, Profile, Timing
 from respec_trainer.speculation.shape import OFF, Shape
 
-TOKENS = 72  # of each sequence
+TOKENS = 36  # of each sequence
 
 
 class Engine(Protocol):
@@ -32,13 +32,19 @@ def tree_cells(
     sampling: SamplingConfig,
     vocabulary: int,
     repeats: int,
+    minutes: float,
     tell: Callable[[int, int], None],
 ) -> list[Cell]:
-    """Cells of `shape`, in which `engine` was started, at every place where the profile has plain decoding."""
-    generator = np.random.default_rng(0)
+    """Cells of `shape`, in which `engine` was started, at every place where the profile has plain decoding.
+
+    Each place is visited `repeats` times, but no repeat of all of them begins after `minutes`.
+    """
+    generator, began = np.random.default_rng(0), time.perf_counter()
     places = [(cell.batch, cell.context) for cell in profile.cells if cell.shape == OFF and cell.decodes]
     taken = defaultdict(list)
     for repeat in range(repeats):
+        if repeat and time.perf_counter() - began > 60 * minutes:
+            break
         for count, index in enumerate(generator.permutation(len(places)), 1):
             batch, context = places[index]
             prompts = generator.integers(0, vocabulary, (batch, max(context - TOKENS // 2, 1))).tolist()
