@@ -57,6 +57,7 @@ def main() -> None:
     run.add_argument("--median", type=float, default=64, help="of the lengths' lognormal law, sigma 0.8")
     run.add_argument("--longest", type=int, default=384)
     run.add_argument("--prompt", type=int, default=32, help="tokens of a random prompt")
+    run.add_argument("--arms", nargs="+", help="beside adaptive; of plain, s=0 (off), s=1, ..., switched; default: all")
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -213,7 +214,8 @@ def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, ar
     name = "drafter" if accept is None else f"{accept:g}"
     acceptance = measured_acceptance(bench, engine) if accept is None else simulated_acceptance(bench, accept)
     threshold = best_threshold(bench, bench.trace(acceptance))
-    arms = [PLAIN, *(f"s={steps}" for steps in bench.candidates), threshold, ADAPTIVE]
+    known = {"plain": PLAIN, **{f"s={steps}": f"s={steps}" for steps in bench.candidates}, "switched": threshold}
+    arms = [*(known[arm] for arm in args.arms or known), ADAPTIVE]
     print(f"accept {name}: acceptance {', '.join(f'{a:.2f}' for a in acceptance)}; switched: {threshold}", flush=True)
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     clocked: dict[str, list[float]] = {}
@@ -301,16 +303,18 @@ def engine_seconds(log: StepLog) -> float:
 
 
 def summarize(name: str, seconds: dict[str, list[float]], threshold: str, out: Path) -> None:
-    """Median over rounds of each arm's makespan to adaptive's in the same round."""
-    ratios = {
-        arm: median(other / own for other, own in zip(taken, seconds[ADAPTIVE], strict=True))
+    """Each arm's makespan to adaptive's in the same round: median over rounds, and quartiles."""
+    rounds = {
+        arm: [other / own for other, own in zip(taken, seconds[ADAPTIVE], strict=True)]
         for arm, taken in seconds.items()
     }
+    ratios = {arm: median(each) for arm, each in rounds.items()}
     fixed = [arm for arm in seconds if arm not in (PLAIN, ADAPTIVE, threshold)]
-    best = min(fixed, key=lambda arm: median(seconds[arm]))
+    best = min(fixed, key=lambda arm: median(seconds[arm]), default=None)
     compared = {"plain": PLAIN, "off": "s=0", "best static": best, "static + on/off": threshold}
     for label, arm in ((label, arm) for label, arm in compared.items() if arm in seconds):
-        print(f"  adaptive is {ratios[arm]:.3f} times as fast as {label} ({arm})", flush=True)
+        low, high = np.quantile(rounds[arm], (0.25, 0.75))
+        print(f"  adaptive is {ratios[arm]:.3f} ({low:.3f} to {high:.3f}) times as fast as {label} ({arm})", flush=True)
     row = {"accept": name, "seconds": seconds, "times_as_fast_as": ratios, "best_static": best, "switched": threshold}
     out.write_text(json.dumps(row, indent=1))
 
