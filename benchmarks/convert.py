@@ -172,7 +172,8 @@ class RandomTensors:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
         size = torch.Size(self.shapes[name]).numel()
         start = hash(name) % 1000
-        return self.block.repeat((start + size) // len(self.block) + 1)[start : start + size].view(self.shapes[name])[index]
+        block = self.block.repeat((start + size) // len(self.block) + 1)
+        return block[start : start + size].view(self.shapes[name])[index]
 
 
 def make_model(folder: Path, config) -> None:
