@@ -70,7 +70,8 @@ def _settle_process() -> None:
     # Ranks share the machine's cores, and the engine has processes of its own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Notices of libraries about hardware that is not there; what matters here is raised.
+    # Notices of libraries about hardware and other ranks that are not there; what matters here is raised.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
     logging.getLogger("sglang").setLevel(logging.ERROR)
 
@@ -101,6 +102,7 @@ def _train(config: Config, rank: int, world: int) -> int:
     from respec_trainer.job import Job
     from respec_trainer.placement import Placement
     from respec_trainer.rollout.engine_host import host_engine
+    from respec_trainer.rollout.link import LinkLostError
     from respec_trainer.trainer import Trainer
     from respec_trainer.watchdog import Watchdog
 
@@ -122,7 +124,7 @@ def _train(config: Config, rank: int, world: int) -> int:
         watchdog.stop()
         job.close()
     except BaseException as error:
-        watchdog.fail(error, partial(_tell, error))
+        watchdog.fail(error, partial(_tell, error), lost=isinstance(error, LinkLostError))
         # Not sys.exit: leaving in order would wait in the process groups for ranks that are stuck or gone.
         end_process(2 if isinstance(error, ConfigError) else 1)
     return 0

@@ -19,13 +19,14 @@ import xxhash
 from respec_trainer.errors import ConfigError
 
 LIBRARIES = ("torch", "sglang", "transformers", "deepspeed", "megatron-core")
+NAMES = {"code": "respec_trainer's files (digest)", "gpus": "GPUs seen", "ranks": "ranks of a host"}  # in messages
 FOLDER_SECONDS = 20.0  # that a network file system may take to show a new file
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Of the host of one rank. All but `host` must be the same everywhere."""
+    """Of the host of one rank. All but `host` must be the same wherever ranks train."""
 
     host: str
     python: str
@@ -72,6 +73,19 @@ def differences(told: Sequence[HostFacts]) -> list[str]:
     return lines
 
 
+def engine_host_differences(trainer: HostFacts, host: HostFacts) -> list[str]:
+    """What a host that only holds engines has not in common with those that train, a line each.
+
+    How many GPUs and ranks it has is its own affair.
+    """
+    columns = _columns([trainer, host])
+    return [
+        f"{name}: {ours} on {trainer.host}, which trains, {theirs} on {host.host}"
+        for name, (ours, theirs) in columns.items()
+        if ours != theirs and name not in (NAMES["gpus"], NAMES["ranks"])
+    ]
+
+
 def check_shared_folder(folder: Path, control: dist.ProcessGroup | None, seconds: float = FOLDER_SECONDS) -> None:
     """Raise ConfigError on every rank unless all of them read in `folder` what rank 0 writes there, within `seconds`.
 
@@ -107,13 +121,12 @@ def code_digest(folder: Path = Path(__file__).parent) -> str:
 
 def _columns(told: Sequence[HostFacts]) -> dict[str, list]:
     """By what is compared, every rank's value."""
-    names = {"code": "respec_trainer's files (digest)", "gpus": "GPUs seen", "ranks": "ranks of a host"}
     columns = {}
     for field in fields(HostFacts):
         if field.name == "libraries":
             columns |= {name: [dict(facts.libraries).get(name) for facts in told] for name in LIBRARIES}
         elif field.name != "host":
-            columns[names.get(field.name, field.name)] = [getattr(facts, field.name) for facts in told]
+            columns[NAMES.get(field.name, field.name)] = [getattr(facts, field.name) for facts in told]
     return columns
 
 

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
+from collections import Counter
 from concurrent.futures import Future
-from multiprocessing import Pipe
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
-from respec_trainer.errors import EngineError, ProofError
+from respec_trainer import hosts
+from respec_trainer.config import EngineConfig
+from respec_trainer.errors import ConfigError, EngineError, EngineLostError, ProofError
+from respec_trainer.hosts import HostFacts
+from respec_trainer.network import free_port
+from respec_trainer.rollout import engine_host
+from respec_trainer.rollout.deal import Unit
 from respec_trainer.rollout.engine import RolloutEngine, TensorSpec
 from respec_trainer.rollout.engine_host import EngineHost
-from respec_trainer.rollout.link import hang_up
-from respec_trainer.rollout.remote_engine import Caller, RemoteEngine
+from respec_trainer.rollout.fleet import RolloutFleet
+from respec_trainer.rollout.fleet_pending import FleetPending
+from respec_trainer.rollout.link import HostAbsentError, LinkLostError, cut, job_store, offer
+from respec_trainer.rollout.remote_engine import RemoteEngine
 from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang_args import EngineSettings
+from respec_trainer.rollouts import Rollouts
 
 REQUESTS = [Request(str(i), (i,), SamplingParams(max_new_tokens=4)) for i in range(3)]
 SPEC = TensorSpec("weight", "float32", (2, 3))
@@ -60,21 +72,51 @@ class Engine:
         return 1 / 0
 
 
+class Host(threading.Thread):
+    """A host of engine 0: `error` is what it ends with."""
+
+    def __init__(self):
+        super().__init__()
+        self.error = self.host = None
+        self.start()
+
+    def run(self):
+        try:
+            self.host = EngineHost(offer(job_store(10), 0), "rank 0", Engine)
+            self.host.run()
+        except Exception as error:
+            self.error = error
+
+    def ended(self):
+        """With which error; its engine has ended too."""
+        self.join(10)
+        assert not self.is_alive()
+        assert self.host.engine is None or str(self.host.engine.failure) == "not running"
+        return self.error
+
+
 @pytest.fixture
-def pair():
+def job(monkeypatch):
+    """The job's store, as its first rank makes it; ranks and hosts find it."""
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def pair(job):
     """(the engine, the same from afar)"""
-    ours, theirs = Pipe()
-    host = EngineHost(theirs, Engine)
-    thread = threading.Thread(target=host.run)
-    thread.start()
-    engine = RemoteEngine(EngineSettings("folder", seed=7), 0)
-    engine._caller = Caller(ours, "the host of engine 0")
-    engine._ask("make", engine.settings)
-    engine.start()
-    yield host.engine, engine
-    engine.release()
-    thread.join(10)
-    assert not thread.is_alive() and str(host.engine.failure) == "not running", "a host ends its engine"
+    thread = Host()
+    remote = RemoteEngine(EngineSettings("folder", seed=7), 0)
+    remote.start()
+    yield thread.host.engine, remote
+    remote.release()
+    assert thread.ended() is None
+
+
+def impatient(timeout) -> RemoteEngine:
+    return RemoteEngine(EngineSettings("folder", engine=EngineConfig(timeout=timeout), seed=7), 0)
 
 
 def test_it_has_every_method_of_an_engine():
@@ -144,16 +186,95 @@ def test_an_engine_that_dies_can_be_asked_what_it_delivered_and_started_anew(pai
     assert remote.failure is None and remote.submit(REQUESTS).collect() == ["0", "1", "2"]
 
 
-def test_a_host_that_is_gone_is_a_dead_engine(pair):
-    _, remote = pair
+def test_a_host_that_is_gone_is_a_dead_engine_until_another_takes_its_place(job):
+    first, remote = Host(), impatient(5)
+    remote.start()
+    remote.start()  # its second life, on this host
     pending = remote.submit(REQUESTS)
     waits = remote.receive_broadcast([SPEC], "target", "group")
-    hang_up(remote._caller.connection)
-    for ask in (pending.collect, waits.result, remote.start, lambda: remote.submit(REQUESTS)):
-        with pytest.raises(EngineError, match="lost the connection to the host of engine 0: it ended"):
+    cut(remote._caller.connection)
+    for ask in (pending.collect, pending.delivered, waits.result, lambda: remote.submit(REQUESTS)):
+        with pytest.raises(EngineError, match=f"lost the connection to the host of engine 0, {remote.host}: it ended"):
             ask()
     assert "lost the connection" in str(remote.failure)
     remote.shutdown()
+    assert isinstance(first.ended(), LinkLostError), "its supervisor starts it again"
+    second = Host()
+    remote.start()
+    second.host.engine.finish.set()
+    assert remote.failure is None and remote.submit(REQUESTS).collect() == ["0", "1", "2"]
+    assert second.host.engine.settings == replace(remote.settings, seed=7 + 2 * 1_000_003), "no life's seed comes again"
+    remote.release()
+    assert second.ended() is None
+
+
+def test_a_host_that_does_not_return_is_named(job):
+    host, remote = Host(), impatient(0.5)
+    remote.start()
+    cut(remote._caller.connection)
+    host.ended()
+    with pytest.raises(HostAbsentError, match=rf"none came within 0.5 s .*start its ranks \(it was {remote.host}\)"):
+        remote.start()
+    assert "not running" in str(remote.failure)
+
+
+def test_a_run_waits_once_for_a_host_that_does_not_return(job):
+    """And a lost engine generates nothing, so that whoever waits for its responses goes on to hear why."""
+    host, remote = Host(), impatient(0.5)
+    remote.start()
+    fleet = RolloutFleet.__new__(RolloutFleet)
+    fleet.engine, fleet.index, fleet.owners, fleet.counts, fleet.forgot = remote, 0, [0], Counter(), False
+    fleet.resume, fleet.shares_devices, fleet._agree = False, False, lambda action: [action()]
+    pending = FleetPending(fleet, REQUESTS, [Unit((0, 1, 2), 3.0)])
+    assert pending.generating()
+    cut(remote._caller.connection)
+    host.ended()
+    assert not pending.generating()
+    said = []
+    rollouts = Rollouts(fleet, SimpleNamespace(), SimpleNamespace(), 3, said.append)
+    with pytest.raises(HostAbsentError, match="none came within 0.5 s"):
+        rollouts._outlive(lost_engine)
+    assert fleet.counts["restarts"] == 1 and said == ["engine of rank 0; restart 1 of 3 in this phase"]
+
+
+def lost_engine():
+    raise EngineLostError("engine of rank 0")
+
+
+def test_a_host_is_heard_while_its_engine_is_busy_and_missed_when_it_hangs(job, monkeypatch):
+    host, remote = Host(), impatient(2.0)
+    remote.start()
+    calls = remote._caller
+    monkeypatch.setattr(Engine, "stats", lambda self: time.sleep(3.0))
+    remote.stats()
+    assert calls.failure is None
+    silent = host.host._over.set  # no more signs of life, as of a process that is stopped
+    monkeypatch.setattr(Engine, "stats", lambda self: silent() or self.finish.wait(10))
+    with pytest.raises(EngineError, match="gave no sign of life for 2 s"):
+        remote.stats()
+    host.host.engine.finish.set()
+    host.join(10)
+
+
+def test_hosts_that_are_not_alike_are_refused(job, monkeypatch):
+    here = HostFacts.here()
+    old = replace(here, host="node7", python="3.10.1", gpus=here.gpus + 8, ranks=8, code="abc")
+    monkeypatch.setattr(engine_host, "HostFacts", SimpleNamespace(here=lambda: old))
+    host, remote = Host(), impatient(5)
+    with pytest.raises(EngineError) as refusal:
+        remote.start()
+    text = str(refusal.value)
+    assert f"python: {here.python} on {here.host}, which trains, 3.10.1 on node7" in text and "abc on node7" in text
+    assert "the host of engine 0, node7 is not like" in text and "GPUs" not in text and "ranks of a host" not in text
+    refused = host.ended()
+    assert isinstance(refused, ConfigError) and str(refused) == text, "starting it again would not help"
+    assert "not running" in str(remote.failure)
+    monkeypatch.setattr(hosts, "code_digest", lambda: "new files, under a run that has loaded the old ones")
+    monkeypatch.setattr(engine_host, "HostFacts", SimpleNamespace(here=lambda: here))
+    host = Host()
+    remote.start()
+    remote.release()
+    assert host.ended() is None
 
 
 def test_before_it_is_started(tmp_path):
@@ -165,10 +286,8 @@ def test_before_it_is_started(tmp_path):
         remote.submit(REQUESTS)
 
 
-def test_hanging_up_ends_a_host_that_has_made_no_engine():
-    ours, theirs = Pipe()
-    thread = threading.Thread(target=EngineHost(theirs, Engine).run)
-    thread.start()
-    hang_up(ours)
-    thread.join(10)
-    assert not thread.is_alive()
+def test_a_host_that_has_made_no_engine_ends_with_its_rank(job):
+    host, remote = Host(), impatient(5)
+    caller = remote._next_host()
+    caller.close()
+    assert isinstance(host.ended(), LinkLostError) and "rank 0, for which" in str(host.error)

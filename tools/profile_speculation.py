@@ -31,7 +31,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 5], help="draft steps (default 1 2 3 5)")
     parser.add_argument("--trees", nargs="+", default=[], metavar="S,T,N", help="trees to measure as well")
     parser.add_argument("--quick", action="store_true", help="fewer places, once each")
-    parser.add_argument("--minutes", type=float, default=9.0, help="when no further repeat begins (default 9; of each tree a third)")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="when no further repeat begins (default 9; of each tree a third)"
+    )
     parser.add_argument(
         "--acceptance",
         default="0.8,0.75,0.7,0.65,0.6",

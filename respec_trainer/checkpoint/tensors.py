@@ -35,8 +35,8 @@ class CheckpointTensors:
     """One kind of a checkpoint's state under Hugging Face names and in their shapes: weights, or AdamW's moments.
 
     A Megatron parameter is put together when one of its tensors is read, and kept until one of another, or of another
-    kind, is: read in the order of `names`. Use it in a `with` statement, as HFFolder. Raises ConfigError where the checkpoint's
-    parameters are not those of its model.
+    kind, is: read in the order of `names`. Use it in a `with` statement, as HFFolder. Raises ConfigError where the
+    checkpoint's parameters are not those of its model.
     """
 
     def __init__(self, checkpoint: MegatronFolder, hf_config, kind: str | None = None):

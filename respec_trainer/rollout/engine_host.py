@@ -13,24 +13,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from respec_trainer.config import Config
-from respec_trainer.errors import EngineError, RespecError
+from respec_trainer.errors import ConfigError, EngineError, RespecError
+from respec_trainer.hosts import HostFacts
 from respec_trainer.placement import Placement
 from respec_trainer.rollout.engine import Pending, RolloutEngine
-from respec_trainer.rollout.link import Connection, hang_up, job_store, offer
+from respec_trainer.rollout.link import Connection, LinkLostError, hang_up, job_store, offer
+from respec_trainer.rollout.remote_engine import BEATS
 from respec_trainer.rollout.sample import Sample
 from respec_trainer.rollout.sglang_args import EngineSettings
 
 
 def host_engine(config: Config, rank: int, world_size: int) -> None:
-    """Hold this rank's engine until the rank that speaks for it lets go, in order or by its end.
+    """Hold this rank's engine until the rank that speaks for it says goodbye.
 
     A rank whose device is another's engine's has nothing to do. Raises EngineError if the job's first rank does not
-    come within `rollout.engine.timeout`.
+    come within `rollout.engine.timeout`, or is gone before this host is wanted; LinkLostError if the rank that speaks
+    for the engine is gone; ConfigError if this host is not like the one it is on.
     """
-    hosts = Placement.of(config, world_size).hosts
-    if rank in hosts:
-        connection = offer(job_store(config.rollout.engine.timeout), hosts.index(rank))
-        EngineHost(connection, _make_engine).run()
+    placement = Placement.of(config, world_size)
+    if rank in placement.hosts:
+        index = placement.hosts.index(rank)
+        connection = offer(job_store(config.rollout.engine.timeout), index)
+        EngineHost(connection, f"rank {placement.owners[index]}", _make_engine).run()
 
 
 @dataclass(frozen=True)
@@ -46,24 +50,37 @@ class _Collected:
 class EngineHost:
     """Makes the calls that arrive, one after the other; what takes its time is answered when it is done."""
 
-    def __init__(self, connection: Connection, make_engine: Callable[[EngineSettings], RolloutEngine]):
-        self.connection, self.make_engine = connection, make_engine
+    def __init__(self, connection: Connection, owner: str, make_engine: Callable[[EngineSettings], RolloutEngine]):
+        """`owner`: the rank that speaks for the engine, in words."""
+        self.connection, self.owner, self.make_engine = connection, owner, make_engine
         self.engine: RolloutEngine | None = None
         self.pending: dict[int, Pending | _Collected] = {}  # by the number of the call that submitted it
         self.waiters = ThreadPoolExecutor(thread_name_prefix="collect")
+        self.refused: str | None = None  # why the other side does not want this host
         self._sending = threading.Lock()
+        self._over = threading.Event()
 
     def run(self) -> None:
+        """Serve until the other side says goodbye.
+
+        Raises ConfigError if it refuses this host, LinkLostError if it is gone without a word.
+        """
         try:
-            while True:
+            while not self._over.is_set():
                 self._serve(*self.connection.recv())
-        except (EOFError, ConnectionError):
-            pass  # the other side has hung up, or is gone, and the launcher ends whatever is left of the job
+        except (EOFError, OSError) as error:
+            raise LinkLostError(
+                f"{self.owner}, for which this host holds an engine, or the link to it is gone without a goodbye; "
+                "start this host again, and it waits for the run to take it"
+            ) from error
         finally:
+            self._over.set()
             if self.engine is not None:
                 self.engine.shutdown()
             self.waiters.shutdown()  # without an engine nobody waits
             hang_up(self.connection)
+        if self.refused is not None:
+            raise ConfigError(self.refused)
 
     def _serve(self, number: int, name: str, args: tuple) -> None:
         try:
@@ -77,8 +94,13 @@ class EngineHost:
             self._send(number, False, outcome)
 
     def _do(self, number: int, name: str, args: tuple) -> Any:
+        if name == "facts":
+            return HostFacts.here()
         if name == "make":
-            self.engine = self.make_engine(*args)
+            return self._make(*args)
+        if name == "dismiss":
+            (self.refused,) = args
+            self._over.set()
             return None
         if name == "submit":
             self.pending[number] = self.engine.submit(*args)
@@ -91,6 +113,16 @@ class EngineHost:
             self.pending.clear()  # of the life before
         attribute = getattr(self.engine, name)
         return attribute(*args) if callable(attribute) else attribute
+
+    def _make(self, settings: EngineSettings) -> None:
+        self.engine = self.make_engine(settings)
+        pause = settings.engine.timeout / BEATS
+        threading.Thread(target=self._beat, args=(pause,), daemon=True, name="signs of life").start()
+
+    def _beat(self, pause: float) -> None:
+        """Tell the other side now and then that this process runs, whatever the main thread waits for."""
+        while not self._over.wait(pause):
+            self._send(None, False, None)
 
     def _collect(self, number: int) -> list[Sample]:
         samples = self.pending[number].collect()
@@ -109,7 +141,7 @@ class EngineHost:
             error = EngineError("".join(traceback.format_exception(error)))
         self._send(number, True, error)
 
-    def _send(self, number: int, failed: bool, value: Any) -> None:
+    def _send(self, number: int | None, failed: bool, value: Any) -> None:
         with self._sending, contextlib.suppress(OSError):  # nobody listens any more: `run` will see it too
             self.connection.send((number, failed, value))
 

@@ -23,7 +23,7 @@ from respec_trainer.rollout.deal import Dealer, begin, deal
 from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.feeder import Queue
 from respec_trainer.rollout.fleet_pending import FleetPending
-from respec_trainer.rollout.link import job_store
+from respec_trainer.rollout.link import HostAbsentError, job_store
 from respec_trainer.rollout.sample import Request, Sample
 from respec_trainer.rollout.steps import StepLog
 
@@ -92,8 +92,13 @@ class RolloutFleet:
         self._agree(self._check if self.engine else None)
 
     def restart(self) -> None:
-        """Start every dead engine anew. Raises EngineLostError on every rank if one does not start."""
-        self._agree(self._restart if self.engine else None)
+        """Start every dead engine anew, on another host where its own is gone.
+
+        Raises EngineLostError on every rank if one does not start, HostAbsentError if no host comes for it in time.
+        """
+        absent = [text for text in self._agree(self._restart if self.engine else None) if text]
+        if absent:
+            raise HostAbsentError("; ".join(absent))
 
     def sleep(self) -> None:
         """Make room for the actor, where engines and actor share a GPU."""
@@ -159,12 +164,17 @@ class RolloutFleet:
         if self.engine.failure is not None:
             raise self.engine.failure
 
-    def _restart(self) -> None:
+    def _restart(self) -> str | None:
+        """Why the engine has no host, if it has none."""
         if self.engine.failure is not None:
             self.counts["restarts"] += 1
             self.engine.shutdown()
-            self.engine.start()
+            try:
+                self.engine.start()
+            except HostAbsentError as error:
+                return str(error)
             self.forgot = True
+        return None
 
     def _agree(self, action: Callable[[], Any] | None) -> list[Any]:
         """Run `action`, None on ranks that own no engine; every rank gets every owner's result, or all raise."""

@@ -52,9 +52,15 @@ class FleetPending:
         return sum(part.done() for part in list(self.parts))
 
     def generating(self) -> bool:
-        """Whether this rank's own engine has requests that have not finished, or may get more."""
+        """Whether this rank's own engine has requests that have not finished, or may get more.
+
+        False if the engine is gone with its host: `collect` says so.
+        """
         feeding = self.feeder is not None and self.feeder.feeding()
-        return feeding or (bool(self.parts) and self.done() < self.asked)
+        try:
+            return feeding or (bool(self.parts) and self.done() < self.asked)
+        except EngineError:
+            return False
 
     def _own(self, unit: Unit) -> list[Request]:
         requests = [self.requests[position] for position in unit.positions]

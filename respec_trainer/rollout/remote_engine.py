@@ -1,30 +1,40 @@
 """RemoteEngine: an engine that lives on a rank of its own, as the training rank that speaks for it sees it.
 
 Every call travels to `engine_host.py`, which makes it on the engine there, and its result or its error travels back.
-So the trainer's side of rollouts, resync and restarts is the same wherever an engine lives.
+So the trainer's side of rollouts, resync and restarts is the same wherever an engine lives. A host that is gone is a
+dead engine: to start it again is to wait for the next host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Literal
 
+import torch.distributed as dist
+
 from respec_trainer.errors import EngineError
+from respec_trainer.hosts import HostFacts, engine_host_differences
 from respec_trainer.rollout.engine import Pending, Role, RolloutEngine, TensorSpec
-from respec_trainer.rollout.link import Connection, hang_up, job_store, reach
+from respec_trainer.rollout.link import Connection, HostAbsentError, cut, hang_up, job_store, reach
 from respec_trainer.rollout.sample import Request, Sample
 from respec_trainer.rollout.sglang_args import EngineSettings
+from respec_trainer.rollout.sglang_engine import SEEDS_BETWEEN_LIVES
 from respec_trainer.rollout.steps import StepLog
+
+BEATS = 20  # signs of life that a host gives within rollout.engine.timeout
 
 
 class Caller:
     """Calls to the other side, several at a time. A thread takes the answers, so that neither side waits to be read."""
 
-    def __init__(self, connection: Connection, peer: str):
-        self.connection, self.peer = connection, peer
+    def __init__(self, connection: Connection, peer: str, patience: float):
+        """`patience`: seconds without a word after which the other side counts as hung, and the connection is cut."""
+        self.connection, self.peer, self.patience = connection, peer, patience
         self.failure: EngineError | None = None  # why no call will succeed any more
         self._waiting: dict[int, Future] = {}
         self._numbers = itertools.count()
@@ -53,18 +63,29 @@ class Caller:
     def _listen(self) -> None:
         try:
             while True:
+                self._await_word()
                 number, failed, value = self.connection.recv()
+                if number is None:  # a sign of life
+                    continue
                 answer = self._waiting.pop(number)
                 answer.set_exception(value) if failed else answer.set_result(value)
         except Exception as error:  # noqa: BLE001 - whatever ends this thread, those who wait must hear of it
             self._break(error)
+            cut(self.connection)
+
+    def _await_word(self) -> None:
+        for _ in range(BEATS):  # not one long wait: time in which this process itself was stopped counts as one part
+            if self.connection.poll(self.patience / BEATS):
+                return
+        raise EngineError(f"it gave no sign of life for {self.patience:g} s (rollout.engine.timeout)")
 
     def _break(self, error: Exception) -> None:
         if self.failure is None:
             # Which of these it is hangs on who notices first, the thread that sends or the one that listens.
             gone = isinstance(error, EOFError | OSError)
-            reason = "it ended, or its machine did" if gone else repr(error)
-            reason += f" ({error})" if gone and str(error) else ""
+            reason = str(error) if isinstance(error, EngineError) else repr(error)
+            if gone:
+                reason = "it ended, or its machine did" + (f" ({error})" if str(error) else "")
             self.failure = EngineError(f"lost the connection to {self.peer}: {reason}")
         while self._waiting:
             try:
@@ -98,27 +119,36 @@ class RemoteEngine(RolloutEngine):
 
     def __init__(self, settings: EngineSettings, index: int):
         self.settings, self.index = settings, index
+        self.host = ""  # name of the last one
+        self._facts: HostFacts | None = None  # of this host, as it was when the run began
+        self._lives = 0  # of the engine, on whatever hosts
+        self._store: dist.Store | None = None
         self._caller: Caller | None = None
 
     def start(self) -> None:
-        """Reach the host if this has not been done, and have it start the engine."""
-        if self._caller is None:
-            limit = self.settings.engine.timeout
-            connection = reach(job_store(limit), self.index, limit)
-            self._caller = Caller(connection, f"the host of engine {self.index}")
-            self._ask("make", self.settings)
+        """Have the host start the engine. Where there is none, or it is gone, the next that offers itself is taken.
+
+        Raises HostAbsentError if none comes within `rollout.engine.timeout`, EngineError if it is not like this host.
+        """
+        if self._caller is None or self._caller.failure is not None:
+            self._take_host()
+        self._lives += 1
         self._ask("start")
 
     def release(self) -> None:
-        """Let the host go, for good. It ends its engine if it still runs."""
+        """Let the host go, for good, with a goodbye. It ends its engine if it still runs."""
         if self._caller is not None:
-            self._caller.close()
+            self._dismiss(self._caller, None)
+            self._caller = None
 
     @property
     def failure(self) -> EngineError | None:
         if self._caller is None:
             return EngineError("the rollout engine is not running")
-        return self._caller.failure or self._ask("failure")
+        try:
+            return self._caller.failure or self._ask("failure")
+        except EngineError as error:  # the host was lost meanwhile
+            return error
 
     @property
     def versions(self) -> dict[Role, str]:
@@ -177,8 +207,56 @@ class RemoteEngine(RolloutEngine):
 
     def shutdown(self) -> None:
         """End every process of the engine; nothing happens if its host was never reached, or is gone."""
-        if self._caller is not None and self._caller.failure is None:
-            self._ask("shutdown")
+        if self._caller is not None:
+            try:
+                self._ask("shutdown")
+            except EngineError:
+                if self._caller.failure is None:
+                    raise
+
+    def _take_host(self) -> None:
+        """Connect to the next host, and have it make the engine if it is like this one."""
+        if self._caller is not None:
+            self._caller.close()
+            self._caller = None
+        caller = self._next_host()
+        try:
+            self.host = self._compare(caller)
+            # A host counts its engine's lives from 0, but no two lives may draw from the same seed.
+            seed = (self.settings.seed + self._lives * SEEDS_BETWEEN_LIVES) % 2**31
+            caller.call("make", replace(self.settings, seed=seed)).result()
+        except BaseException:
+            caller.close()
+            raise
+        self._caller = caller
+
+    def _next_host(self) -> Caller:
+        limit = self.settings.engine.timeout
+        self._store = self._store or job_store(limit)
+        try:
+            connection = reach(self._store, self.index, limit)
+        except HostAbsentError as error:
+            was = f" (it was {self.host})" if self.host else ""
+            raise HostAbsentError(f"{error}; start its ranks{was} in time, see docs/failures.md") from error
+        return Caller(connection, f"the host of engine {self.index}", limit)
+
+    def _compare(self, caller: Caller) -> str:
+        """The host's name. Raises EngineError if it is not like this one, and tells it so."""
+        self._facts = self._facts or HostFacts.here()  # the files of a later day are not what this process has loaded
+        theirs: HostFacts = caller.call("facts").result()
+        caller.peer += f", {theirs.host}"
+        if differing := engine_host_differences(self._facts, theirs):
+            text = f"{caller.peer} is not like those that train:\n" + "\n".join(f"  {line}" for line in differing)
+            text += "\ninstall the same versions and code on it, and start its ranks again"
+            self._dismiss(caller, text)
+            raise EngineError(text)
+        return theirs.host
+
+    def _dismiss(self, caller: Caller, reason: str | None) -> None:
+        """Let a host go; `reason`: why it is refused."""
+        with contextlib.suppress(EngineError):  # it is gone already
+            caller.call("dismiss", reason).result()
+        caller.close()
 
     @property
     def _reached(self) -> Caller:

@@ -86,13 +86,14 @@ class Watchdog:
                 return
             self._receive(self.interval)
 
-    def fail(self, error: BaseException, tell: Callable[[], None]) -> None:
+    def fail(self, error: BaseException, tell: Callable[[], None], lost: bool = False) -> None:
         """Tell the others that this rank ends with `error`, and have `tell` tell the user if nobody else here has.
 
         Returns when the others on this host know that it has been told, so that the process may end. Where `error` is
-        only that contact was lost, who is to blame is waited for, and says so: then this does not return.
+        only that contact was lost, as it is if it is one of torch's or `lost`, who is to blame is waited for, and says
+        so: then this does not return.
         """
-        if lost_contact(error):
+        if lost or lost_contact(error):
             self.state = "broken"
             self._thread.join(self.lost_after + 2 * FAREWELL_BEATS * self.interval)
         self._stopping.set()
