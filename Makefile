@@ -34,10 +34,11 @@ drafter: actor
 	OMP_NUM_THREADS=2 $(BIN)/python tools/train_drafter.py --recipe configs/quickstart-drafter.yaml \
 	  --actor $(QUICKSTART)/actor --data $(QUICKSTART)/actor/data/train.jsonl --out $(QUICKSTART)/drafter
 
-# Files go to the workers whole: their fixtures are engines and models.
+# Files go to the workers whole: their fixtures are engines and models. And in order: the long ones of integration/ first,
+# so that the short ones even out when the workers end.
 test: $(INSTALLED)
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/gpu $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/gpu $(ARGS)
 
 OUT ?= runs/gpu-results.json
 GPU_PYTHON ?=

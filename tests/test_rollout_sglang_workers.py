@@ -66,6 +66,7 @@ print("alive")
 
 
 def test_another_sglang_is_refused(monkeypatch):
+    sglang_workers.prepare_process("cpu")  # a refusal must not leave half an sglang to the tests that follow
     monkeypatch.setattr("respec_trainer.compat.versions.version", lambda _: "0.5.22")
     with pytest.raises(UnsupportedVersionError, match=r"sglang 0\.5\.22 is installed, but sglang==0\.5\.21"):
         sglang_workers.prepare_process("cpu")

@@ -7,6 +7,7 @@ is the moment to prepare the process.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -73,6 +74,7 @@ class Worker:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        gc.disable()  # a tenth of the start would go into looking for garbage among what imports make
         warnings.filterwarnings("ignore")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the trainer, which ends the engine
         _die_with_parent()
@@ -94,6 +96,7 @@ class SchedulerWorker(Worker):
         weight_utils.tqdm = weight_utils.DisabledTqdm  # its bars would run through the trainer's display
         load_plugins()
         sglang_plugin.require_active()
+        _collect_again()
         run_scheduler_process(*args)
 
 
@@ -101,7 +104,14 @@ class DetokenizerWorker(Worker):
     def __call__(self, *args: Any) -> None:
         from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
+        _collect_again()
         run_detokenizer_process(*args)
+
+
+def _collect_again() -> None:
+    """Collect garbage from now on, but not among what was imported, which stays."""
+    gc.freeze()
+    gc.enable()
 
 
 def _die_with_parent() -> None:

@@ -14,9 +14,11 @@ import pytest
 from tests.gpu import place
 from tests.gpu.models import LARGE, SMALL, Pair, save_pair
 from tests.gpu.results import Results
+from tests.integration import ranks
 
 RESULTS = os.environ.get("RESPEC_GPU_RESULTS")  # a file; default: nothing is written
 
+ranks.FORKED = not place.ON_GPU or place.missing(1) is not None
 _results = Results(Path(RESULTS)) if RESULTS else None
 
 

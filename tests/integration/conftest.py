@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.forking import fork_engines
+
 REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_engines() -> None:
+    fork_engines()
 
 
 @pytest.fixture(scope="session")

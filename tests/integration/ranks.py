@@ -7,8 +7,9 @@
 
     assert run_ranks(2, check, 3) == [0, 3]
 
-Starting a process costs seconds of imports, so the processes of each world size live until pytest ends and take one
-call after the other. Each call must leave no process group behind; `run_ranks` destroys a default one that is left.
+The processes are forked with their imports done, see `forking`. Those of each world size live until pytest ends and
+take one call after the other. Each call must leave no process group behind; `run_ranks` destroys a default one that is
+left.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from respec_trainer.network import free_port
 
 # Groups that something still holds have threads that poll, dozens a call; in the end they take the tests' cores.
 MOST_THREADS = 150
+# Whether ranks, and their engines, begin with their imports done, which is for a CPU; the tests for GPUs say no.
+FORKED = True
 GRACE = 5.0  # seconds the other ranks get to report, once one rank has failed
 
 
@@ -116,13 +119,19 @@ class Ranks:
     def _start(self) -> None:
         if self.processes:
             return
-        context = multiprocessing.get_context("spawn")
+        context, engines, template = multiprocessing.get_context("spawn"), None, contextlib.nullcontext
+        if FORKED:
+            from tests.integration import forking  # not above: a spawned rank sets its environment first
+
+            context, engines = multiprocessing.get_context("forkserver"), forking.engines.address
+            template = forking.ranks.in_charge
         self.logs = [tempfile.NamedTemporaryFile("w+") for _ in range(self.world_size)]  # noqa: SIM115
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, self.world_size, self.logs[rank].name)
+            arguments = (theirs, rank, self.world_size, self.logs[rank].name, dict(os.environ), engines)
             process = context.Process(target=_serve, args=arguments)  # no daemon: a rank may start an engine
-            process.start()
+            with template():
+                process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -137,12 +146,18 @@ class Ranks:
         self.processes, self.pipes = [], []
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, log: str) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, log: str, environment: dict, engines: str | None) -> None:
     """A rank's life: environment as `deepspeed --num_gpus N` makes it, then one call after the other."""
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     stacks = Path(log).open("w")  # noqa: SIM115 - open for the life of the process
     faulthandler.enable(stacks)
+    if engines is not None:
+        from tests.integration.forking import fork_engines
+
+        fork_engines(engines)
     while True:
         try:
             port, timeout, work = pickle.loads(pipe.recv_bytes())

@@ -18,6 +18,7 @@ from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.rollout.sample import SamplingParams
 from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
 from respec_trainer.rollout.sglang_weights import WeightUpdater
+from tests.integration.forking import spawned
 from tests.rollout_models import VOCAB, Reference, save_drafter, save_target
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -97,7 +98,8 @@ def test_broken_verification_fails(tmp_path, monkeypatch, request, folders, refe
     engine.shutdown()  # a process holds one engine
     (tmp_path / "sitecustomize.py").write_text(PLANT.format(bug=bug))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    broken = start(folders)
+    with spawned():
+        broken = start(folders)
     try:
         assert refuted(audit(broken, reference))
     finally:

@@ -16,6 +16,7 @@ from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.rollout.sample import BONUS, Request, SamplingParams
 from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
 from tests.drafters import random_rollouts, target_config, tiny_drafter
+from tests.integration.forking import spawned
 from tests.rollout_models import VOCAB, save_target
 
 STEPS = 3
@@ -71,7 +72,7 @@ def served(request, folders, tmp_path_factory):
     shape = SpeculationConfig(steps=STEPS, topk=1, draft_tokens=STEPS + 1)
     config = EngineConfig(max_total_tokens=4096)
     engine = SGLangEngine(EngineSettings(target, drafter, dtype="fp32", speculation=shape, engine=config, seeded=True))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, spawned():
         patch.setenv("PYTHONPATH", str(folder))
         engine.start()
     try:

@@ -16,6 +16,7 @@ from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+from tests.integration.forking import spawned
 from tests.models import tiny_tokenizer
 from tests.rollout_models import VOCAB, Reference, save_drafter, save_target
 
@@ -36,8 +37,9 @@ def engine(target):
     shape = SpeculationConfig(steps=3, topk=1, draft_tokens=4)
     config = EngineConfig(max_total_tokens=4096)
     engine = SGLangEngine(EngineSettings(str(target), str(drafter), tokenizer=True, speculation=shape, engine=config))
-    engine.start()
-    yield engine
+    with spawned():
+        engine.start()
+        yield engine
     engine.shutdown()
 
 

@@ -91,6 +91,7 @@ def check_export(folder: Path, source: Path) -> None:
 def test_ctrl_c_ends_every_process_and_the_run_goes_on_where_it_was(small_actor, small_drafter, tmp_path):
     options = [f"data.path={small_actor}/data/train.jsonl", "checkpoint.every=1", "data.prompts_per_step=8"]
     options += ["drafter.weighting=uniform", "drafter.mode=sync", "drafter.lr=0.001", "drafter.batch_size=32"]
+    options += ["rollout.samples_per_prompt=4", "rollout.sampling.max_new_tokens=32"]
     process = start(small_actor, small_drafter, tmp_path, *options, "run.steps=1000", start_new_session=True)
     try:
         wait_for(tmp_path / "test/checkpoints/latest", process)

@@ -1,0 +1,23 @@
+"""The first and the last that a template does before it forks, see `forking`."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import threading
+
+gc.disable()  # there is no garbage among what imports make
+
+
+def become_template() -> None:
+    """Leave what was imported alone, and end without the farewells of libraries. Refuses threads: no fork has them."""
+    assert threading.active_count() == 1, f"imports started threads: {threading.enumerate()}"
+    gc.freeze()
+    gc.enable()
+    atexit.register(_end, os.getpid())
+
+
+def _end(template: int) -> None:
+    if os.getpid() == template:
+        os._exit(0)
