@@ -68,9 +68,9 @@ def _arguments() -> argparse.Namespace:
 
 def _settle_process() -> None:
     """Settings that must stand before torch is imported, which happens once the configuration has been read."""
+    gc.disable()  # a tenth of the start would go into looking for garbage among what imports make
     # Ranks share the machine's cores, and the engine has processes of its own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    gc.disable()  # a tenth of the start would go into looking for garbage among what imports make
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Notices of libraries about hardware and other ranks that are not there; what matters here is raised.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
