@@ -44,6 +44,12 @@ def test_fixed_steps_leave_each_response_its_own_histogram(record):
     assert trace.acceptance[3].tolist() == [3 / 4, 2 / 3, 1.0], "without a pass of its own: all the others'"
 
 
+def test_where_no_draft_was_ever_kept_acceptance_is_zero(record):
+    refused = [sample(tokens=3, verify=2, histogram=[2]), sample(tokens=1)]
+    trace = load_trace(record([(refused, ())]) / "lengths/step_1.jsonl")
+    assert trace.acceptance.tolist() == [[0.0]] * 2
+
+
 def test_logged_steps_that_never_changed_do_the_same():
     fixed = hand_timeline(steps=np.array([0, 2, 2, 0, 2, 2]))
     assert trace_rows(group(), 2, [fixed]) == trace_rows(group(), 2)

@@ -29,7 +29,12 @@ def trace_rows(samples: Sequence[Sample], group_size: int, timelines: Sequence[T
             response_tokens=len(sample.response_ids),
             group=group,
             acceptance=acceptance,
-            accept_histogram=(sample.accept_histogram or [0]) if own else None,
+            accept_histogram=_from_one_draft(sample.accept_histogram) if own else None,
         )
         for group, sample in numbered
     ]
+
+
+def _from_one_draft(histogram: list[int]) -> list[int]:
+    """With the zero of one draft, which sglang leaves out where no pass kept any, though all had drafted."""
+    return histogram + [0] * (2 - len(histogram))
