@@ -12,6 +12,14 @@ import pytest
 
 from respec_trainer.errors import EngineError, UnsupportedVersionError
 from respec_trainer.rollout import sglang_plugin, sglang_workers
+from tests.integration.forking import spawned
+
+
+@pytest.fixture(autouse=True)
+def workers_of_runs():
+    """Integration tests may have left others in their place."""
+    with spawned():
+        yield
 
 
 def run(code: str, **environment: str | None) -> str:

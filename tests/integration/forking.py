@@ -83,7 +83,7 @@ class _Forked:
 
         os.environ.clear()
         os.environ.update(state.pop("environment"))
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         super().__setstate__(state)
         from sglang.srt.environ import envs
         from sglang.srt.managers.scheduler_components import output_streamer
