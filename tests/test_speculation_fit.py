@@ -67,6 +67,14 @@ def test_noisy_times_are_predicted_within_their_noise(truth):
     quality = held_out(profile)
     assert quality.mape < 0.016 and quality.sign_accuracy > 0.97 and quality.cells == len(profile.cells)
     assert "right about" in str(quality)
+    assert quality.sign_accuracy <= quality.settled_accuracy and 0.9 < quality.settled < 1
+
+
+def test_what_repeats_do_not_agree_on_is_told_apart():
+    """With noise beyond all gains a profile can hardly tell, whatever the model says."""
+    exact, blurred = held_out(profile_of(CPU)), held_out(profile_of(CPU, noise=0.3))
+    assert exact.settled == 1 and exact.settled_accuracy == exact.sign_accuracy
+    assert blurred.settled < 0.7 and blurred.settled_accuracy > blurred.sign_accuracy + 0.02
 
 
 def test_trees_are_predicted_too():

@@ -121,12 +121,15 @@ class Quality:
     mape: float  # mean relative error of the time of a decode step or a cycle
     worst: float  # the largest
     sign_accuracy: float  # share of (cell, acceptance) where it says rightly whether speculation pays
+    settled_accuracy: float  # the same, of those where every repeat says the same: the others the profile cannot tell
+    settled: float  # their share
     cells: int
 
     def __str__(self) -> str:
         return (
             f"held-out error {self.mape:.1%} on average, {self.worst:.1%} at worst; right about whether speculation "
-            f"pays in {self.sign_accuracy:.1%} of cases ({self.cells} cells)"
+            f"pays in {self.sign_accuracy:.1%} of cases, in {self.settled_accuracy:.1%} of the {self.settled:.0%} in "
+            f"which all repeats agree ({self.cells} cells)"
         )
 
 
@@ -139,19 +142,26 @@ def held_out(profile: Profile, levels: Sequence[float] = LEVELS) -> Quality:
     check_enough(profile.cells)
     cells = [cell for cell in profile.cells if "plain" in cell.times or "verify" in cell.times]
     points = sorted({(cell.batch, cell.context) for cell in cells})
-    errors, right = [], []
+    errors, signs = [], []
     for fold in range(FOLDS):
         left = set(points[fold::FOLDS])
         model = _fit([cell for cell in profile.cells if (cell.batch, cell.context) not in left])
         for cell in (cell for cell in cells if (cell.batch, cell.context) in left):
             errors.append(abs(model.cycle_seconds(cell.shape, cell.batch, cell.context) / cell.seconds - 1))
-            right += _signs(model, profile, cell, levels) if cell.shape != OFF else []
-    return Quality(float(np.mean(errors)), max(errors), float(np.mean(right)), len(errors))
+            signs += _signs(model, profile, cell, levels) if cell.shape != OFF else []
+    right, settled = np.array(signs, dtype=bool).T
+    shares = [float(np.mean(each)) if len(each) else float("nan") for each in (right, right[settled], settled)]
+    return Quality(float(np.mean(errors)), max(errors), *shares, len(errors))
 
 
-def _signs(model: CostModel, profile: Profile, cell: Cell, levels: Sequence[float]) -> list[bool]:
-    measured = profile.cell(cell.batch, cell.context, OFF).seconds / cell.seconds
+def _signs(model: CostModel, profile: Profile, cell: Cell, levels: Sequence[float]) -> list[tuple[bool, bool]]:
+    """Of each level whether the model is right, and whether the repeats agree, which time both in turns."""
+    plain = profile.cell(cell.batch, cell.context, OFF)
+    measured, repeats = plain.seconds / cell.seconds, list(zip(plain.repeats, cell.repeats, strict=False))
     predicted = model.step_seconds(cell.batch, cell.context)
     predicted /= model.cycle_seconds(cell.shape, cell.batch, cell.context)
     tokens = [tokens_per_cycle(cell.shape, [ranks(level, cell.shape.topk)]) for level in levels]
-    return [(gain * measured > 1) == (gain * predicted > 1) for gain in tokens]
+    return [
+        ((gain * measured > 1) == (gain * predicted > 1), len({gain * off > on for off, on in repeats}) == 1)
+        for gain in tokens
+    ]

@@ -104,8 +104,17 @@ class Cell(Section):
     @property
     def seconds(self) -> float:
         """Of one decode step, or of one speculative cycle: as a whole where that was measured, else of its parts."""
+        return sum(timing.median for timing in self._whole)
+
+    @property
+    def repeats(self) -> list[float]:
+        """The same of each repeat. Of cells at one batch size and context they were taken in turns."""
+        return [sum(each) for each in zip(*(timing.seconds for timing in self._whole), strict=False)]
+
+    @property
+    def _whole(self) -> list[Timing]:
         parts = ("plain",) if self.shape == OFF else ("cycle",) if "cycle" in self.times else CYCLE
-        return sum(self.times[part].median for part in parts)
+        return [self.times[part] for part in parts]
 
 
 class Profile(Section):
