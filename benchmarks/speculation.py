@@ -8,7 +8,8 @@ Heavy-tailed response lengths, the same for all arms, which take turns in a rand
 speculation, and one whose steps change: off, every fixed number of steps, the best of them with the best batch size
 above which it is off (chosen in hindsight, by replaying the trace), and adaptive. `--accept` gives simulated accept
 lengths of the longest chain, on random prompts, or `drafter` for what the run's own drafter achieves on its data.
-Adaptive starts from the neutral prior every time.
+Adaptive starts from the neutral prior every time, as a run's first rollout does; warm goes on from what adaptive had
+learnt by the end of its last rollout, as all later ones do.
 
 `simulate` replays the recorded rollouts with tools/simulate_rollout.py's simulator and says how far off it is.
 """
@@ -44,7 +45,7 @@ from respec_trainer.speculation.simulator import Setting, simulate
 from respec_trainer.speculation.trace import Trace
 
 THRESHOLD = "respec_trainer.speculation.policy:ThresholdPolicy"
-PLAIN, ADAPTIVE = "no speculation", "adaptive"
+PLAIN, ADAPTIVE, WARM = "no speculation", "adaptive", "warm"
 
 
 def main() -> None:
@@ -92,7 +93,7 @@ class Bench:
     def steps(self, arm: str, accept: float | None) -> StepSettings:
         common = {"candidates": self.candidates, "max_batch": len(self.requests), "max_context": self.longest}
         common["simulated_accept_length"] = accept
-        if arm == ADAPTIVE:
+        if arm in (ADAPTIVE, WARM):
             return adaptive_settings(self.costs, **common)
         steps, _, largest = arm.removeprefix("s=").partition("<=")
         if largest:
@@ -215,17 +216,22 @@ def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, ar
     acceptance = measured_acceptance(bench, engine) if accept is None else simulated_acceptance(bench, accept)
     threshold = best_threshold(bench, bench.trace(acceptance))
     known = {"plain": PLAIN, **{f"s={steps}": f"s={steps}" for steps in bench.candidates}, "switched": threshold}
-    arms = [*(known[arm] for arm in args.arms or known), ADAPTIVE]
+    arms = [*(known[arm] for arm in args.arms or known), ADAPTIVE, WARM]
     print(f"accept {name}: acceptance {', '.join(f'{a:.2f}' for a in acceptance)}; switched: {threshold}", flush=True)
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     clocked: dict[str, list[float]] = {}
+    state = generate(bench, engine, ADAPTIVE, accept)[1].state
     for number in range(args.rounds):
         for arm in random.Random(f"{args.seed}:{number}").sample(arms, len(arms)):
-            taken, log = (plain.generate(), StepLog()) if arm == PLAIN else generate(bench, engine, arm, accept)
+            if arm == PLAIN:
+                taken, log = plain.generate(), StepLog()
+            else:
+                taken, log = generate(bench, engine, arm, accept, state if arm == WARM else "")
+            state = log.state or state
             seconds[arm].append(taken)
             if len(log):
                 clocked.setdefault(arm, []).append(engine_seconds(log))
-            if arm != PLAIN:
+            if arm not in (PLAIN, WARM):
                 path = args.out / f"{name}_{arm.replace('<=', 'upto')}_{number}.npz"
                 record(path, bench, arm, acceptance, log)
             print(f"  round {number} {arm:16s} {taken:7.2f} s  {describe(bench, log, acceptance)}", flush=True)
@@ -234,8 +240,10 @@ def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, ar
     summarize(name, clocked, threshold, args.out / f"clocked_{name}.json")
 
 
-def generate(bench: Bench, engine, arm: str, accept: float | None) -> tuple[float, StepLog]:
+def generate(bench: Bench, engine, arm: str, accept: float | None, state: str = "") -> tuple[float, StepLog]:
     engine.set_steps(bench.steps(arm, accept))
+    if state:
+        engine.load_policy(state)
     forget_prompts(engine)
     began = time.perf_counter()
     engine.submit(bench.requests).collect()
@@ -304,18 +312,18 @@ def engine_seconds(log: StepLog) -> float:
 
 def summarize(name: str, seconds: dict[str, list[float]], threshold: str, out: Path) -> None:
     """Each arm's makespan to adaptive's in the same round: median over rounds, and quartiles."""
-    rounds = {
-        arm: [other / own for other, own in zip(taken, seconds[ADAPTIVE], strict=True)]
-        for arm, taken in seconds.items()
-    }
-    ratios = {arm: median(each) for arm, each in rounds.items()}
-    fixed = [arm for arm in seconds if arm not in (PLAIN, ADAPTIVE, threshold)]
+    fixed = [arm for arm in seconds if arm not in (PLAIN, ADAPTIVE, WARM, threshold)]
     best = min(fixed, key=lambda arm: median(seconds[arm]), default=None)
     compared = {"plain": PLAIN, "off": "s=0", "best static": best, "static + on/off": threshold}
-    for label, arm in ((label, arm) for label, arm in compared.items() if arm in seconds):
-        low, high = np.quantile(rounds[arm], (0.25, 0.75))
-        print(f"  adaptive is {ratios[arm]:.3f} ({low:.3f} to {high:.3f}) times as fast as {label} ({arm})", flush=True)
-    row = {"accept": name, "seconds": seconds, "times_as_fast_as": ratios, "best_static": best, "switched": threshold}
+    row = {"accept": name, "seconds": seconds, "best_static": best, "switched": threshold}
+    for own in (ADAPTIVE, WARM):
+        rounds = {arm: np.array(taken) / np.array(seconds[own]) for arm, taken in seconds.items()}
+        row[own] = {arm: median(each) for arm, each in rounds.items()}
+        for label, arm in ((label, arm) for label, arm in compared.items() if arm in seconds):
+            low, high = np.quantile(rounds[arm], (0.25, 0.75))
+            print(
+                f"  {own} is {row[own][arm]:.3f} ({low:.3f} to {high:.3f}) times as fast as {label} ({arm})", flush=True
+            )
     out.write_text(json.dumps(row, indent=1))
 
 
