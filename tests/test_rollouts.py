@@ -102,7 +102,7 @@ def test_a_restart_brings_the_actor_back_to_be_pushed():
     case = make(resync={"push": [EngineLostError("signal 9")]})
     case.rollouts.push()
     start = case.log.index("fleet.restart")
-    assert case.log[start : start + 3] == ["fleet.restart", "fleet.sleep", "resync.connect"]
+    assert case.log[start - 1 : start + 3] == ["actor.offload", "fleet.restart", "fleet.sleep", "resync.connect"]
     assert case.log[-6:] == [
         "actor.onload weights",
         "actor.offload optimizer",
