@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 LOST_AFTER = 8.0  # above what a busy machine may keep a thread from running
 HANG_TIMEOUT = 15.0  # above what starting takes, which counts too
 PATIENCE = 60.0
+FIRST_BEATS = 3.0
 
 
 class WatchedRanks:
@@ -44,6 +45,7 @@ class WatchedRanks:
         while not all("ready" in self.output(rank, "out") for rank in range(len(self.ranks))):
             assert time.monotonic() < deadline, self.outputs()
             time.sleep(0.1)
+        time.sleep(FIRST_BEATS)  # on a quiet machine ranks meet before their watchdogs have heard of each other
         self.pids = [[int(pid) for pid in self.output(r, "out").split()[1:3]] for r in range(len(self.ranks))]
         self.began = time.monotonic()
 
