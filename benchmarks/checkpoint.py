@@ -30,15 +30,14 @@ from pathlib import Path
 from statistics import median
 
 import psutil
+from runs import QUICKSTART, REPOSITORY, run_command
 from told_phases import PHASE_FILE
 
 from respec_trainer.checkpoint.megatron_folder import read_meta
 from respec_trainer.checkpoint.store import check_files, checkpoints_in, latest, step_of
 from respec_trainer.convert import main as convert
-from respec_trainer.network import free_port
 from respec_trainer.telemetry.recorder import read_metrics
 
-REPOSITORY = Path(__file__).parent.parent
 SPREAD = 45.0  # seconds after a start within which it is killed: about half of them it takes to get going
 AIMS = ("any moment", "saving", "resyncing", "converting")
 WITHIN = 0.05  # seconds after what is aimed at has begun
@@ -48,7 +47,7 @@ PATIENCE = 300.0  # seconds that it is waited for
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("stall", "kills"))
-    parser.add_argument("--config", default=str(REPOSITORY / "configs/quickstart.yaml"))
+    parser.add_argument("--config", default=QUICKSTART)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -64,11 +63,8 @@ def main() -> None:
 
 
 def start(args: argparse.Namespace, folder: Path, script: str = "launch/train.py", **environment) -> subprocess.Popen:
-    launcher = Path(sys.executable).with_name("deepspeed")
-    # The port of a killed run may be held for a while.
-    command = [str(launcher), "--num_gpus", str(args.ranks), "--master_port", str(free_port())]
-    command += [str(REPOSITORY / script), "--config", args.config, f"run.dir={folder}", "run.name=run"]
-    command += [f"run.steps={args.steps}", "checkpoint.every=1", *args.overrides]
+    overrides = [f"run.steps={args.steps}", "checkpoint.every=1", *args.overrides]
+    command = run_command(args.ranks, args.config, folder, "run", overrides, script)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | environment, **quiet)
 

@@ -14,24 +14,23 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
+from runs import QUICKSTART, REPOSITORY, run_command
 
 from respec_trainer.telemetry.recorder import read_metrics
 from respec_trainer.telemetry.summary import reward_rise
 
-REPOSITORY = Path(__file__).parent.parent
 TITLE = "sglang::"  # how sglang's processes call themselves
 POLL_SECONDS = 0.05
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(REPOSITORY / "configs/quickstart.yaml"))
+    parser.add_argument("--config", default=QUICKSTART)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -40,11 +39,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_gpus", str(args.ranks), str(REPOSITORY / "launch/train.py")]
-        command += ["--config", args.config, f"run.dir={folder}", "run.name=kills", f"run.steps={args.steps}"]
+        overrides = [f"run.steps={args.steps}", *args.overrides]
+        command = run_command(args.ranks, args.config, folder, "kills", overrides)
         began = time.perf_counter()
-        process = subprocess.Popen([*command, *args.overrides], stdout=subprocess.DEVNULL, cwd=REPOSITORY)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=REPOSITORY)
         killed = kill_at_random(process, Path(folder) / "kills", args)
         status = process.wait()
         report = {"finished": status == 0, "wall_s": time.perf_counter() - began, "kills": killed}

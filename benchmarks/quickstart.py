@@ -11,24 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import fmean
 
 import psutil
+from runs import QUICKSTART, REPOSITORY, run_command
 
 from respec_trainer.telemetry.recorder import read_metrics
 from respec_trainer.telemetry.summary import reward_rise
 
-REPOSITORY = Path(__file__).parent.parent
 ARMS = {"speculation": [], "plain": ["speculation.algorithm=none"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(REPOSITORY / "configs/quickstart.yaml"))
+    parser.add_argument("--config", default=QUICKSTART)
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
@@ -49,9 +48,7 @@ def main() -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> dict:
     """One run's numbers."""
     with tempfile.TemporaryDirectory() as folder:
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_gpus", str(args.ranks), str(REPOSITORY / "launch/train.py")]
-        command += ["--config", args.config, f"run.dir={folder}", "run.name=benchmark", *overrides]
+        command = run_command(args.ranks, args.config, folder, "benchmark", overrides)
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=REPOSITORY)
         peak = watch_memory(process)

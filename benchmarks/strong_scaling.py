@@ -13,22 +13,21 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-from respec_trainer.network import free_port
+from runs import QUICKSTART, REPOSITORY, run_command
+
 from respec_trainer.telemetry.recorder import read_metrics
 
-REPOSITORY = Path(__file__).parent.parent
 PHASES = ("step", "generate", "infer", "train", "resync")
 LAYOUT = ("actor.parallel.tp=1", "rollout.engine.tp=1", "rollout.engine.span=1")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(REPOSITORY / "configs/quickstart.yaml"))
+    parser.add_argument("--config", default=QUICKSTART)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
@@ -49,10 +48,8 @@ def main() -> None:
 def run(args: argparse.Namespace, ranks: int) -> list[dict]:
     """Metrics of a run's steps but the first, which pays for what is made once."""
     with tempfile.TemporaryDirectory() as folder:
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port())]
-        command += [str(REPOSITORY / "launch/train.py"), "--config", args.config, f"run.dir={folder}", "run.name=run"]
-        command += [f"run.steps={args.steps}", *LAYOUT, *args.overrides]
+        overrides = [f"run.steps={args.steps}", *LAYOUT, *args.overrides]
+        command = run_command(ranks, args.config, folder, "run", overrides)
         subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
         return read_metrics(Path(folder) / "run")[1:]
 

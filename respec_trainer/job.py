@@ -79,7 +79,7 @@ class Job:
         self.fleet = RolloutFleet(config, self._make_engine, self.control, self.topology.device.type)
         restarts, canary = config.rollout.engine.max_restarts, setup_canary(config.resync, config.model.dtype, prompts)
         self.rollouts = Rollouts(self.fleet, self._setup_resync(), self.actor, restarts, self.report.message, canary)
-        self.rollouts.sleep()
+        self.rollouts.sleep()  # and the actor comes back, to be resumed and pushed
         self.alarm = AcceptAlarm(config.resync.accept_alarm, verified=config.resync.verify != "off")
         ranks = (self.topology.rank, self.topology.world_size)
         self.checkpoints = Checkpoints(config, self.report.folder, *ranks, self.control, self.report.message)

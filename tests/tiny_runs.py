@@ -30,16 +30,18 @@ def tiny_run(folder: Path) -> list[str]:
     return ["--config", str(REPOSITORY / "configs/quickstart.yaml"), *SMALL, *own]
 
 
-def train(config) -> None:
-    """One rank's part in a run, as launch/train.py does it, in a process that lives on."""
+def train(config, watchdog=None) -> None:
+    """One rank's part in a run, as launch/train.py does it, in a process that lives on; a watchdog runs already."""
     from respec_trainer.compat import prepare
 
     prepare("cpu")
     from respec_trainer.job import Job
     from respec_trainer.trainer import Trainer
 
-    job = Job(config)
+    job = Job(config, watchdog)
     Trainer(job).run()
+    if watchdog:
+        watchdog.stop()
     job.actor.engine.destroy()
     job.close()
     del job

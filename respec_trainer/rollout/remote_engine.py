@@ -130,7 +130,7 @@ class RemoteEngine(RolloutEngine):
 
         Raises HostAbsentError if none comes within `rollout.engine.timeout`, EngineError if it is not like this host.
         """
-        if self._caller is None or self._caller.failure is not None:
+        if not self._host_answers():
             self._take_host()
         self._lives += 1
         self._ask("start")
@@ -213,6 +213,14 @@ class RemoteEngine(RolloutEngine):
             except EngineError:
                 if self._caller.failure is None:
                     raise
+
+    def _host_answers(self) -> bool:
+        """It is asked, because a connection may have broken without anybody having noticed."""
+        if self._caller is None:
+            return False
+        with contextlib.suppress(EngineError):
+            self._ask("failure")
+        return self._caller.failure is None
 
     def _take_host(self) -> None:
         """Connect to the next host, and have it make the engine if it is like this one."""

@@ -28,7 +28,7 @@ def unheard_text(ranks: Sequence[int], seconds: float, met: bool) -> str:
         return _text(f"{_ranks(ranks)} did not come within {seconds:.0f} s of the start (run.hang_timeout).")
     return _text(
         f"{_ranks(ranks)} met the others in a process group, but gave the watchdog no sign within {seconds:.0f} s "
-        "(run.lost_after): UDP must pass between the hosts, at the port of MASTER_PORT."
+        "(run.lost_after): it ended at once, or UDP does not pass between the hosts at the port of MASTER_PORT."
     )
 
 

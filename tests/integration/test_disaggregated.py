@@ -7,7 +7,6 @@ the placements may reach a number: the same requests make the same batches on th
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import json
 import os
@@ -58,8 +57,6 @@ def train_beside(config, words, grave):
     from respec_trainer.compat import prepare
 
     prepare("cpu")
-    from respec_trainer.job import Job
-    from respec_trainer.trainer import Trainer
     from respec_trainer.watchdog import Watchdog
 
     rank, trainers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -67,13 +64,7 @@ def train_beside(config, words, grave):
         host = stack.enter_context(supervised_host(words, grave)) if rank == 0 else None
         watchdog = Watchdog(config.run, rank, trainers + 1, trainers)
         watchdog.start()
-        job = Job(config, watchdog)
-        Trainer(job).run()
-        watchdog.stop()
-        job.actor.engine.destroy()
-        job.close()
-        del job
-        gc.collect()
+        train(config, watchdog)
         return host and (host.wait(60), host.stderr.read())
 
 
