@@ -20,6 +20,7 @@ from respec_trainer.checkpoint.checkpoints import Checkpoints, Parts, Stateful
 from respec_trainer.checkpoint.export import export_actor, export_drafter, set_aside
 from respec_trainer.checkpoint.megatron_folder import DTYPE_NAMES
 from respec_trainer.checkpoint.resume import run_to_continue
+from respec_trainer.compat.precision import slow_dtype
 from respec_trainer.config import Config
 from respec_trainer.data.prompts import PromptStream, load_prompts
 from respec_trainer.drafter.format import save_drafter
@@ -59,6 +60,8 @@ class Job:
         check_hosts(self.control)
         check_shared_folder(Path(config.run.dir), self.control)
         self.report = Report(config, self.topology.rank, self.control, run_folder, watchdog and watchdog.enter)
+        if advice := slow_dtype(config.model.dtype, self.topology.device.type):
+            self.report.message(advice)
         self.clock = self.report.clock
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.pad_id = self.tokenizer.pad_token_id or 0

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from respec_trainer.drafter.divergence import LossKind
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, distill_loss
+from respec_trainer.drafter.muon import Muon
 from respec_trainer.drafter.rollouts import Rollouts
 from respec_trainer.drafter.teacher import Teacher
 from respec_trainer.errors import TrainingError

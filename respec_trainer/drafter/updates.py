@@ -12,13 +12,13 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
-from torch.optim import Muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from respec_trainer.config import DrafterConfig
 from respec_trainer.drafter.distill import DistillSettings, drafter_optimizers
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, distill_loss
+from respec_trainer.drafter.muon import Muon
 from respec_trainer.drafter.recall import AtTemperature
 from respec_trainer.drafter.rollouts import Rollouts
 from respec_trainer.drafter.teacher import TeacherOutput

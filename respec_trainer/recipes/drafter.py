@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 
+from respec_trainer.compat.precision import bf16_is_quick
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.config import (
     DataConfig,
@@ -36,7 +37,6 @@ from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.drafter.vocabulary import coverage, draft_vocabulary
 from respec_trainer.errors import ConfigError, DataError
 from respec_trainer.recipes.folder import fingerprint, make_once
-from respec_trainer.recipes.supervised import bf16_is_quick
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
 # Raise it whenever the code makes something else of an equal recipe: folders made before are then made anew.
@@ -228,7 +228,8 @@ def engine_sampler(recipe: DrafterRecipe, actor: Path, device: str) -> Sampler:
         if device == "cpu" and engine.max_total_tokens is None:
             longest = max(len(request.prompt_ids) for request in requests) + recipe.rollouts.max_new_tokens + 1
             engine = engine.model_copy(update={"max_total_tokens": engine.max_running_requests * longest})
-        sglang = SGLangEngine(EngineSettings(str(actor), device=device, engine=engine, seed=recipe.seed))
+        dtype = "bf16" if device == "cuda" or bf16_is_quick() else "fp32"
+        sglang = SGLangEngine(EngineSettings(str(actor), dtype=dtype, device=device, engine=engine, seed=recipe.seed))
         try:
             sglang.start()
             return sglang.submit(requests).collect()

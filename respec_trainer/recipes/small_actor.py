@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, model_validator
 
+from respec_trainer.compat.precision import bf16_is_quick
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from respec_trainer.data.word_problems import check_mix, make_problem, write_jsonl
@@ -103,6 +104,7 @@ def _make(recipe: ActorRecipe, folder: Path, log: Log) -> dict[str, Any]:
     lessons = Lessons(tokenizer, recipe.problems, recipe.teaching, lambda i: _problem(recipe, TEACHING, i), recipe.seed)
     loss = train_supervised(model, lessons, recipe.teaching, log)
     model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16 if bf16_is_quick() else torch.float32)
     test = [_problem(recipe, TESTING, i, "test") for i in range(128)]
     rate = solve_rate(model, tokenizer, recipe.problems.template, test)
     seconds = time.perf_counter() - began

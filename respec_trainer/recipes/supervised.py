@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from respec_trainer.compat.precision import bf16_is_quick
+from respec_trainer.drafter.muon import Muon
 
 CLIP = 1.0
 
@@ -65,9 +68,3 @@ def rate(step: int, teaching) -> float:
     warm = (step + 1) / max(1, teaching.warmup_steps)
     left = (teaching.steps - step) / max(1.0, teaching.decay * teaching.steps)
     return max(0.0, min(1.0, warm, left))
-
-
-def bf16_is_quick() -> bool:
-    """Whether this processor multiplies bf16 matrices in hardware; emulated, bf16 is slower than fp32."""
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))

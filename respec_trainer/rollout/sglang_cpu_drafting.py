@@ -37,25 +37,60 @@ def draft_chain(original, worker, forward_batch):
     return parents, candidates, torch.cat(chain, 1), None
 
 
-def catch_up(original, worker, batch, result) -> None:
-    """Stands for EagleDraftWorker._draft_extend_for_decode: the drafter reads what was verified and drafts one token.
+def read_prompts(original, worker, batch, features, next_tokens, mm_input_embeds=None):
+    """Stands for EagleDraftWorker._draft_extend_for_prefill: the drafter reads prompts, or what it has missed.
 
-    Every verified token gets a key and a value, but only at the last accepted one is anything asked of the drafter.
+    Every token gets a key and a value, but only at the last of each request is anything else asked of the drafter: with
+    one layer nothing hangs on the rest.
     """
+    if mm_input_embeds is not None or not _is_simple(worker, batch):
+        return original(worker, batch, features, next_tokens, mm_input_embeds)
+    from sglang.srt.speculative.eagle_info import EagleDraftInput
+    from sglang.srt.speculative.eagle_utils import _eagle_prefill_tail_tokens
+
+    first, counts = torch.tensor(batch.prefix_lens), torch.tensor(batch.extend_lens)
+    ends = counts.cumsum(0)
+    positions = torch.arange(int(ends[-1])) + (first - ends + counts).repeat_interleave(counts)
+    tokens = batch.input_ids.roll(-1)
+    tokens[ends - 1] = _eagle_prefill_tail_tokens(batch, next_tokens).to(tokens.dtype)
+    draft, features = _read(worker, batch, tokens, features, positions, first + counts, ends - 1)
+    return EagleDraftInput(
+        topk_p=torch.ones(len(counts), 1),
+        topk_index=draft,
+        hidden_states=features,
+        bonus_tokens=next_tokens,
+        num_tokens_per_req=1,
+        num_tokens_for_logprob_per_req=1,
+    )
+
+
+def read_verified(original, worker, batch, result) -> None:
+    """Stands for EagleDraftWorker._draft_extend_for_decode: the drafter reads what was verified, as `read_prompts`."""
     if not _is_simple(worker, batch):
         return original(worker, batch, result)
-    runner, n, count = worker.draft_runner, worker.speculative_num_draft_tokens, len(batch.seq_lens)
-    model, lens = runner.model.model, batch.seq_lens  # before this round
+    n, count, lens = worker.speculative_num_draft_tokens, len(batch.seq_lens), batch.seq_lens  # before this round
     wanted = torch.arange(0, count * n, n) + result.accept_lens - 1
-    plan = plan_decode(worker.req_to_token_pool.req_to_token, batch.req_pool_indices, lens + result.accept_lens)
     positions = (lens[:, None] + torch.arange(n)).flatten()
-    context = Context(model, positions, plan, runner.token_to_kv_pool, batch.out_cache_loc, wanted)
-    hidden, features = drafter_step(model, result.next_token_ids.long(), result.logits_output.hidden_states, context)
+    tokens, features = result.next_token_ids.long(), result.logits_output.hidden_states
     draft = result.next_draft_input
-    draft.topk_index, draft.hidden_states = _likeliest(worker, hidden), features
+    draft.topk_index, draft.hidden_states = _read(
+        worker, batch, tokens, features, positions, lens + result.accept_lens, wanted
+    )
     draft.topk_p = torch.ones(count, 1)
     draft.cuda_graph_compatible = True
     return None
+
+
+def _read(worker, batch, tokens, features, positions, ends, wanted) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pass over `tokens` [T] after the target's `features` [T, 3H]: the next draft [B, 1] and its features [B, H].
+
+    ends: [B] how many positions of each request the last of its tokens sees. wanted: [B] that token's place in T.
+    """
+    runner = worker.draft_runner
+    plan = plan_decode(worker.req_to_token_pool.req_to_token, batch.req_pool_indices, ends)
+    context = Context(runner.model.model, positions, plan, runner.token_to_kv_pool, batch.out_cache_loc, wanted)
+    hidden, features = drafter_step(runner.model.model, tokens, features, context)
+    return _likeliest(worker, hidden), features
 
 
 def _is_simple(worker, batch) -> bool:

@@ -108,7 +108,7 @@ def _around(wrap: Callable, wrapped: Callable, original: Callable, *args: Any, *
 def _cpu_hooks() -> Hooks:
     from sgl_kernel.sampling import chain_speculative_sampling
 
-    from respec_trainer.rollout.sglang_cpu_drafting import catch_up, draft_chain
+    from respec_trainer.rollout.sglang_cpu_drafting import draft_chain, read_prompts, read_verified
     from respec_trainer.rollout.sglang_cpu_models import drafter_forward, target_forward
 
     srt = "sglang.srt"
@@ -123,7 +123,8 @@ def _cpu_hooks() -> Hooks:
         f"{srt}.models.llama.LlamaModel.forward": (target_forward, "AROUND"),
         f"{srt}.models.llama_eagle3.LlamaModel.forward": (drafter_forward, "AROUND"),
         f"{worker}.draft_forward": (draft_chain, "AROUND"),
-        f"{worker}._draft_extend_for_decode": (catch_up, "AROUND"),
+        f"{worker}._draft_extend_for_prefill": (read_prompts, "AROUND"),
+        f"{worker}._draft_extend_for_decode": (read_verified, "AROUND"),
     }
 
 

@@ -1,0 +1,18 @@
+"""Which number formats this machine's processor multiplies in hardware."""
+
+from __future__ import annotations
+
+
+def bf16_is_quick() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware; emulated, bf16 is slower than fp32."""
+    import torch
+
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def slow_dtype(dtype: str, device: str) -> str | None:
+    """What to tell whoever asked for `dtype` ("bf16" or "fp32") on `device` ("cpu" or "cuda"), if that is slow here."""
+    if device != "cpu" or dtype != "bf16" or bf16_is_quick():
+        return None
+    return "this processor has no bf16 instructions, and emulates them: model.dtype=fp32 is several times as fast"
