@@ -30,6 +30,10 @@ def free(costs: CostModel) -> CostModel:
     return CostModel({piece: terms for piece, terms in costs.pieces.items() if piece != "catch_up"})
 
 
+def gains(acceptance, candidates=STEPS) -> list[float]:
+    return tokens_by_steps(candidates, acceptance)
+
+
 def pace(costs: CostModel, steps: int, batch: int, context: int, acceptance) -> float:
     """Seconds a token."""
     return costs.cycle_seconds(chain(steps), batch, context) / tokens_per_cycle(chain(steps), acceptance)
@@ -59,7 +63,8 @@ def test_where_changing_is_free_the_best_is_taken(steps, context, costs, missed)
     policy, oracle = adaptive(free(costs)), OraclePolicy(costs, STEPS)
     for batch, share in steps:
         oracle.tell([share])
-        chosen, best = STEPS[policy.choose(batch, context, missed, [share])], oracle.choose(batch, context, missed)
+        chosen = STEPS[policy.choose(batch, context, missed, gains([share]))]
+        best = oracle.choose(batch, context, missed)
         lost = pace(costs, chosen, batch, context, [share]) / pace(costs, best, batch, context, [share])
         assert lost >= 1 - 1e-12 and (chosen == best or lost < 1.03)
 
@@ -72,7 +77,7 @@ BY_HAND = CostModel(
 
 
 def choices(policy: AdaptivePolicy, missed: list[float], share: float) -> list[int]:
-    return [policy.choose(1, 100, each, [share]) for each in missed]
+    return [policy.choose(1, 100, each, gains([share], policy.times.candidates)) for each in missed]
 
 
 def test_going_on_waits_for_a_share_of_its_price():
@@ -113,7 +118,7 @@ def test_changing_costs_no_more_than_its_share_of_what_staying_has(steps, switch
     paid = lost = missed = 0.0
     before = None
     for batch, share in steps:
-        chosen = STEPS[policy.choose(batch, context, missed, [share])]
+        chosen = STEPS[policy.choose(batch, context, missed, gains([share]))]
         if before is not None and chosen != before:
             paid += switch + (CPU.catch_up_seconds(batch, context, missed) if not before else 0.0)
         missed = 0.0 if chosen else missed + 1

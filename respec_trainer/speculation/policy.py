@@ -141,13 +141,9 @@ class AdaptivePolicy:
         self.current: int | None = None  # place among the candidates
         self.lost = [0.0] * len(times.candidates)
 
-    def choose(self, batch: int, context: float, missed: float, acceptance: Sequence[float]) -> int:
-        """The place of the choice among the candidates.
-
-        `acceptance[d]` is the probability that the draft at depth d + 1 is kept, given that those before it were.
-        """
-        candidates = self.times.candidates
-        taken, tokens = self.times.at(batch, context), tokens_by_steps(candidates, acceptance)
+    def choose(self, batch: int, context: float, missed: float, tokens: Sequence[float]) -> int:
+        """The place of the choice among the candidates, by which a sequence is expected to gain so many `tokens`."""
+        candidates, taken = self.times.candidates, self.times.at(batch, context)
         paces = [each / made for each, made in zip(taken, tokens, strict=True)]
         best = paces.index(min(paces))
         if self.current is None:

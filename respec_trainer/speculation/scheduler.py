@@ -43,6 +43,7 @@ class StepScheduler:
         self.policy = AdaptivePolicy(times)
         missing = max(self.candidates) - len(prior)
         self.estimate = AcceptanceEstimate([*prior, *[prior[-1]] * missing], prior_drafts=PRIOR)
+        self.tokens = self._expected()
         self.seen = 0  # depths that were ever drafted; the prior says nothing of those behind them any more
         self.earned = 0.0  # seconds by the cost model that a try may cost
         self.trying = 0  # batches left of one
@@ -62,19 +63,17 @@ class StepScheduler:
 
         `missed` is the mean number of tokens of a sequence that its drafter has not read.
         """
-        acceptance, taken = self.estimate.by_depth, self.times.at(batch, context)
+        taken = self.times.at(batch, context)
         if self.trying:
             self.trying -= not missed  # an engine may catch up over several batches, which draft nothing yet
             place = self.policy.current
         else:
-            place = self.policy.choose(batch, context, missed, acceptance)
+            place = self.policy.choose(batch, context, missed, self.tokens)
             if self.explore and self._try(place, batch, context, missed):
                 place = self.policy.current
         self.earned += self.explore * taken[place]
         self.unseen = [0 if d < self.candidates[place] else unseen + 1 for d, unseen in enumerate(self.unseen)]
-        tokens = tokens_by_steps((self.candidates[place],), acceptance)[0]
-        plain = self.candidates[0] == 0
-        self._predicted = tokens * taken[0] / taken[place] if plain else 0.0
+        self._predicted = self.tokens[place] * taken[0] / taken[place] if self.candidates[0] == 0 else 0.0
         return self.candidates[place]
 
     def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
@@ -83,6 +82,7 @@ class StepScheduler:
             self.estimate.observe([batch, *survivors])
             self.seen = max(self.seen, steps)
             self.estimate.follow(self.seen)
+            self.tokens = self._expected()
 
     def predicted(self) -> float:
         """Speed-up over plain decoding that it expects of the latest choice; 0 where plain is no candidate."""
@@ -104,10 +104,15 @@ class StepScheduler:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from another's `state`; one of other candidates leaves what was learnt of acceptance, and no more."""
         self.estimate.load_state(state["acceptance"])
+        self.tokens = self._expected()
         self.seen = min(state["seen"], max(self.candidates))
         if state["candidates"] == list(self.candidates):
             self.unseen, self.earned, self.trying = list(state["unseen"]), state["earned"], state["trying"]
             self.policy.current, self.policy.lost = state["current"], list(state["lost"])
+
+    def _expected(self) -> list[float]:
+        """Tokens a sequence gains by each candidate; worked out when an estimate changes, and not for every choice."""
+        return tokens_by_steps(self.candidates, self.estimate.by_depth)
 
     def _try(self, place: int, batch: int, context: float, missed: float) -> bool:
         """Begin to try the next deeper candidate that would pay if its new depths were accepted as well as can be.
