@@ -120,13 +120,17 @@ class Resync:
 
     def _assemble(self) -> None:
         """Wait for every rank, and name those that do not come."""
-        limit = self.settings.timeout
+        limit, began = self.settings.timeout, time.monotonic()
+        pushed = " and ".join(self.versions.values())
         try:
             dist.monitored_barrier(self.control, timedelta(seconds=limit), wait_all_ranks=True)
         except RuntimeError as error:
+            if time.monotonic() - began < limit:  # the same words, at once: the connection to a rank is gone
+                lost = dist.DistNetworkError(str(error))
+                raise ResyncError(f"contact was lost before {pushed} could be pushed: {error}") from lost
             raise ResyncError(
-                f"not every rank came to push {' and '.join(self.versions.values())} within {limit:.0f} s "
-                f"(resync.timeout); the engines hold {self._holdings()}: {error}"
+                f"not every rank came to push {pushed} within {limit:.0f} s (resync.timeout); the engines hold "
+                f"{self._holdings()}: {error}"
             ) from error
 
     def _refuse_non_finite(self, wanted: dict[Role, str]) -> None:
