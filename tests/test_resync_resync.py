@@ -14,7 +14,7 @@ from respec_trainer.watchdog.ending import lost_contact
 
 @pytest.mark.parametrize(
     ("seconds", "lost", "words"),
-    [(0.0, True, "contact was lost before actor-2 could be pushed"), (0.2, False, "not every rank came to push actor-2")],
+    [(0.0, True, "contact was lost before actor-2"), (0.2, False, "not every rank came to push actor-2")],
 )
 def test_who_is_gone_is_not_called_late(monkeypatch, seconds, lost, words):
     """gloo says of both that they failed to pass in time; who is gone, the watchdog knows better."""
