@@ -41,7 +41,9 @@ def main() -> int:
         _check(config, world, rank)
     except ConfigError as error:
         return _refuse(error, rank)
-    return _train(config, rank, world)
+    status = _train(config, rank, world)
+    gc.unfreeze()  # or what the libraries made is never collected, and they complain of leaks as the process ends
+    return status
 
 
 def _arguments() -> argparse.Namespace:

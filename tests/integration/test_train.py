@@ -59,6 +59,7 @@ def test_two_iterations_on_gsm8k(small_actor, small_drafter, tmp_path):
     process = start(small_actor, small_drafter, tmp_path, *options)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
+    assert "leaked" not in output and "Traceback" not in output, output
     steps = read_metrics(tmp_path / "test")
     assert len(steps) == 2
     wanted = [f"{group}/{name}" for group, names in METRICS.items() for name in names.split()]
