@@ -15,4 +15,4 @@ def slow_dtype(dtype: str, device: str) -> str | None:
     """What to tell whoever asked for `dtype` ("bf16" or "fp32") on `device` ("cpu" or "cuda"), if that is slow here."""
     if device != "cpu" or dtype != "bf16" or bf16_is_quick():
         return None
-    return "this processor has no bf16 instructions, and emulates them: model.dtype=fp32 is several times as fast"
+    return "this processor has no bf16 instructions, and emulates them slowly: model.dtype=fp32 is faster"

@@ -1,8 +1,8 @@
 """Muon: gradient descent with momentum whose update of a matrix is made orthogonal (Jordan et al. 2024).
 
 The update G = U S V^T becomes about U V^T by five steps of a quintic Newton-Schulz iteration, whose coefficients are
-theirs. torch.optim.Muon is the same, but iterates in bf16 on every machine: fifty times slower than float32 on a
-processor that has no instructions for it. This one iterates in bf16 only where that is quick.
+theirs. torch.optim.Muon is the same, but iterates in bf16 on every machine: some twenty times slower than float32 on
+a processor that has no instructions for it (docs/benchmarks.md). This one iterates in bf16 only where that is quick.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Muon(Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T, by Newton-Schulz."""
+    """About U V^T of a matrix U S V^T [out, in], in its dtype, by Newton-Schulz."""
     quick = matrix.device.type == "cuda" or bf16_is_quick()
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide.to(torch.bfloat16 if quick else torch.float32)

@@ -40,7 +40,7 @@ from respec_trainer.recipes.folder import fingerprint, make_once
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
 # Raise it whenever the code makes something else of an equal recipe: folders made before are then made anew.
-REVISION = 2
+REVISION = 3
 
 # Below this share of response tokens a draft vocabulary is warned of: what it lacks can never be drafted.
 LEAST_COVERAGE = 0.9

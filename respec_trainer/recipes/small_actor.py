@@ -26,7 +26,7 @@ from respec_trainer.recipes.supervised import train_supervised
 from respec_trainer.recipes.tokenizer import train_tokenizer
 
 # Raise it whenever the code makes something else of an equal recipe: folders made before are then made anew.
-REVISION = 2
+REVISION = 3
 # The streams of problems of one seed: what the model is taught, what RL trains on, and what tests it.
 TEACHING, TRAINING, TESTING = 0, 1, 2
 

@@ -13,7 +13,7 @@ from tests.integration.hosts import Host, missing, two_hosts
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SIDE = """
-import socket, sys, time
+import os, socket, sys, time
 import torch.distributed as dist
 from respec_trainer.rollout import link
 
@@ -28,7 +28,8 @@ else:
     assert connection.recv() == "go on"
 print("met", flush=True)
 if sys.argv[2] == "talks":
-    time.sleep(2)  # the cable is out by then
+    while not os.path.exists(sys.argv[3]):  # the cable is out from then on
+        time.sleep(0.1)
     connection.send("into the void")
 try:
     connection.recv()
@@ -46,10 +47,12 @@ def start(host: Host, folder: Path, store: Host, *words: str) -> tuple[subproces
 @pytest.mark.parametrize("trainer", ["listens", "talks"])
 def test_both_sides_miss_the_other(tmp_path, trainer):
     with two_hosts() as hosts:
-        sides = [start(hosts[0], tmp_path, hosts[0], "trainer", trainer)]
+        out = tmp_path / "out"
+        sides = [start(hosts[0], tmp_path, hosts[0], "trainer", trainer, str(out))]
         sides.append(start(hosts[1], tmp_path, hosts[0], "host", "listens"))
         wait_for("met", sides, seconds=60)
         hosts[1].cut()
+        out.touch()
         for process, log in sides:
             assert process.wait(timeout=20) == 0, log.read_text()
             # "No route to host" is what a kernel may say once it has stopped looking for the neighbor.
