@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import socket
 
-from respec_trainer.network import free_port, is_free
+import pytest
+
+from respec_trainer import network
+from respec_trainer.network import FIRST, free_port, is_free
+
+
+@pytest.fixture
+def system_takes(monkeypatch, tmp_path):
+    """Call it with the first port of the system's own range."""
+    monkeypatch.setattr(network, "LINUX_RANGE", tmp_path / "range")
+    return lambda first: (tmp_path / "range").write_text(f"{first}\t60999\n")
 
 
 def test_a_port_in_use_is_not_free():
@@ -16,3 +26,29 @@ def test_a_port_in_use_is_not_free():
 
 def test_free_port_is_free():
     assert is_free(free_port())
+
+
+def test_it_is_none_that_the_system_may_give_away(system_takes):
+    system_takes(FIRST + 100)
+    assert {free_port() for _ in range(50)} <= set(range(FIRST, FIRST + 100))
+
+
+def test_one_in_use_is_passed_over(system_takes, monkeypatch):
+    with socket.socket() as server:
+        server.bind(("", free_port()))
+        server.listen()
+        taken = server.getsockname()[1]
+        monkeypatch.setattr(network, "FIRST", taken)
+        system_takes(taken + 2)
+        assert {free_port() for _ in range(20)} == {taken + 1}
+
+
+@pytest.mark.parametrize("first", [1024, FIRST])
+def test_a_system_that_takes_all_still_has_one(system_takes, first):
+    system_takes(first)
+    assert is_free(free_port())
+
+
+def test_a_system_that_does_not_say(monkeypatch, tmp_path):
+    monkeypatch.setattr(network, "LINUX_RANGE", tmp_path / "absent")
+    assert FIRST <= free_port() < 49152

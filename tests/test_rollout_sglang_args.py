@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from respec_trainer.config import EngineConfig, SpeculationConfig
+from respec_trainer.rollout import sglang_args
 from respec_trainer.rollout.sglang_args import EngineSettings, server_arguments
 from tests.configs import smallest_config
 
@@ -36,6 +37,12 @@ def test_the_cpu_pool_holds_a_full_batch_of_the_longest_samples(tmp_path):
     assert server_arguments(EngineSettings.from_config(config, "cpu"))["max_total_tokens"] == 999
     on_gpu = EngineSettings.from_config(smallest_config(tmp_path), "cuda")
     assert server_arguments(on_gpu)["max_total_tokens"] is None, "there it fills its share of the memory"
+
+
+def test_each_engine_meets_on_a_port_of_its_own(monkeypatch):
+    ports = iter((15001, 15002))
+    monkeypatch.setattr(sglang_args, "free_port", lambda: next(ports))
+    assert [server_arguments(EngineSettings("actor"))["nccl_port"] for _ in range(2)] == [15001, 15002]
 
 
 @pytest.mark.parametrize(("device", "tp"), [("cpu", 1), ("cuda", 2)])

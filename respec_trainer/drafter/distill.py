@@ -114,9 +114,10 @@ def _loss(drafter, teacher: Teacher, batch: Rollouts, settings: DistillSettings)
 
 def drafter_optimizers(drafter: Eagle3Drafter, settings: DistillSettings) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices inside the drafter if `matrix_lr` is set."""
-    inner = {} if settings.matrix_lr is None else {
-        id(weight): weight for name, weight in drafter.named_parameters() if weight.ndim == 2 and "lm_head" not in name
-    }
+    inner = {}
+    if settings.matrix_lr is not None:
+        matrices = [w for name, w in drafter.named_parameters() if w.ndim == 2 and "lm_head" not in name]
+        inner = {id(weight): weight for weight in matrices}
     others = [weight for weight in drafter.parameters() if id(weight) not in inner]
     adamw = AdamW(others, settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     if not inner:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from respec_trainer.config import Config, DType, EngineConfig, SpeculationConfig
 from respec_trainer.errors import ConfigError
+from respec_trainer.network import free_port
 from respec_trainer.rollout.steps import StepSettings
 
 NO_SPECULATION = SpeculationConfig(algorithm="none")
@@ -111,6 +112,8 @@ def server_arguments(settings: EngineSettings) -> dict[str, Any]:
         # An idle engine must leave the cores to the trainer, and not poll.
         "sleep_on_idle": True,
         "weight_version": settings.actor_version,
+        # sglang's own choice may be taken by any connection before the scheduler, seconds later, listens on it.
+        "nccl_port": free_port(),
     }
     arguments |= _cpu_arguments() if settings.device == "cpu" else _gpu_arguments(engine)
     if settings.speculative:

@@ -58,9 +58,7 @@ def current_context(model, positions, forward_batch) -> Context:
     else:
         seq_lens, new, _, tree_mask = backend.extend_metadata
         attention = model.layers[0].self_attn
-        plan = plan_extend(
-            req_to_token, slots, seq_lens, new, attention.num_heads // attention.num_kv_heads, tree_mask
-        )
+        plan = plan_extend(req_to_token, slots, seq_lens, new, attention.num_heads // attention.num_kv_heads, tree_mask)
     return Context(model, positions, plan, backend.token_to_kv_pool, forward_batch.out_cache_loc)
 
 

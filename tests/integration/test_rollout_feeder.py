@@ -5,6 +5,8 @@ In float32 and greedy, so that a response does not hang on which engine draws it
 
 from __future__ import annotations
 
+import time
+
 from tests.configs import smallest_config
 from tests.integration.ranks import run_ranks
 from tests.models import save_tiny_model, tiny_config
@@ -32,7 +34,9 @@ def ask(config):
     try:
         for hands_over in (True, False):
             fleet.hands_over = hands_over
-            samples = fleet.start([request(i) for i in range(16)]).collect()
+            requests = [request(i) for i in range(16)]
+            pending = begin_second_first(fleet, requests) if hands_over else fleet.start(requests)
+            samples = pending.collect()
             stats = fleet.engine.stats()
             counts = stats["requests"] - before[0], stats["tokens"] - before[1]
             before = stats["requests"], stats["tokens"]
@@ -40,6 +44,22 @@ def ask(config):
         return phases
     finally:
         fleet.shutdown()
+
+
+def begin_second_first(fleet, requests):
+    """The first engine begins when the second has taken something over, however the machine shares out its time."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        dist.barrier()
+        return fleet.start(requests)
+    pending = fleet.start(requests)
+    begun = pending.asked
+    while pending.asked == begun:
+        assert pending.generating(), "the second engine drew its own and took nothing"
+        time.sleep(0.01)
+    dist.barrier()
+    return pending
 
 
 def test_responses_go_where_there_is_room_and_then_where_they_fit(tmp_path):
