@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import random
 import socket
+from collections import deque
 from pathlib import Path
 
 LINUX_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 FIRST = 15000  # ports below are more often some service's own
 TRIES = 200
 _draw = random.SystemRandom()  # a seeded generator would give the same port to every process of a job
+_held: deque[socket.socket] = deque(maxlen=64)
 
 
 def free_port() -> int:
-    """A TCP port that nothing on this host listens on now, outside the range that the system itself takes ports from.
+    """A TCP port for a server that may have yet to start; nobody else gets it meanwhile.
 
-    A port of that range may go to any connection in the time until the caller listens on it, and the caller often is
-    another process that has yet to start.
+    It lies outside the range that the system takes ports for connections from. And it stays bound here, by a socket
+    that does not listen, until this process ends or has asked for 64 more: no other caller on this host is given it,
+    while a server that sets SO_REUSEADDR, as servers do, can listen on it.
     """
     ports = range(FIRST, _first_of_system())
-    for port in (_draw.choice(ports) for _ in range(TRIES) if ports):
-        if is_free(port):
-            return port
-    with socket.socket() as probe:  # no room there: any that is free
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    for port in (*(_draw.choice(ports) for _ in range(TRIES) if ports), 0):  # 0: any, where there is no room
+        holder = socket.socket()
+        try:
+            holder.bind(("", port))
+        except OSError:
+            holder.close()
+            continue
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _held.append(holder)
+        return holder.getsockname()[1]
+    raise OSError("this host has no free TCP port")
 
 
 def is_free(port: int, address: str = "") -> bool:

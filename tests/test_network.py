@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+import torch.distributed as dist
 
 from respec_trainer import network
 from respec_trainer.network import FIRST, free_port, is_free
@@ -28,19 +29,26 @@ def test_free_port_is_free():
     assert is_free(free_port())
 
 
+def test_it_is_held_for_whoever_asked():
+    """By a second bind without SO_REUSEADDR, as the function itself tries ports."""
+    port = free_port()
+    with socket.socket() as other, pytest.raises(OSError):
+        other.bind(("", port))
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    assert store.port == port and not is_free(port)
+
+
 def test_it_is_none_that_the_system_may_give_away(system_takes):
     system_takes(FIRST + 100)
     assert {free_port() for _ in range(50)} <= set(range(FIRST, FIRST + 100))
 
 
-def test_one_in_use_is_passed_over(system_takes, monkeypatch):
-    with socket.socket() as server:
-        server.bind(("", free_port()))
-        server.listen()
-        taken = server.getsockname()[1]
-        monkeypatch.setattr(network, "FIRST", taken)
-        system_takes(taken + 2)
-        assert {free_port() for _ in range(20)} == {taken + 1}
+def test_one_that_is_taken_is_passed_over(system_takes, monkeypatch):
+    taken = free_port()
+    monkeypatch.setattr(network, "FIRST", taken)
+    system_takes(taken + 2)
+    assert free_port() == taken + 1, "the only other one"
+    assert free_port() not in (taken, taken + 1), "neither is left"
 
 
 @pytest.mark.parametrize("first", [1024, FIRST])

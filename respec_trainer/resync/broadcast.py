@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from respec_trainer.config import Config
 from respec_trainer.errors import TransferError
-from respec_trainer.network import free_port
 from respec_trainer.resync.stream import NamedTensors, Shapes
 from respec_trainer.resync.transport import Sending, Transport, attempt
 from respec_trainer.rollout.engine import Role, RolloutEngine, TensorSpec
@@ -52,9 +51,9 @@ class BroadcastTransport(Transport):
         world = 1 + len(self.engine_ranks) * self.engine_tp
         timeout = timedelta(seconds=self.settings.timeout)
         if self.rank == 0:
-            address, port = _own_address(), self.settings.port or free_port()
-            store = dist.TCPStore(address, port, world, True, timeout, wait_for_workers=False)
-            place = [(address, port)]
+            address = _own_address()
+            store = dist.TCPStore(address, self.settings.port or 0, world, True, timeout, wait_for_workers=False)
+            place = [(address, store.port)]
         dist.broadcast_object_list(place, src=0, group=self.control)
         joined: Sequence[Future] = []
         if self.engine is not None:
