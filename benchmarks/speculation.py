@@ -8,8 +8,8 @@ Heavy-tailed response lengths, the same for all arms, which take turns in a rand
 speculation, and one whose steps change: off, every fixed number of steps, the best of them with the best batch size
 above which it is off (chosen in hindsight, by replaying the trace), and adaptive. `--accept` gives simulated accept
 lengths of the longest chain, on random prompts, or `drafter` for what the run's own drafter achieves on its data.
-Adaptive starts from the neutral prior every time, as a run's first rollout does; warm goes on from what adaptive had
-learnt by the end of its last rollout, as all later ones do.
+Adaptive starts from the neutral prior every time, as a run's first rollout does; warm goes on from what it had learnt
+by the end of its last rollout (the first from one of adaptive's that is not counted), as all later ones do.
 
 `simulate` replays the recorded rollouts with tools/simulate_rollout.py's simulator and says how far off it is.
 """
@@ -227,7 +227,7 @@ def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, ar
                 taken, log = plain.generate(), StepLog()
             else:
                 taken, log = generate(bench, engine, arm, accept, state if arm == WARM else "")
-            state = log.state or state
+            state = log.state if arm == WARM else state
             seconds[arm].append(taken)
             if len(log):
                 clocked.setdefault(arm, []).append(engine_seconds(log))

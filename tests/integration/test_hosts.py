@@ -35,11 +35,13 @@ def start_on_both(hosts, folder: Path, words: list[str]) -> list[subprocess.Pope
     """One launcher a host, as on a cluster without ssh."""
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{host.name} slots=1\n" for host in hosts))
-    where = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", hosts[0].address, "--master_port", PORT]
-    return [
-        host.start([DEEPSPEED, *where, "--node_rank", str(index), TRAIN, *words], folder / f"{host.name}.log", **CPU)
-        for index, host in enumerate(hosts)
-    ]
+    return [start_on(index, hosts, folder, words) for index in range(len(hosts))]
+
+
+def start_on(index: int, hosts, folder: Path, words: list[str]) -> subprocess.Popen:
+    where = ["--hostfile", str(folder / "hostfile"), "--no_ssh", "--master_addr", hosts[0].address]
+    where += ["--master_port", PORT, "--node_rank", str(index)]
+    return hosts[index].start([DEEPSPEED, *where, TRAIN, *words], folder / f"{hosts[index].name}.log", **CPU)
 
 
 def logs(hosts, folder: Path) -> str:
@@ -81,6 +83,21 @@ def test_both_sides_end_when_a_host_is_gone(hosts, tmp_path, fault):
     assert not alive, alive
     saved = checkpoints_in(tmp_path / "runs/test/checkpoints")
     assert saved and all(problem(checkpoint) is None for checkpoint in saved)
+
+
+def test_a_run_outlives_the_host_of_its_engine(hosts, tmp_path):
+    """Whose power fails, which says nothing to anybody; it comes back, and somebody starts its rank again."""
+    apart = ["rollout.placement=disaggregated", "rollout.engine_ranks=1", "rollout.engine.span=1"]
+    words = [*tiny_run(tmp_path), *apart, "actor.parallel.tp=1", "run.steps=4", "telemetry.live=lines"]
+    trainer, host = start_on_both(hosts, tmp_path, words)
+    wait_for(tmp_path / "runs/test/metrics.jsonl", [trainer, host], hosts, tmp_path)
+    hosts[1].lose_power()
+    host.wait()
+    host = start_on(1, hosts, tmp_path, words)
+    assert trainer.wait(timeout=240) == host.wait(timeout=60) == 0, logs(hosts, tmp_path)
+    steps = read_metrics(tmp_path / "runs/test")
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert sum(step["engine/restarts"] for step in steps) == 1, logs(hosts, tmp_path)
 
 
 def problem(checkpoint: Path) -> str | None:
