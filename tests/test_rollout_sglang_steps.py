@@ -54,6 +54,16 @@ def test_a_backlog_is_read_in_slices_oldest_first():
     assert backlog.pop([a, b], 1).tokens.tolist() == [2, 12], "at least one step"
 
 
+def test_only_tokens_that_are_read_count():
+    """A pass over few tokens reads the drafter's weights as one over many does."""
+    a, b, c = requests(3)
+    backlog = Backlog(2**20)
+    fill(backlog, [[a, c], [a, b, c], [a, b, c], [a, b]])
+    assert backlog.pop([b], 2).tokens.tolist() == [11, 12], "a and c have finished"
+    (left,) = backlog.chunks
+    assert left.requests == [a, b] and backlog.bytes == left.features.nbytes
+
+
 def test_a_request_whose_prompt_is_read_anew_has_missed_nothing():
     a, b = requests(2)
     backlog = Backlog(2**20)

@@ -30,6 +30,14 @@ class Chunk(NamedTuple):
     tokens: torch.Tensor  # [B] drawn by the step
     features: torch.Tensor  # [B, 3H] of the tokens before them
 
+    def of(self, running: set[int]) -> Chunk:
+        """What is in it of the requests with these ids; it holds on to requests, so an id means one of them."""
+        rows = [row for row, request in enumerate(self.requests) if id(request) in running]
+        if len(rows) == len(self.requests):
+            return self
+        index = torch.tensor(rows, dtype=torch.int64, device=self.tokens.device)
+        return Chunk([self.requests[row] for row in rows], self.tokens[index], self.features[index])
+
 
 class Missed(NamedTuple):
     """Part of a backlog, sequence after sequence, each in the order of its positions."""
@@ -75,13 +83,17 @@ class Backlog:
         return self.bytes > self.most_bytes // 2
 
     def pop(self, requests: Sequence[Any], most_tokens: int) -> Missed:
-        """Take the oldest chunks, of at most `most_tokens` rows but at least one chunk, for a batch's requests."""
-        taken, rows = 0, 0
-        while taken < len(self.chunks) and (not taken or rows + len(self.chunks[taken].requests) <= most_tokens):
-            rows += len(self.chunks[taken].requests)
-            taken += 1
-        chunks, self.chunks = self.chunks[:taken], self.chunks[taken:]
-        self.bytes -= sum(chunk.features.nbytes for chunk in chunks)
+        """Take the oldest chunks, with at most `most_tokens` of a batch's requests but at least one chunk."""
+        running = {id(request) for request in requests}
+        chunks, total = [], 0
+        for chunk in self.chunks:
+            part = chunk.of(running)
+            if chunks and total + len(part.requests) > most_tokens:
+                break
+            chunks.append(part)
+            total += len(part.requests)
+            self.bytes -= chunk.features.nbytes
+        self.chunks = self.chunks[len(chunks) :]
         by_sequence = _rows_of(requests, chunks)
         order = torch.tensor([row for rows in by_sequence for row in rows], dtype=torch.int64)
         for request, rows in zip(requests, by_sequence, strict=True):
@@ -96,15 +108,8 @@ class Backlog:
 
     def _keep_only(self, requests: Sequence[Any]) -> None:
         running = {id(request) for request in requests}
-        kept = []
-        for chunk in self.chunks:
-            rows = [row for row, request in enumerate(chunk.requests) if id(request) in running]
-            if rows:
-                index = torch.tensor(rows, device=chunk.tokens.device)
-                owners = [chunk.requests[row] for row in rows]
-                kept.append(Chunk(owners, chunk.tokens[index], chunk.features[index]))
-        self.chunks = kept
-        self.bytes = sum(chunk.features.nbytes for chunk in kept)
+        self.chunks = [part for chunk in self.chunks if (part := chunk.of(running)).requests]
+        self.bytes = sum(chunk.features.nbytes for chunk in self.chunks)
 
 
 def missed(request: Any) -> int:
@@ -113,16 +118,11 @@ def missed(request: Any) -> int:
 
 
 def _rows_of(requests: Sequence[Any], chunks: Sequence[Chunk]) -> list[list[int]]:
-    """By request, which rows of the joined chunks are its. Chunks hold on to requests, so an id means one of them."""
+    """By request, which rows of the joined chunks are its; the chunks hold no others."""
     place = {id(request): i for i, request in enumerate(requests)}
     rows: list[list[int]] = [[] for _ in requests]
-    first = 0
-    for chunk in chunks:
-        for row, request in enumerate(chunk.requests, first):
-            sequence = place.get(id(request))
-            if sequence is not None:
-                rows[sequence].append(row)
-        first += len(chunk.requests)
+    for row, request in enumerate(request for chunk in chunks for request in chunk.requests):
+        rows[place[id(request)]].append(row)
     return rows
 
 

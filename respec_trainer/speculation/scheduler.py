@@ -118,11 +118,10 @@ class StepScheduler:
         """Begin to try the next deeper candidate that would pay if its new depths were accepted as well as can be.
 
         What that costs is counted as if none of the new drafts were kept, and the drafter's catching up with it. It
-        must have been earned, as a share `explore` of the time. Only where a
-        rollout begins, whose sequences the drafter has read so far, it may be earned afterwards: once a large batch has
-        gone on without, catching up would cost too much. So all tries together cost no more than that share and one
-        try. A try that fails ends by the policy's own choice, for
-        which going back is cheap.
+        must have been earned, as a share `explore` of the time. Only where a rollout begins, whose sequences the
+        drafter has read so far, it may be earned afterwards: once a large batch has gone on without, catching up would
+        cost too much. So all tries together cost no more than that share and one try. A try that fails ends by the
+        policy's own choice, for which going back is cheap.
         """
         steps, acceptance = self.candidates[place], self.estimate.by_depth
         if not self.unseen[steps:] or self.unseen[steps] < STALE:
