@@ -88,16 +88,16 @@ def test_both_sides_end_when_a_host_is_gone(hosts, tmp_path, fault):
 def test_a_run_outlives_the_host_of_its_engine(hosts, tmp_path):
     """Whose power fails, which says nothing to anybody; it comes back, and somebody starts its rank again."""
     apart = ["rollout.placement=disaggregated", "rollout.engine_ranks=1", "rollout.engine.span=1"]
-    words = [*tiny_run(tmp_path), *apart, "actor.parallel.tp=1", "run.steps=4", "telemetry.live=lines"]
+    words = [*tiny_run(tmp_path), *apart, "actor.parallel.tp=1", "run.steps=60", "checkpoint.every=10"]
     trainer, host = start_on_both(hosts, tmp_path, words)
-    wait_for(tmp_path / "runs/test/metrics.jsonl", [trainer, host], hosts, tmp_path)
+    wait_for(tmp_path / "runs/test/checkpoints/latest", [trainer, host], hosts, tmp_path)
     hosts[1].lose_power()
     host.wait()
     host = start_on(1, hosts, tmp_path, words)
     assert trainer.wait(timeout=240) == host.wait(timeout=60) == 0, logs(hosts, tmp_path)
     steps = read_metrics(tmp_path / "runs/test")
-    assert [step["step"] for step in steps] == [0, 1, 2, 3]
-    assert sum(step["engine/restarts"] for step in steps) == 1, logs(hosts, tmp_path)
+    assert [step["step"] for step in steps] == list(range(60))
+    assert sum(step["engine/restarts"] for step in steps[10:]) == 1, logs(hosts, tmp_path)
 
 
 def problem(checkpoint: Path) -> str | None:
