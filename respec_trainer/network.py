@@ -10,16 +10,19 @@ from pathlib import Path
 LINUX_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 FIRST = 15000  # ports below are more often some service's own
 TRIES = 200
+MOST_HELD = 64
 _draw = random.SystemRandom()  # a seeded generator would give the same port to every process of a job
-_held: deque[socket.socket] = deque(maxlen=64)
+_held: deque[socket.socket] = deque()
 
 
 def free_port() -> int:
     """A TCP port for a server that may have yet to start; nobody else gets it meanwhile.
 
     It lies outside the range that the system takes ports for connections from. And it stays bound here, by a socket
-    that does not listen, until this process ends or has asked for 64 more: no other caller on this host is given it,
-    while a server that sets SO_REUSEADDR, as servers do, can listen on it.
+    that does not listen, until this process ends or has asked for MOST_HELD more: no other caller on this host is given
+    it, while a server that sets SO_REUSEADDR, as servers do, can listen on it.
+
+    Raises OSError if the host has none left.
     """
     ports = range(FIRST, _first_of_system())
     for port in (*(_draw.choice(ports) for _ in range(TRIES) if ports), 0):  # 0: any, where there is no room
@@ -31,6 +34,8 @@ def free_port() -> int:
             continue
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _held.append(holder)
+        if len(_held) > MOST_HELD:
+            _held.popleft().close()
         return holder.getsockname()[1]
     raise OSError("this host has no free TCP port")
 

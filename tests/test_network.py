@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+from collections import deque
 
 import pytest
 import torch.distributed as dist
 
 from respec_trainer import network
-from respec_trainer.network import FIRST, free_port, is_free
+from respec_trainer.network import FIRST, MOST_HELD, free_port, is_free
 
 
 @pytest.fixture
@@ -46,9 +47,16 @@ def test_it_is_none_that_the_system_may_give_away(system_takes):
 def test_one_that_is_taken_is_passed_over(system_takes, monkeypatch):
     taken = free_port()
     monkeypatch.setattr(network, "FIRST", taken)
-    system_takes(taken + 2)
-    assert free_port() == taken + 1, "the only other one"
-    assert free_port() not in (taken, taken + 1), "neither is left"
+    system_takes(taken + 1)
+    assert free_port() != taken, "the only one there is"
+
+
+def test_only_the_latest_are_held(monkeypatch):
+    monkeypatch.setattr(network, "_held", held := deque())
+    ports = [free_port() for _ in range(MOST_HELD + 3)]
+    assert [holder.getsockname()[1] for holder in held] == ports[3:]
+    for holder in held:
+        holder.close()
 
 
 @pytest.mark.parametrize("first", [1024, FIRST])

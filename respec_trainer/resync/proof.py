@@ -37,9 +37,10 @@ def check(role: Role, sent: Held, held: Mapping[str, str], pushed: bool = True) 
     wrong += [f"{name} was not sent" for name in held if name not in sent.digests and name not in shared]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        why = "; they were right before and were not part of this push, so something else wrote them: tensors of the "
-        why += f"other model, or the engine's sleep (after which {sent.version} must be pushed again)"
-        why = "" if pushed else why
+        why = ""
+        if not pushed:
+            why = "; they were right before and were not part of this push, so something else wrote them: tensors of "
+            why += f"the other model, or the engine's sleep (after which {sent.version} must be pushed again)"
         raise ProofError(f"the engine's {role} weights are not {sent.version}: {', '.join(wrong[:NAMED])}{more}{why}")
 
 

@@ -91,10 +91,11 @@ class Host:
     def lose_power(self) -> None:
         """End what runs on it, too suddenly for a word to leave; then it is back, with nothing running."""
         self.cut()
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(self.processes(), timeout=10)
+        while found := self.processes():  # one that was being born is not in the first list
+            for process in found:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(found, timeout=1)
         _run(*self.command("ip", "link", "set", CABLE, "up"))
 
     def kill(self) -> None:
