@@ -35,7 +35,7 @@ from told_phases import PHASE_FILE
 
 from respec_trainer.checkpoint.megatron_folder import read_meta
 from respec_trainer.checkpoint.store import check_files, checkpoints_in, latest, step_of
-from respec_trainer.convert import main as convert
+from respec_trainer.convert.command import main as convert
 from respec_trainer.telemetry.recorder import read_metrics
 
 SPREAD = 45.0  # seconds after a start within which it is killed: about half of them it takes to get going

@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from respec_trainer.config import dump_config, load_config
+from respec_trainer.config_file import dump_config, load_config
 from respec_trainer.telemetry.recorder import read_metrics
 from respec_trainer.telemetry.summary import END_STEPS, reward_rise
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[1]
 LEARNS = ["drafter.weighting=reward", "drafter.compare_frozen=true"]
 ENGINE, FROZEN = "drafter/measured_accept_length", "drafter/frozen_accept_length"
 COLUMNS = ("seed", "accept_start", "online_end", "frozen_end", "online_kept", "frozen_kept", "kl", "entropy_start")

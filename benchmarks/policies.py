@@ -11,7 +11,7 @@ import torch
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.config import Config, SamplingConfig
 from respec_trainer.data.prompts import Prompt, PromptStream, load_prompts
-from respec_trainer.drafter.rollouts import Rollouts
+from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.errors import ConfigError
 
 BATCH = 128  # responses drawn or scored at one time
@@ -35,13 +35,13 @@ class Policy:
         found = load_prompts(config.data, self.tokenizer, config.data.max_prompt_tokens)
         return PromptStream(found, seed).next(count)
 
-    def draw(self, prompts: Sequence[Prompt], seed: int) -> Rollouts:
+    def draw(self, prompts: Sequence[Prompt], seed: int) -> DrafterBatch:
         """One response a prompt, the token that ends it included. The seed fixes the draws."""
         torch.manual_seed(seed)  # generate has no generator of its own
         pairs = []
         for start in range(0, len(prompts), BATCH):
             pairs += self._draw([prompt.ids for prompt in prompts[start : start + BATCH]])
-        return Rollouts.collate(pairs)
+        return DrafterBatch.collate(pairs)
 
     def _draw(self, prompts: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], list[int]]]:
         width = max(len(ids) for ids in prompts)
@@ -62,14 +62,14 @@ class Policy:
         end = self.tokenizer.eos_token_id
         return response[: response.index(end) + 1] if end in response else response
 
-    def texts(self, rollouts: Rollouts) -> list[str]:
+    def texts(self, rollouts: DrafterBatch) -> list[str]:
         """The responses' texts."""
         rows = zip(rollouts.tokens, rollouts.response_mask, strict=True)
         responses = [tokens[mask].tolist() for tokens, mask in rows]
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
     @torch.no_grad()
-    def log_probs(self, rollouts: Rollouts) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def log_probs(self, rollouts: DrafterBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Log-laws [M, V] of each batch's response tokens, and their rows [M], counted over all batches."""
         for index in torch.arange(len(rollouts)).split(BATCH):
             batch = rollouts.rows(index)
@@ -79,7 +79,7 @@ class Policy:
             yield (logits[of_response] / self.sampling.temperature).log_softmax(-1), rows
 
 
-def response_kl(policy: Policy, start: Policy, rollouts: Rollouts) -> tuple[float, float]:
+def response_kl(policy: Policy, start: Policy, rollouts: DrafterBatch) -> tuple[float, float]:
     """KL(policy || start) in nats a response, and its standard error, from responses drawn from `policy`.
 
     By the chain rule it is the mean over responses of sum_t KL(policy(. | x_<t) || start(. | x_<t)), each taken over

@@ -75,8 +75,8 @@ def measure(args, folder: Path) -> tuple[dict[str, list[float]], int]:
     from respec_trainer.resync import Resync
     from respec_trainer.resync.canary import Canary
     from respec_trainer.resync.transport import setup_transport
-    from respec_trainer.rollout.fleet import RolloutFleet
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.fleet.fleet import RolloutFleet
+    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
     config = make_config(args, folder)
     topology = init_parallel(config)
@@ -113,7 +113,7 @@ def measure(args, folder: Path) -> tuple[dict[str, list[float]], int]:
 def push(resync, fleet, actor, arm: str, canary) -> None:
     resync.held = {}  # so that everything is carried, though nothing has changed
     resync.settings = resync.settings.model_copy(update={"verify": "off" if arm == "off" else "checksum"})
-    voice = canary.actors_voice(actor) if arm == "full" else None
+    voice = canary.actor_continuation(actor) if arm == "full" else None
     resync.push()
     if voice is not None:
         for sample in fleet.ask_each(canary.request()):

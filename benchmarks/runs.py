@@ -8,7 +8,7 @@ from pathlib import Path
 
 from respec_trainer.network import free_port
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
 
 

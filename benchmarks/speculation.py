@@ -28,21 +28,22 @@ from statistics import median
 
 import numpy as np
 
-from respec_trainer.config import Config, load_config
+from respec_trainer.config import Config
+from respec_trainer.config_file import load_config
+from respec_trainer.rollout.decode_log import DecodeLog, DepthSettings
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.step_acceptance import kept_rate
-from respec_trainer.rollout.steps import StepLog, StepSettings
+from respec_trainer.rollout.sglang.inside.simulated_acceptance import kept_rate
 from respec_trainer.speculation.acceptance import depth_acceptance
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.fit import fit_costs
-from respec_trainer.speculation.machine import identity_of
 from respec_trainer.speculation.policy import tokens_by_steps
-from respec_trainer.speculation.profile import Profile, load_profile
-from respec_trainer.speculation.replay import candidates_of, policy_named
+from respec_trainer.speculation.profiling.fit import fit_costs
+from respec_trainer.speculation.profiling.machine import identity_of
+from respec_trainer.speculation.profiling.profile import Profile, load_profile
 from respec_trainer.speculation.settings import NEUTRAL, adaptive_settings, drafter_config, longest_sequence
 from respec_trainer.speculation.shape import chain
-from respec_trainer.speculation.simulator import Setting, simulate
-from respec_trainer.speculation.trace import Trace
+from respec_trainer.speculation.simulation.replay import candidates_of, policy_named
+from respec_trainer.speculation.simulation.simulator import Setting, simulate
+from respec_trainer.speculation.simulation.trace import Trace
 
 THRESHOLD = "respec_trainer.speculation.policy:ThresholdPolicy"
 PLAIN, ADAPTIVE, WARM = "no speculation", "adaptive", "warm"
@@ -90,7 +91,7 @@ class Bench:
         rows = np.tile(np.array(acceptance), (len(lengths), 1))
         return Trace(prompts, lengths, np.arange(len(lengths)), rows)
 
-    def steps(self, arm: str, accept: float | None) -> StepSettings:
+    def steps(self, arm: str, accept: float | None) -> DepthSettings:
         common = {"candidates": self.candidates, "max_batch": len(self.requests), "max_context": self.longest}
         common["simulated_accept_length"] = accept
         if arm in (ADAPTIVE, WARM):
@@ -98,8 +99,8 @@ class Bench:
         steps, _, largest = arm.removeprefix("s=").partition("<=")
         if largest:
             common["max_batch"] = int(largest)
-            return StepSettings("adaptive", fixed=int(steps), policy=THRESHOLD, **common)
-        return StepSettings("fixed", fixed=int(steps), **common)
+            return DepthSettings("adaptive", fixed=int(steps), policy=THRESHOLD, **common)
+        return DepthSettings("fixed", fixed=int(steps), **common)
 
 
 def run_arms(args: argparse.Namespace) -> None:
@@ -154,11 +155,11 @@ def prompts_of_run(config: Config, count: int) -> list[tuple[int, ...]]:
     return [prompt.ids for prompt in found[:count]]
 
 
-def start_engine(bench: Bench, steps: StepSettings | None):
+def start_engine(bench: Bench, steps: DepthSettings | None):
     """With steps that change, or without speculation (None)."""
     from respec_trainer.compat import prepare, resolve_device
-    from respec_trainer.rollout.sglang_args import NO_SPECULATION
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.settings import NO_SPECULATION
 
     prepare(bench.config.run.device)
     settings = EngineSettings.from_config(bench.config, resolve_device(bench.config.run.device))
@@ -224,7 +225,7 @@ def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, ar
     for number in range(args.rounds):
         for arm in random.Random(f"{args.seed}:{number}").sample(arms, len(arms)):
             if arm == PLAIN:
-                taken, log = plain.generate(), StepLog()
+                taken, log = plain.generate(), DecodeLog()
             else:
                 taken, log = generate(bench, engine, arm, accept, state if arm == WARM else "")
             state = log.state if arm == WARM else state
@@ -240,14 +241,14 @@ def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, ar
     summarize(name, clocked, threshold, args.out / f"clocked_{name}.json")
 
 
-def generate(bench: Bench, engine, arm: str, accept: float | None, state: str = "") -> tuple[float, StepLog]:
+def generate(bench: Bench, engine, arm: str, accept: float | None, state: str = "") -> tuple[float, DecodeLog]:
     engine.set_steps(bench.steps(arm, accept))
     if state:
-        engine.load_policy(state)
+        engine.restore_depth_chooser(state)
     forget_prompts(engine)
     began = time.perf_counter()
     engine.submit(bench.requests).collect()
-    return time.perf_counter() - began, engine.take_steps()
+    return time.perf_counter() - began, engine.take_decode_log()
 
 
 def forget_prompts(engine) -> None:
@@ -280,7 +281,7 @@ def best_threshold(bench: Bench, trace: Trace) -> str:
     return min(names, key=makespan)
 
 
-def regret(bench: Bench, log: StepLog, acceptance: list[float]) -> float:
+def regret(bench: Bench, log: DecodeLog, acceptance: list[float]) -> float:
     """By the cost model, of the choices of a rollout against the best of each batch, which switches at no cost."""
     spent = best = 0.0
     for row in np.flatnonzero(~log.prefill):
@@ -293,7 +294,7 @@ def regret(bench: Bench, log: StepLog, acceptance: list[float]) -> float:
     return spent / best - 1
 
 
-def describe(bench: Bench, log: StepLog, acceptance: list[float]) -> str:
+def describe(bench: Bench, log: DecodeLog, acceptance: list[float]) -> str:
     if not len(log):
         return ""
     decode = ~log.prefill
@@ -305,7 +306,7 @@ def describe(bench: Bench, log: StepLog, acceptance: list[float]) -> str:
     return f"off {off:4.0%}  changes {changes:3d}  tokens a batch {gained:.2f}  regret {lost:.1%}{failed}"
 
 
-def engine_seconds(log: StepLog) -> float:
+def engine_seconds(log: DecodeLog) -> float:
     """From the first batch's start to the last one's end, by the engine's clock."""
     return float(log.start[-1] - log.start[0] + log.draft[-1] + log.verify[-1] + log.extend[-1])
 
@@ -327,7 +328,7 @@ def summarize(name: str, seconds: dict[str, list[float]], threshold: str, out: P
     out.write_text(json.dumps(row, indent=1))
 
 
-def record(path: Path, bench: Bench, arm: str, acceptance: list[float], log: StepLog) -> None:
+def record(path: Path, bench: Bench, arm: str, acceptance: list[float], log: DecodeLog) -> None:
     trace = bench.trace(acceptance)
     np.savez(
         path,

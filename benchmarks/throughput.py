@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-MODELS = Path(__file__).parent.parent / "configs/models"
+MODELS = Path(__file__).parents[1] / "configs/models"
 SMALL = "small"  # four layers, to try this script
 PROMPT_TOKENS = 64
 
@@ -80,14 +80,14 @@ def shape_of(model: str):
 
 
 def start(root: Path, args: argparse.Namespace):
-    """(engine, its StepSettings): all step counts prepared, acceptance simulated."""
+    """(engine, its DepthSettings): all step counts prepared, acceptance simulated."""
     from respec_trainer.config import EngineConfig, SpeculationConfig
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
-    from respec_trainer.rollout.steps import StepSettings
+    from respec_trainer.rollout.decode_log import DepthSettings
+    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
     most, room = max(args.batches), PROMPT_TOKENS + args.tokens + 16
     candidates = tuple(sorted({0, *args.steps}))
-    steps = StepSettings(
+    steps = DepthSettings(
         "fixed", candidates, max_batch=most, max_context=room, fixed=0, simulated_accept_length=args.accept
     )
     engine = SGLangEngine(

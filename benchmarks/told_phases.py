@@ -8,7 +8,7 @@ from pathlib import Path
 
 from respec_trainer.telemetry.phases import PhaseClock
 
-TRAIN = Path(__file__).parent.parent / "launch/train.py"
+TRAIN = Path(__file__).parents[1] / "launch/train.py"
 PHASE_FILE = "PHASE_FILE"
 
 

@@ -11,13 +11,13 @@ import torch
 from policies import Policy
 
 from respec_trainer.config import Config
+from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.format import load_drafter
 from respec_trainer.drafter.loss import DepthSums
-from respec_trainer.drafter.rollouts import Rollouts
+from respec_trainer.drafter.online.updates import DrafterUpdates, Micro, drafter_loss
+from respec_trainer.drafter.online.weighting import response_weights
 from respec_trainer.drafter.teacher import HFTeacher
-from respec_trainer.drafter.updates import DrafterUpdates, Micro, drafter_loss
-from respec_trainer.drafter.weighting import response_weights
 from respec_trainer.errors import ConfigError
 from respec_trainer.rewards import setup_reward
 
@@ -54,11 +54,11 @@ class Comparison:
         """The drafter of the run's configuration and its draft vocabulary [Vd]."""
         return load_drafter(self.config.drafter.path, self.policy.model.config, dtype=torch.float32)
 
-    def rewards(self, rollouts: Rollouts, answers: list[str]) -> torch.Tensor:
+    def rewards(self, rollouts: DrafterBatch, answers: list[str]) -> torch.Tensor:
         texts = self.policy.texts(rollouts)
         return torch.tensor([self.reward(text, answer) for text, answer in zip(texts, answers, strict=True)])
 
-    def samples(self, seed: int) -> tuple[Rollouts, torch.Tensor]:
+    def samples(self, seed: int) -> tuple[DrafterBatch, torch.Tensor]:
         """A seed's responses to learn from, none of them to prompts kept back, and rewards [prompts, n]."""
         group = self.config.rollout.samples_per_prompt
         candidates = self.policy.prompts(self.config, seed, self.args.prompts + self.args.held_out)
@@ -67,12 +67,12 @@ class Comparison:
         rollouts = self.policy.draw(prompts, seed)
         return rollouts, self.rewards(rollouts, [prompt.answer for prompt in prompts]).view(-1, group)
 
-    def taught(self, rollouts: Rollouts, index: torch.Tensor) -> list[Micro]:
+    def taught(self, rollouts: DrafterBatch, index: torch.Tensor) -> list[Micro]:
         """The rows of `index` in micro-batches, with what the policy teaches of them."""
         parts = [rollouts.rows(part) for part in index.split(self.config.drafter.micro_batch_size) if len(part)]
         return [(part, self.teacher(part)) for part in parts]
 
-    def batches(self, rollouts: Rollouts, seed: int) -> list[list[Micro]]:
+    def batches(self, rollouts: DrafterBatch, seed: int) -> list[list[Micro]]:
         """One entry an update, of micro-batches; rows carry their number as weight, to be weighted by variant."""
         numbered = replace(rollouts, weights=torch.arange(len(rollouts), dtype=torch.float32))
         generator = torch.Generator().manual_seed(seed)

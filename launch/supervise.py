@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from respec_trainer.supervise import Policy, Supervisor
+from respec_trainer.supervise import RestartLimits, Supervisor
 
 
 def main() -> int:
-    defaults = Policy()
+    defaults = RestartLimits()
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], usage="%(prog)s [options] -- COMMAND [ARGUMENT ...]"
     )
@@ -25,9 +25,11 @@ def main() -> int:
     parser.add_argument("--grace", type=_seconds, default=defaults.grace, help="seconds for the command to end itself")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what starts the run, after --")
     args = parser.parse_args()
-    policy = Policy(args.max_restarts, args.window, args.backoff, max(defaults.most_backoff, args.backoff), args.grace)
+    limits = RestartLimits(
+        args.max_restarts, args.window, args.backoff, max(defaults.most_backoff, args.backoff), args.grace
+    )
     try:
-        code = Supervisor(args.command, policy).run()
+        code = Supervisor(args.command, limits).run()
     except OSError as error:
         parser.error(f"{args.command[0]} cannot be started: {error}")
     return code if code >= 0 else 128 - code

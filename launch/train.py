@@ -20,7 +20,8 @@ import traceback
 import warnings
 from functools import partial
 
-from respec_trainer.config import Config, load_config
+from respec_trainer.config import Config
+from respec_trainer.config_file import load_config
 from respec_trainer.errors import ConfigError, RespecError
 from respec_trainer.launchers import adopt_place
 
@@ -105,8 +106,8 @@ def _train(config: Config, rank: int, world: int) -> int:
     from respec_trainer.interrupt import end_on_signal, end_process
     from respec_trainer.job import Job
     from respec_trainer.placement import Placement
-    from respec_trainer.rollout.engine_host import host_engine
-    from respec_trainer.rollout.link import LinkLostError
+    from respec_trainer.rollout.remote.host import host_engine
+    from respec_trainer.rollout.remote.link import LinkLostError
     from respec_trainer.trainer import Trainer
     from respec_trainer.watchdog import Watchdog
 

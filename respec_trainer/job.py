@@ -15,18 +15,19 @@ from transformers import AutoTokenizer
 
 from respec_trainer.actor.engine import Actor
 from respec_trainer.actor.parallel import Topology, init_parallel, shutdown_parallel
-from respec_trainer.audit.rollouts import RolloutAudit
+from respec_trainer.audit.rollouts import StepAudit
 from respec_trainer.checkpoint.checkpoints import Checkpoints, Parts, Stateful
-from respec_trainer.checkpoint.export import export_actor, export_drafter, set_aside
 from respec_trainer.checkpoint.megatron_folder import DTYPE_NAMES
 from respec_trainer.checkpoint.resume import run_to_continue
 from respec_trainer.compat.precision import slow_dtype
 from respec_trainer.config import Config
 from respec_trainer.data.prompts import PromptStream, load_prompts
 from respec_trainer.drafter.format import save_drafter
-from respec_trainer.drafter.learner import setup_learner
-from respec_trainer.drafter.online import OnlineDrafter
-from respec_trainer.drafter.record import Place
+from respec_trainer.drafter.online.learner import setup_learner
+from respec_trainer.drafter.online.online import OnlineDrafter
+from respec_trainer.drafter.online.record import LearnerRank
+from respec_trainer.export import export_actor, export_drafter, set_aside
+from respec_trainer.generation import Generation
 from respec_trainer.hosts import check_hosts, check_shared_folder
 from respec_trainer.resync import Resync
 from respec_trainer.resync.alarm import AcceptAlarm
@@ -34,12 +35,11 @@ from respec_trainer.resync.canary import setup_canary
 from respec_trainer.resync.transport import setup_transport
 from respec_trainer.rewards import setup_reward
 from respec_trainer.rollout.engine import RolloutEngine
-from respec_trainer.rollout.fleet import RolloutFleet
-from respec_trainer.rollout.remote_engine import RemoteEngine
-from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
-from respec_trainer.rollouts import Rollouts
+from respec_trainer.rollout.fleet.fleet import RolloutFleet
+from respec_trainer.rollout.remote.engine import RemoteEngine
+from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.settings import step_settings
+from respec_trainer.speculation.settings import depth_settings
 from respec_trainer.telemetry.recorder import new_run_folder
 from respec_trainer.telemetry.report import Report
 from respec_trainer.telemetry.timeline import Timeline
@@ -68,21 +68,23 @@ class Job:
         self.sequence_multiple = self.topology.tp if config.actor.parallel.sequence_parallel else 1
         self.report.phase("loading the actor")
         self.actor = Actor(config, self.topology, total_updates=config.run.steps * config.objective.minibatches)
-        self.audit = RolloutAudit(config, self.actor)
+        self.audit = StepAudit(config, self.actor)
         prompts = load_prompts(config.data, self.tokenizer, context_limit(config, self.actor.hf_config))
         self.report.loaded(prompts)
         self.prompts = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
         self.reward = setup_reward(config.reward)
-        place = Place.of(self.topology)
+        place = LearnerRank.of(self.topology)
         self.learner = setup_learner(config, self.actor.hf_config, place, self.control, self.report.message)
-        self.steps = step_settings(config, self.actor.hf_config, self.topology.device.type)
+        self.steps = depth_settings(config, self.actor.hf_config, self.topology.device.type)
         self.report.phase("starting the rollout engine")
         if config.rollout.placement == "colocated":
             self.actor.offload()  # an engine sizes its cache by the memory that it finds free
         self.fleet = RolloutFleet(config, self._make_engine, self.control, self.topology.device.type)
         restarts, canary = config.rollout.engine.max_restarts, setup_canary(config.resync, config.model.dtype, prompts)
-        self.rollouts = Rollouts(self.fleet, self._setup_resync(), self.actor, restarts, self.report.message, canary)
-        self.rollouts.sleep()  # and the actor comes back, to be resumed and pushed
+        self.generation = Generation(
+            self.fleet, self._setup_resync(), self.actor, restarts, self.report.message, canary
+        )
+        self.generation.sleep()  # and the actor comes back, to be resumed and pushed
         self.alarm = AcceptAlarm(config.resync.accept_alarm, verified=config.resync.verify != "off")
         ranks = (self.topology.rank, self.topology.world_size)
         self.checkpoints = Checkpoints(config, self.report.folder, *ranks, self.control, self.report.message)
@@ -129,7 +131,7 @@ class Job:
     def timelines(self) -> list[Timeline]:
         """What the engines did in the phase just collected, if they log it, beside plain decoding by the profile."""
         costs = CostModel.of_tuples(self.steps.costs) if self.steps and self.steps.costs else None
-        return [Timeline.of(log, costs.step_seconds if costs else None) for log in self.rollouts.take_steps()]
+        return [Timeline.of(log, costs.step_seconds if costs else None) for log in self.generation.take_decode_log()]
 
     def my_rows(self, total: int) -> slice:
         """The rows of a step's samples that this data-parallel rank trains on."""

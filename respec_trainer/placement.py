@@ -40,7 +40,7 @@ class Placement:
         return (self.engine_ranks or self.trainers) // self.span
 
     @property
-    def hosts(self) -> list[int]:
+    def engine_launchers(self) -> list[int]:
         """Of each engine the rank that starts it as its child."""
         first = self.trainers if self.engine_ranks else 0
         return [first + index * self.span for index in range(self.engines)]
@@ -49,7 +49,7 @@ class Placement:
     def owners(self) -> list[int]:
         """Of each engine the training rank that feeds it and answers for it: its host, or one of those that train."""
         if not self.engine_ranks:
-            return self.hosts
+            return self.engine_launchers
         return [index * self.trainers // self.engines for index in range(self.engines)]
 
     def trains(self, rank: int) -> bool:
@@ -74,3 +74,21 @@ class Placement:
                 f"are more than the {self.described}, each of which can feed one: set a larger span, or fewer "
                 "engine_ranks"
             )
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise ConfigError where `world_size` trainer ranks cannot carry this configuration."""
+    tp, placement = config.actor.parallel.tp, Placement.of(config, world_size)
+    trainers = placement.trainers
+    if trainers % tp:
+        raise ConfigError(
+            f"actor.parallel.tp={tp} does not divide the {placement.described}; start a multiple of {tp} "
+            f"(deepspeed --num_gpus {tp + placement.engine_ranks} ...) or set actor.parallel.tp=1"
+        )
+    share = (trainers // tp) * config.objective.minibatches
+    if config.samples_per_step % share:
+        raise ConfigError(
+            f"data.prompts_per_step x rollout.samples_per_prompt = {config.samples_per_step} samples do "
+            f"not split over {trainers // tp} data-parallel ranks x objective.minibatches="
+            f"{config.objective.minibatches}; make it a multiple of {share}"
+        )

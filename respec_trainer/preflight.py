@@ -152,9 +152,9 @@ def check_drafter(config: Config, hf_config) -> None:
 
 def check_profile(config: Config, hf_config) -> None:
     """An adaptive run's profile is of this run."""
-    from respec_trainer.speculation.settings import step_settings
+    from respec_trainer.speculation.settings import depth_settings
 
-    step_settings(config, hf_config, resolve_device(config.run.device))
+    depth_settings(config, hf_config, resolve_device(config.run.device))
 
 
 def check_rejection_sampling(config: Config) -> None:

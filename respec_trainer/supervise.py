@@ -20,7 +20,7 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Policy:
+class RestartLimits:
     """How often to start again.
 
     max_restarts: within any `window` seconds; one more failure is the end.
@@ -38,8 +38,8 @@ class Policy:
 class Supervisor:
     """Runs one command at a time, in a process group of its own. Signals are passed on, and then end it all."""
 
-    def __init__(self, command: Sequence[str], policy: Policy, say: Callable[[str], None] | None = None):
-        self.command, self.policy = list(command), policy
+    def __init__(self, command: Sequence[str], limits: RestartLimits, say: Callable[[str], None] | None = None):
+        self.command, self.limits = list(command), limits
         self.say = say or (lambda text: print(f"supervise: {text}", file=sys.stderr, flush=True))
         self.received: int | None = None  # the signal that asked for the end
 
@@ -56,29 +56,29 @@ class Supervisor:
             if self.received is not None:
                 return 128 + self.received
             now = time.monotonic()
-            restarts = [moment for moment in restarts if now - moment < self.policy.window]
+            restarts = [moment for moment in restarts if now - moment < self.limits.window]
             if code == 0 or self._is_last(code, len(restarts)):
                 return code
             self._wait(self._backoff(len(restarts)))
             if self.received is not None:
                 return 128 + self.received
             restarts.append(now)
-            self.say(f"exit code {code}; restart {len(restarts)} of {self.policy.max_restarts}")
+            self.say(f"exit code {code}; restart {len(restarts)} of {self.limits.max_restarts}")
 
     def _is_last(self, code: int, restarts: int) -> bool:
         if code == CONFIGURATION:
             self.say("the configuration was refused: not started again")
             return True
-        if restarts >= self.policy.max_restarts:
+        if restarts >= self.limits.max_restarts:
             self.say(
-                f"exit code {code} after {restarts} restarts within {self.policy.window:.0f} s (--max_restarts, "
+                f"exit code {code} after {restarts} restarts within {self.limits.window:.0f} s (--max_restarts, "
                 "--window): not started again"
             )
             return True
         return False
 
     def _backoff(self, restarts: int) -> float:
-        return min(self.policy.backoff * 2**restarts, self.policy.most_backoff)
+        return min(self.limits.backoff * 2**restarts, self.limits.most_backoff)
 
     def _live(self) -> int:
         """One life of the command; what it leaves behind is killed. Negative: the signal that ended it."""
@@ -91,7 +91,7 @@ class Supervisor:
             if self.received is not None and until is None:
                 self.say(f"signal {self.received}: ending the run")
                 process.send_signal(signal.SIGINT if self.received == signal.SIGINT else signal.SIGTERM)
-                until = time.monotonic() + self.policy.grace
+                until = time.monotonic() + self.limits.grace
             if until is not None and time.monotonic() > until:
                 break
         _kill(family)

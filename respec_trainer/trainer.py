@@ -47,16 +47,16 @@ class Trainer:
         job, clock = self.job, self.job.clock
         prompts = job.prompts.next(self.config.data.prompts_per_step)
         with clock("generate"):
-            job.rollouts.start(self.requests(step, prompts))
+            job.generation.start(self.requests(step, prompts))
             with clock("learn"):
-                job.learner.update(job.rollouts.generating)
-            samples = job.rollouts.collect()
+                job.learner.update(job.generation.generating)
+            samples = job.generation.collect()
         timelines = job.timelines()
         job.report.rollout(step, samples, timelines)
         with clock("reward"):
             rewards = self.score(step, samples, prompts)
         with clock("wake"):
-            job.rollouts.sleep()
+            job.generation.sleep()
         batch = collate(samples, job.pad_id, job.sequence_multiple).rows(job.my_rows(len(samples)))
         with clock("infer"):
             old = job.actor.infer(batch, job.learner.wants)
@@ -70,9 +70,9 @@ class Trainer:
         self.resync()
         generation = rollout_metrics(samples, clock.seconds["generate"])
         speculation = speculation_metrics(samples, self.config.speculation, timelines)
-        speculation |= self.watch(speculation.get("spec/accept_by_depth", []), samples[0].drafter_version)
+        speculation |= self.check_acceptance(speculation.get("spec/accept_by_depth", []), samples[0].drafter_version)
         outcome = reward_metrics(samples) | generation | speculation | stats | audit
-        return outcome | job.rollouts.metrics() | job.learner.metrics() | clock.take()
+        return outcome | job.generation.metrics() | job.learner.metrics() | clock.take()
 
     def requests(self, step: int, prompts: list[Prompt]) -> list[Request]:
         """`samples_per_prompt` requests a prompt, a group's next to each other."""
@@ -108,11 +108,11 @@ class Trainer:
     def resync(self) -> None:
         """Put the weights of both models into the engines."""
         with self.job.clock("resync"):
-            self.job.rollouts.push()
+            self.job.generation.push()
 
-    def watch(self, acceptance: list[float], drafter: str) -> dict:
+    def check_acceptance(self, acceptance: list[float], drafter: str) -> dict:
         """Tell the user when drafts are accepted much less often than before the last push."""
-        alarm = self.job.alarm.hear(acceptance, drafter)
+        alarm = self.job.alarm.check(acceptance, drafter)
         if alarm:
             self.job.report.message(alarm)
         return {"resync/accept_alarm": int(alarm is not None)}

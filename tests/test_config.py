@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from respec_trainer.config import Config, dump_config, load_config, valid_keys
+from respec_trainer.config import Config
+from respec_trainer.config_file import dump_config, load_config, valid_keys
 from respec_trainer.errors import ConfigError
-from tests.configs import smallest_config
+from respec_trainer.placement import check_world
+from tests.support.configs import smallest_config
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[1]
 
 MINIMAL = """
 run: {name: tiny, steps: 2}
@@ -150,7 +152,7 @@ def test_malformed_files(write, tmp_path):
 )
 def test_world_that_cannot_carry_it(write, world, overrides, words):
     with pytest.raises(ConfigError, match=words):
-        load_config(write(), overrides).check_world(world)
+        check_world(load_config(write(), overrides), world)
 
 
 def test_shipped_configs_load():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.placement import Placement
-from tests.configs import smallest_config
+from respec_trainer.placement import Placement, check_world
+from tests.support.configs import smallest_config
 
 
 def place(folder, world, *overrides):
@@ -19,7 +19,7 @@ def apart(ranks, span=1):
 
 def test_colocated_engines_belong_to_the_first_rank_of_their_span(tmp_path):
     here = place(tmp_path, 4, "rollout.engine.span=2")
-    assert here.hosts == here.owners == [0, 2]
+    assert here.engine_launchers == here.owners == [0, 2]
     assert all(here.trains(rank) for rank in range(4))
 
 
@@ -34,7 +34,7 @@ def test_colocated_engines_belong_to_the_first_rank_of_their_span(tmp_path):
 )
 def test_engines_on_ranks_of_their_own(tmp_path, world, ranks, span, hosts, owners):
     here = place(tmp_path, world, *apart(ranks, span))
-    assert (here.hosts, here.owners, here.engines) == (hosts, owners, len(hosts))
+    assert (here.engine_launchers, here.owners, here.engines) == (hosts, owners, len(hosts))
     assert [here.trains(rank) for rank in range(world)] == [True] * (world - ranks) + [False] * ranks
 
 
@@ -67,6 +67,6 @@ def test_keys_that_go_together(tmp_path, overrides, words):
 
 def test_the_actor_is_laid_out_over_the_ranks_that_train(tmp_path):
     config = smallest_config(tmp_path, *apart(1), "actor.parallel.tp=2")
-    config.check_world(3)
+    check_world(config, 3)
     with pytest.raises(ConfigError, match=r"tp=2 does not divide the 3 ranks that train; .*--num_gpus 3"):
-        config.check_world(4)
+        check_world(config, 4)

@@ -10,9 +10,9 @@ import pytest
 from respec_trainer.drafter.format import save_drafter
 from respec_trainer.errors import ConfigError, DataError
 from respec_trainer.preflight import check_rejection_sampling, every_problem, preflight
-from tests.configs import smallest_config
-from tests.drafters import DRAFT_IDS, tiny_drafter
-from tests.models import save_tiny_model, tiny_config, tiny_tokenizer
+from tests.support.configs import smallest_config
+from tests.support.drafters import DRAFT_IDS, tiny_drafter
+from tests.support.models import save_tiny_model, tiny_config, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

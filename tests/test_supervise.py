@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[1]
 # Adds a line to argv[1] for each life, leaves a process of its own session behind, and ends with the codes of argv[2],
 # one a life; "wait" sleeps.
 COMMAND = """

@@ -13,7 +13,7 @@ from respec_trainer.data.prompts import Prompt
 from respec_trainer.errors import EngineLostError, TrainingError
 from respec_trainer.rollout.sample import Sample
 from respec_trainer.trainer import Trainer
-from tests.configs import smallest_config
+from tests.support.configs import smallest_config
 
 PROMPTS = [Prompt(key="a", ids=(1, 2), text="A", answer="3"), Prompt(key="b", ids=(3,), text="B", answer="5")]
 
@@ -115,7 +115,7 @@ def test_an_actor_whose_engines_keep_dying_is_exported(make):
     def push():
         raise EngineLostError("3 restarts were not enough")
 
-    trainer.job.rollouts = SimpleNamespace(push=push)
+    trainer.job.generation = SimpleNamespace(push=push)
     trainer.job.resume = lambda trainer: 0
     trainer.job.clock = lambda name: contextlib.nullcontext()
     trainer.job.export = lambda: exported.append(1) or "runs/x/actor"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from respec_trainer.convert import main
+from respec_trainer.convert.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

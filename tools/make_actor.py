@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from respec_trainer.config import load_config
+from respec_trainer.config_file import load_config
 from respec_trainer.errors import RespecError
 
 

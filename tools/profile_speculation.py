@@ -52,10 +52,10 @@ def main() -> int:
 
 def profile(args: argparse.Namespace) -> int:
     from respec_trainer.compat import prepare, resolve_device
-    from respec_trainer.config import load_config
-    from respec_trainer.speculation.profile import Profile
-    from respec_trainer.speculation.replay import parse_acceptance
+    from respec_trainer.config_file import load_config
+    from respec_trainer.speculation.profiling.profile import Profile
     from respec_trainer.speculation.shape import parse_shape
+    from respec_trainer.speculation.simulation.replay import parse_acceptance
 
     warnings.filterwarnings("ignore")  # of libraries, about hardware that is not there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -75,9 +75,9 @@ def profile(args: argparse.Namespace) -> int:
 def measure_chains(args: argparse.Namespace, config, device: str):
     from transformers import AutoConfig
 
-    from respec_trainer.rollout.steps import StepSettings
-    from respec_trainer.speculation.machine import identity_of
-    from respec_trainer.speculation.measure import Plan, measure
+    from respec_trainer.rollout.decode_log import DepthSettings
+    from respec_trainer.speculation.profiling.machine import identity_of
+    from respec_trainer.speculation.profiling.measure import Plan, measure
     from respec_trainer.speculation.settings import check_can_adapt, drafter_config, longest_sequence
 
     check_can_adapt(config)
@@ -85,7 +85,7 @@ def measure_chains(args: argparse.Namespace, config, device: str):
     most, longest = config.rollout.engine.max_running_requests, longest_sequence(config, model)
     plan = Plan.of(most, longest, sorted({0, *args.steps}), device, args.quick, args.minutes)
     identity = identity_of(config, model.to_dict(), drafter_config(config), device)
-    steps = StepSettings("random", plan.candidates, most, longest, timed=True, simulated_accept_length=SIMULATED)
+    steps = DepthSettings("random", plan.candidates, most, longest, timed=True, simulated_accept_length=SIMULATED)
     # A prompt that is read in two passes holds two slots until it is through.
     slots = config.rollout.engine.model_copy(update={"max_running_requests": most + 1})
     with running(config, device, steps=steps, engine=slots) as engine, progress("chains") as tell:
@@ -96,7 +96,7 @@ def measure_tree(config, device: str, shape, found, repeats: int, minutes: float
     from transformers import AutoConfig
 
     from respec_trainer.config import SpeculationConfig
-    from respec_trainer.speculation.trees import tree_cells
+    from respec_trainer.speculation.profiling.trees import tree_cells
 
     vocabulary = AutoConfig.from_pretrained(config.model.path).vocab_size
     speculation = SpeculationConfig(steps=shape.steps, topk=shape.topk, draft_tokens=shape.draft_tokens)
@@ -109,7 +109,7 @@ def running(config, device: str, **changes):
     """The run's engine with some of its settings changed, started, and ended in any case."""
     from dataclasses import replace
 
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
     settings = EngineSettings.from_config(config, device)
     if "engine" in changes:
@@ -138,7 +138,7 @@ def report(found, out: Path, acceptance: list[float]) -> None:
     from rich.console import Console
 
     from respec_trainer.speculation.acceptance import ranks
-    from respec_trainer.speculation.fit import held_out
+    from respec_trainer.speculation.profiling.fit import held_out
     from respec_trainer.speculation.shape import OFF
     from respec_trainer.speculation.solver import Solver, measured_table
     from respec_trainer.speculation.table import write_engine_table

@@ -46,11 +46,17 @@ def parse() -> argparse.Namespace:
 def replay(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from respec_trainer.speculation.fit import fit_costs
-    from respec_trainer.speculation.profile import load_profile
-    from respec_trainer.speculation.replay import as_data, candidates_of, compare, parse_acceptance, render_outcomes
-    from respec_trainer.speculation.simulator import Setting
-    from respec_trainer.speculation.trace import load_trace
+    from respec_trainer.speculation.profiling.fit import fit_costs
+    from respec_trainer.speculation.profiling.profile import load_profile
+    from respec_trainer.speculation.simulation.replay import (
+        as_data,
+        candidates_of,
+        compare,
+        parse_acceptance,
+        render_outcomes,
+    )
+    from respec_trainer.speculation.simulation.simulator import Setting
+    from respec_trainer.speculation.simulation.trace import load_trace
 
     setting = Setting(
         engines=args.engines,

@@ -5,8 +5,8 @@ A feature that Megatron would silently leave out, a sliding window say, is refus
 
 from __future__ import annotations
 
-from respec_trainer.checkpoint.hf_map import head_dim
 from respec_trainer.errors import ConfigError
+from respec_trainer.weights.hf_map import head_dim
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 # RoPE variants that only change the frequencies; the others also scale attention or depend on the length.

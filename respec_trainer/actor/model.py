@@ -23,8 +23,8 @@ from respec_trainer.actor.check import check_model
 from respec_trainer.actor.layers import decoder_spec, tag_sharded_parameters
 from respec_trainer.actor.logprob import chunked_logprobs, mask_padding
 from respec_trainer.capture import LayerOutputs
-from respec_trainer.checkpoint.hf_map import head_dim, padded_vocab_size
 from respec_trainer.config import ActorConfig
+from respec_trainer.weights.hf_map import head_dim, padded_vocab_size
 
 __all__ = ["PolicyModel", "build_model", "check_model", "megatron_config"]
 

@@ -16,7 +16,7 @@ from respec_trainer.compat.deepspeed_cpu import prepare_deepspeed
 from respec_trainer.compat.megatron_cpu import prepare_megatron
 from respec_trainer.config import Config
 from respec_trainer.errors import ConfigError
-from respec_trainer.placement import Placement
+from respec_trainer.placement import Placement, check_world
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def init_parallel(config: Config) -> Topology:
     if missing:
         names = ", ".join(sorted(missing))
         raise ConfigError(f"{names} not set; start with `deepspeed --num_gpus N launch/train.py ...`")
-    config.check_world(int(os.environ["WORLD_SIZE"]))
+    check_world(config, int(os.environ["WORLD_SIZE"]))
     device = _device(config.run.device)
     prepare_deepspeed(device.type)
     prepare_megatron(device.type)

@@ -26,12 +26,12 @@ from respec_trainer.audit.tree import Prefix
 from respec_trainer.audit.wide_drafter import widen_drafter
 from respec_trainer.config import Config
 from respec_trainer.data.prompts import load_prompts
-from respec_trainer.drafter.learner import FrozenDrafter
+from respec_trainer.drafter.online.learner import FrozenDrafter
 from respec_trainer.resync import Resync
 from respec_trainer.resync.transport import setup_transport
 from respec_trainer.rollout.batch import collate
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
 # What an audit asks of its configuration: one process, and float32, in which engine and actor agree to rounding that
 # no test sees. What is tested is the sampler; log-probs say, at every step of training, what lower precision costs.

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Sequence
 
 from respec_trainer.audit.cells import CELLS, CONTROL, MODES, SHORT, Cell, Mode
-from respec_trainer.config import Config, load_config
+from respec_trainer.config import Config
+from respec_trainer.config_file import load_config
 from respec_trainer.errors import ConfigError
 from respec_trainer.network import free_port
 

@@ -27,7 +27,7 @@ ROWS = 16  # responses a pass, whose logits are held at once
 LEVEL = 1e-6
 
 
-class RolloutAudit:
+class StepAudit:
     """Audits every `rollout.audit_every`-th step. Collective: every rank calls it."""
 
     def __init__(self, config: Config, actor: Actor):

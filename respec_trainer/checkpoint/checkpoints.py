@@ -25,8 +25,9 @@ from respec_trainer.checkpoint.resume import candidates, check_compatible, resto
 from respec_trainer.checkpoint.rng import RandomStates
 from respec_trainer.checkpoint.store import begin, check_files, publish, read_state, retain, tidy
 from respec_trainer.checkpoint.tree import copy_tree, load_tree, save_tree
-from respec_trainer.checkpoint.writer import Job, Writer
-from respec_trainer.config import Config, dump_config
+from respec_trainer.checkpoint.writer import SaveTask, Writer
+from respec_trainer.config import Config
+from respec_trainer.config_file import dump_config
 from respec_trainer.errors import CheckpointError, ConfigError
 
 LOGS = ("metrics.jsonl", "samples.jsonl")  # one line a step, or several; cut back to the checkpoint on resuming
@@ -117,7 +118,7 @@ class Checkpoints:
             folders = {name: take() for name, take in parts.folders.items()}
             folders["hf"] = partial(carry_over, Path(self.config.model.path))
         place = self._from_first(lambda: begin(self.root, done))
-        self.writer.start(Job(done, place, files, folders, partial(self._publish, place, self._meta(done, actor))))
+        self.writer.start(SaveTask(done, place, files, folders, partial(self._publish, place, self._meta(done, actor))))
         if not self.settings.background:
             self.writer.wait()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from respec_trainer.checkpoint.safetensors_io import CODES, SafetensorsWriter, Spec, file_digest
+from respec_trainer.weights.safetensors_io import CODES, SafetensorsWriter, Spec, file_digest
 
 Facts = dict[str, int | str]  # of a file: "bytes" and "xxh3_128"
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from respec_trainer.checkpoint.new_folder import sync_folder
 from respec_trainer.checkpoint.store import checkpoints_in, step_of
-from respec_trainer.config import Config, load_config
+from respec_trainer.config import Config
+from respec_trainer.config_file import load_config
 from respec_trainer.errors import ConfigError
 
 # Keys, and sections, that a run may go on with other values of: where and how it is computed, not what. Data and model

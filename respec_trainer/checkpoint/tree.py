@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 
 from respec_trainer.checkpoint.files import Facts, can_hold, write_tensors
-from respec_trainer.checkpoint.safetensors_io import open_safetensors
 from respec_trainer.errors import ConfigError
+from respec_trainer.weights.safetensors_io import open_safetensors
 
 SCALARS = (str, bool, int, float, type(None))
 

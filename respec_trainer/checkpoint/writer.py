@@ -23,7 +23,7 @@ PATIENCE = timedelta(hours=2)  # of a rank that has written, for one that still 
 
 
 @dataclass(frozen=True)
-class Job:
+class SaveTask:
     """What this rank has to do for one checkpoint."""
 
     step: int
@@ -43,7 +43,7 @@ class Writer:
         self._error: str | None = None
         self._cause: Exception | None = None  # of it, if that was no error of saving
 
-    def start(self, job: Job) -> None:
+    def start(self, job: SaveTask) -> None:
         """Begin to write. Call `wait` before."""
         assert self._thread is None, "a checkpoint is still being written"
         if self.group is None and self.world_size > 1:
@@ -62,7 +62,7 @@ class Writer:
             error, self._error = self._error, None
             raise CheckpointError(error) from self._cause
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: SaveTask) -> None:
         try:
             errors, self._cause = self._write(job), None
         except RuntimeError as error:  # of the process group
@@ -75,7 +75,7 @@ class Writer:
             if self.rank == 0 and self._cause is None:  # who was lost, the watchdog says
                 self.say(self._error)
 
-    def _write(self, job: Job) -> list[str]:
+    def _write(self, job: SaveTask) -> list[str]:
         """What went wrong, on any rank."""
         written, error = self._attempt(lambda: self._fill(job))
         told = self._gather((written, error))
@@ -88,7 +88,7 @@ class Writer:
             shutil.rmtree(job.partial, ignore_errors=True)  # it may be what fills the disk
         return self._gather(errors)[0]
 
-    def _fill(self, job: Job) -> dict[str, Facts]:
+    def _fill(self, job: SaveTask) -> dict[str, Facts]:
         for name, make in job.folders.items():
             make(job.partial / name)
         return {name: write(job.partial / name) for name, write in job.files.items()}

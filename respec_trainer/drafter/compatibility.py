@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from respec_trainer.checkpoint.hf_folder import HFFolder
-from respec_trainer.checkpoint.hf_map import head_dim
 from respec_trainer.drafter.shape import DrafterShape, default_feature_layers
 from respec_trainer.drafter.vocabulary import ids_from_d2t, t2d
 from respec_trainer.errors import ConfigError
+from respec_trainer.weights.hf_folder import HFFolder
+from respec_trainer.weights.hf_map import head_dim
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 REMEDY = "train a drafter for this actor with tools/train_drafter.py"

@@ -10,11 +10,11 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.drafter.divergence import LossKind
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, distill_loss
 from respec_trainer.drafter.muon import Muon
-from respec_trainer.drafter.rollouts import Rollouts
 from respec_trainer.drafter.teacher import Teacher
 from respec_trainer.errors import TrainingError
 
@@ -59,7 +59,7 @@ class Evaluation:
 def distill(
     drafter: Eagle3Drafter,
     teacher: Teacher,
-    rollouts: Rollouts,
+    rollouts: DrafterBatch,
     settings: DistillSettings,
     progress: Callable[[dict], None] | None = None,
 ) -> list[dict]:
@@ -94,7 +94,7 @@ def distill(
 
 
 @torch.no_grad()
-def evaluate(drafter: Eagle3Drafter, teacher: Teacher, rollouts: Rollouts, settings: DistillSettings) -> Evaluation:
+def evaluate(drafter: Eagle3Drafter, teacher: Teacher, rollouts: DrafterBatch, settings: DistillSettings) -> Evaluation:
     """How well `drafter` drafts for `rollouts`, best ones that it was not trained on."""
     device = drafter.fc.weight.device
     total: DepthSums | None = None
@@ -106,7 +106,7 @@ def evaluate(drafter: Eagle3Drafter, teacher: Teacher, rollouts: Rollouts, setti
     return Evaluation(**total.means())
 
 
-def _loss(drafter, teacher: Teacher, batch: Rollouts, settings: DistillSettings) -> tuple[torch.Tensor, DepthSums]:
+def _loss(drafter, teacher: Teacher, batch: DrafterBatch, settings: DistillSettings) -> tuple[torch.Tensor, DepthSums]:
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.bf16):
         target = teacher(batch)
         return distill_loss(drafter, batch, target, settings.steps, settings.decay, settings.chunk, settings.loss)
@@ -125,7 +125,7 @@ def drafter_optimizers(drafter: Eagle3Drafter, settings: DistillSettings) -> lis
     return [adamw, Muon(inner.values(), settings.matrix_lr, momentum=0.95, weight_decay=settings.weight_decay)]
 
 
-def _endless(rollouts: Rollouts, settings: DistillSettings) -> Iterator[Rollouts]:
+def _endless(rollouts: DrafterBatch, settings: DistillSettings) -> Iterator[DrafterBatch]:
     generator = torch.Generator().manual_seed(settings.seed)
     while True:
         yield from rollouts.batches(settings.batch_size, generator, settings.by_length)

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from respec_trainer.checkpoint.hf_folder import HFFolder
 from respec_trainer.drafter.compatibility import ARCHITECTURE, check_maps, check_tensors, shape_for_target
 from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
 from respec_trainer.drafter.shape import default_feature_layers
 from respec_trainer.drafter.vocabulary import d2t, ids_from_d2t, t2d
 from respec_trainer.errors import ConfigError, RespecError
+from respec_trainer.weights.hf_folder import HFFolder
 
 FIXED = ("d2t", "t2d", "embed_tokens.weight")  # not learned: the vocabulary's maps, and the target's embedding
 

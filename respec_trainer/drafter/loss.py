@@ -16,9 +16,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.drafter.divergence import LossKind, acceptance, divergence
 from respec_trainer.drafter.eagle3 import Eagle3Drafter, shift_left
-from respec_trainer.drafter.rollouts import Rollouts
 from respec_trainer.drafter.teacher import TeacherOutput
 from respec_trainer.drafter.walk import pass_tokens, verify_passes
 
@@ -55,7 +55,7 @@ class DepthSums:
 
 def distill_loss(
     drafter: Eagle3Drafter,
-    batch: Rollouts,
+    batch: DrafterBatch,
     target: TeacherOutput,
     steps: int,
     decay: float = 0.8,

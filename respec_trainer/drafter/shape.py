@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from respec_trainer.checkpoint.hf_map import head_dim
 from respec_trainer.errors import ConfigError
+from respec_trainer.weights.hf_map import head_dim
 
 VOCABULARY_MULTIPLE = 64  # of the draft vocabulary: SGLang pads the head's rows to it
 

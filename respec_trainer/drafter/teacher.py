@@ -15,7 +15,7 @@ import torch
 
 from respec_trainer.capture import LayerOutputs
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
-from respec_trainer.drafter.rollouts import Rollouts
+from respec_trainer.drafter.batch import DrafterBatch
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TeacherOutput:
 
 
 class Teacher(Protocol):
-    def __call__(self, batch: Rollouts) -> TeacherOutput: ...
+    def __call__(self, batch: DrafterBatch) -> TeacherOutput: ...
 
 
 class HFTeacher:
@@ -64,7 +64,7 @@ class HFTeacher:
         self.draft_ids, self.chunk = draft_ids.to(device), chunk
 
     @torch.no_grad()
-    def __call__(self, batch: Rollouts) -> TeacherOutput:
+    def __call__(self, batch: DrafterBatch) -> TeacherOutput:
         # Rows are right-padded and attention is causal, so no position that counts sees padding: no mask is needed.
         with LayerOutputs(self.model.model.layers, self.feature_layers) as outputs:
             hidden = self.model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from respec_trainer.config import Config
-from respec_trainer.drafter.buffer import MB
+from respec_trainer.drafter.online.buffer import MB
 from respec_trainer.plan.part import PHASES, Part, Phase
 from respec_trainer.plan.places import Layout
 from respec_trainer.plan.sizes import DrafterSizes

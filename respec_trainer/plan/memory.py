@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from respec_trainer.config import Config
-from respec_trainer.drafter.buffer import MB
+from respec_trainer.drafter.online.buffer import MB
 from respec_trainer.drafter.shape import DrafterShape
 from respec_trainer.plan.learner import learner_parts, learns
 from respec_trainer.plan.part import PHASES, Part, Phase

@@ -11,7 +11,7 @@ from typing import Literal
 
 from respec_trainer.config import Config
 from respec_trainer.errors import ConfigError
-from respec_trainer.placement import Placement
+from respec_trainer.placement import Placement, check_world
 from respec_trainer.resync.transport import choose
 
 Device = Literal["cpu", "cuda"]
@@ -88,7 +88,7 @@ class Layout:
 
 def plan_layout(config: Config, cluster: Cluster) -> Layout:
     """The places of `cluster`'s ranks. Raises ConfigError where the configuration does not fit it, saying why."""
-    config.check_world(cluster.world_size)
+    check_world(config, cluster.world_size)
     placement, tp = Placement.of(config, cluster.world_size), config.actor.parallel.tp
     if cluster.device == "cuda":
         check_hosts_hold_groups(cluster, placement, tp, config.rollout.engine.tp)
@@ -110,7 +110,7 @@ def check_hosts_hold_groups(cluster: Cluster, placement: Placement, tp: int, eng
             f"actor.parallel.tp={tp} does not divide the {here} GPUs of a host: tensor-parallel groups would reach "
             f"over hosts, whose links are too slow for it; set it to a divisor of {here}"
         )
-    for first in placement.hosts:
+    for first in placement.engine_launchers:
         if first // here != (first + span - 1) // here:
             raise ConfigError(
                 f"rollout.engine.span={span}: the engine of ranks {first} to {first + span - 1} would reach over hosts "
@@ -127,8 +127,8 @@ def _place(rank: int, cluster: Cluster, placement: Placement, tp: int) -> RankPl
     host, local = divmod(rank, cluster.ranks_per_host)
     device = f"cuda:{local}" if cluster.device == "cuda" else "cpu"
     tp_rank, dp_rank = (rank % tp, rank // tp) if placement.trains(rank) else (None, None)
-    first = placement.hosts[0]
+    first = placement.engine_launchers[0]
     engine = (rank - first) // placement.span if rank >= first else None
-    starts = placement.hosts.index(rank) if rank in placement.hosts else None
+    starts = placement.engine_launchers.index(rank) if rank in placement.engine_launchers else None
     feeds = placement.owners.index(rank) if rank in placement.owners else None
     return RankPlace(rank, host, device, tp_rank, dp_rank, engine, starts, feeds)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from respec_trainer.checkpoint.hf_map import head_dim, hf_model_shapes, megatron_shapes, padded_vocab_size
 from respec_trainer.drafter.shape import DrafterShape
+from respec_trainer.weights.hf_map import head_dim, hf_model_shapes, megatron_shapes, padded_vocab_size
 
 FLOAT = 4  # bytes of float32
 DRAFT_VOCABULARY = 32000  # as published EAGLE-3 drafters have it; taken where no drafter is there to be asked

@@ -27,11 +27,11 @@ from respec_trainer.config import (
     Section,
 )
 from respec_trainer.data.prompts import Prompt, PromptSet, PromptStream, check_tokenizer_fits, load_prompts
+from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.drafter.distill import DistillSettings, Evaluation, distill, evaluate
 from respec_trainer.drafter.divergence import LossKind
 from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
 from respec_trainer.drafter.format import load_drafter, save_drafter
-from respec_trainer.drafter.rollouts import Rollouts
 from respec_trainer.drafter.shape import inverse_frequencies
 from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.drafter.vocabulary import coverage, draft_vocabulary
@@ -221,7 +221,7 @@ def _requests(recipe: DrafterRecipe, prompts: list[Prompt]) -> list[Request]:
 
 def engine_sampler(recipe: DrafterRecipe, actor: Path, device: str) -> Sampler:
     """Answers requests with an SGLang engine that lives as long as the call."""
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
     def sample(requests: Sequence[Request]) -> list[Sample]:
         engine = recipe.rollouts.engine
@@ -239,8 +239,8 @@ def engine_sampler(recipe: DrafterRecipe, actor: Path, device: str) -> Sampler:
     return sample
 
 
-def _rollouts(samples: list[Sample]) -> Rollouts:
-    return Rollouts.collate([(sample.prompt_ids, sample.response_ids) for sample in samples])
+def _rollouts(samples: list[Sample]) -> DrafterBatch:
+    return DrafterBatch.collate([(sample.prompt_ids, sample.response_ids) for sample in samples])
 
 
 def _settings(recipe: DrafterRecipe, device: str, responses: int) -> DistillSettings:

@@ -21,7 +21,7 @@ class AcceptAlarm:
         self.share, self.verified = share, verified
         self.before: tuple[list[float], str] | None = None  # acceptance by depth, drafter's version
 
-    def hear(self, acceptance: Sequence[float], drafter: str) -> str | None:
+    def check(self, acceptance: Sequence[float], drafter: str) -> str | None:
         """What to tell the user, if drafts accepted a pass fell by more than the share; None if all is well.
 
         acceptance[d]: the share of drafts kept at depth d + 1, given that those before it were; empty for a step

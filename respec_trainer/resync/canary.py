@@ -20,7 +20,7 @@ TOLERANCES = {"fp32": 0.01, "bf16": 0.25}
 
 
 @dataclass(frozen=True)
-class Voice:
+class Continuation:
     """A greedy continuation: its tokens and their log-probs at temperature 1."""
 
     tokens: list[int]
@@ -37,12 +37,12 @@ class Canary:
         greedy = SamplingParams(max_new_tokens=self.new_tokens, temperature=0.0, ignore_eos=True)
         return Request("canary", self.prompt, greedy)
 
-    def actors_voice(self, actor) -> Voice:
+    def actor_continuation(self, actor) -> Continuation:
         """What the actor says now. Every rank calls it."""
         tokens, logprobs = actor.generate_greedy([self.prompt], self.new_tokens)
-        return Voice(tokens[0], logprobs[0])
+        return Continuation(tokens[0], logprobs[0])
 
-    def check(self, engines: Sample, actors: Voice) -> float:
+    def check(self, engines: Sample, actors: Continuation) -> float:
         """The largest difference of log-probs, in nats; raises ProofError where it exceeds the tolerance.
 
         Compared up to the first token on which they differ, that one included. There the two laws are still those of

@@ -184,7 +184,7 @@ class Resync:
         sending = self.transport.start(tensors, shapes, role, doing)
 
         def arrive() -> None:
-            sending.let_go()  # until then the copying of the transport needs the processor
+            sending.wait_sent()  # until then the copying of the transport needs the processor
             if new is not None and self.actor.topology.rank == self.transport.receivers[0]:
                 new.digests |= {name: digest(tensor) for name, tensor in tensors}
             tensors.clear()

@@ -20,9 +20,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from respec_trainer.checkpoint.hf_map import copy_to_hf, hf_shapes, hf_views
 from respec_trainer.errors import TransferError
 from respec_trainer.resync.workspace import Workspace
+from respec_trainer.weights.hf_map import copy_to_hf, hf_shapes, hf_views
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 Shapes = dict[str, tuple[int, ...]]

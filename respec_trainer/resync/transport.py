@@ -30,7 +30,7 @@ class Sending:
         self.doing, self.timeout, self.pending, self.error = doing, timeout, list(pending), error
         self.deadline = time.monotonic() + timeout
 
-    def let_go(self) -> None:
+    def wait_sent(self) -> None:
         """Return when this rank's part is done: the bucket has left, though engines may still be loading it."""
         while not all(item.is_completed() for item in self.pending if not isinstance(item, Future)):
             if time.monotonic() > self.deadline:

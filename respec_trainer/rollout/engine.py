@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 
 from respec_trainer.errors import EngineError
+from respec_trainer.rollout.decode_log import DecodeLog
 from respec_trainer.rollout.sample import Request, Sample
-from respec_trainer.rollout.steps import StepLog
 
 Role = Literal["target", "draft"]
 
@@ -132,11 +132,11 @@ class RolloutEngine(ABC):
         """Counters since the start: tokens, verify passes, drafts accepted."""
 
     @abstractmethod
-    def take_steps(self) -> StepLog:
+    def take_decode_log(self) -> DecodeLog:
         """What the engine's batches did since the last call; empty where the engine logs none. Ask when it is idle."""
 
     @abstractmethod
-    def load_policy(self, state: str) -> None:
+    def restore_depth_chooser(self, state: str) -> None:
         """Let the policy of draft steps go on from the state that a log was taken with, while no request runs.
 
         Nothing happens where the steps are fixed.

@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.speculation.profile import Part
+from respec_trainer.speculation.profiling.profile import Part
 from respec_trainer.speculation.shape import OFF, Shape
 
 # rest: of a cycle, what is in none of its parts.

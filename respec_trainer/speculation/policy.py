@@ -12,13 +12,13 @@ from typing import Protocol
 import numpy as np
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.rollout.steps import StepSettings
+from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.speculation.cost import CostModel, Work, seconds
 from respec_trainer.speculation.shape import chain
 
 
-class Policy(Protocol):
-    """What the simulator asks; `scheduler.StepScheduler` is one that also runs in the engine."""
+class DepthPolicy(Protocol):
+    """What the simulator asks; `scheduler.DepthScheduler` is one that also runs in the engine."""
 
     # Whether `tell` gives it the acceptance as it is and it switches at no cost; else it observes, and pays.
     informed: bool
@@ -56,7 +56,7 @@ class ThresholdPolicy(FixedPolicy):
         self.largest = largest
 
     @classmethod
-    def of(cls, settings: StepSettings) -> ThresholdPolicy:
+    def of(cls, settings: DepthSettings) -> ThresholdPolicy:
         """For an engine: `fixed` steps in batches of at most `max_batch`."""
         return cls(settings.fixed, settings.max_batch)
 

@@ -1,9 +1,9 @@
-"""StepScheduler: how many draft steps each decode batch takes, from what the batches before it showed.
+"""DepthScheduler: how many draft steps each decode batch takes, from what the batches before it showed.
 
 The same object runs inside the engine and in the simulator. It hangs on counts and on the cost model only, never on a
 clock: the ranks of a tensor-parallel engine each have one, and must choose alike.
 
-    scheduler = StepScheduler.of(settings)
+    scheduler = DepthScheduler.of(settings)
     steps = scheduler.choose(batch, context, missed)      # before every decode batch
     scheduler.observe(steps, batch, survivors)            # after it
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.rollout.steps import StepSettings
+from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.speculation.acceptance import AcceptanceEstimate
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.policy import AdaptivePolicy, StepTimes, tokens_by_steps
@@ -33,7 +33,7 @@ AGED = 4.0  # drafts that an estimate which has not been seen for long still cou
 LONGEST = 4.0  # decode batches' time that a try may cost at most, so that no rollout notices it
 
 
-class StepScheduler:
+class DepthScheduler:
     """See above. `of` makes one; raises ConfigError where the settings give no costs or no prior."""
 
     informed = False
@@ -51,9 +51,9 @@ class StepScheduler:
         self._predicted = 1.0
 
     @classmethod
-    def of(cls, settings: StepSettings) -> StepScheduler:
+    def of(cls, settings: DepthSettings) -> DepthScheduler:
         if not settings.costs or not settings.prior:
-            raise ConfigError("steps are chosen by costs and a prior acceptance: give both in StepSettings")
+            raise ConfigError("steps are chosen by costs and a prior acceptance: give both in DepthSettings")
         costs = CostModel.of_tuples(settings.costs)
         times = StepTimes(costs, settings.candidates, settings.max_batch, settings.max_context)
         return cls(times, settings.prior, settings.explore)

@@ -1,4 +1,4 @@
-"""What an adaptive run gives its engines: StepSettings, from the configuration and the profile that it names."""
+"""What an adaptive run gives its engines: DepthSettings, from the configuration and the profile that it names."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from respec_trainer.config import Config
 from respec_trainer.errors import ConfigError
-from respec_trainer.rollout.steps import StepSettings
+from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.fit import fit_costs
-from respec_trainer.speculation.machine import identity_of
-from respec_trainer.speculation.profile import Profile, load_profile
+from respec_trainer.speculation.profiling.fit import fit_costs
+from respec_trainer.speculation.profiling.machine import identity_of
+from respec_trainer.speculation.profiling.profile import Profile, load_profile
 
 # By depth, until a rollout has shown better: between a poor drafter's and a good one's.
 NEUTRAL = 0.7
 
 
-def step_settings(config: Config, hf_config: Any, device: str) -> StepSettings | None:
+def depth_settings(config: Config, hf_config: Any, device: str) -> DepthSettings | None:
     """The engines' settings; None with `speculation.policy=fixed`.
 
     Args:
@@ -49,11 +49,11 @@ def step_settings(config: Config, hf_config: Any, device: str) -> StepSettings |
     )
 
 
-def adaptive_settings(costs: CostModel, candidates: tuple[int, ...], **more: Any) -> StepSettings:
-    """Settings of mode "adaptive" by these costs; `more` are StepSettings' other fields."""
+def adaptive_settings(costs: CostModel, candidates: tuple[int, ...], **more: Any) -> DepthSettings:
+    """Settings of mode "adaptive" by these costs; `more` are DepthSettings' other fields."""
     prior = (NEUTRAL,) * candidates[-1]
     tokens = _tokens_of_a_step(costs)
-    return StepSettings("adaptive", candidates, costs=costs.to_tuples(), prior=prior, catch_up_tokens=tokens, **more)
+    return DepthSettings("adaptive", candidates, costs=costs.to_tuples(), prior=prior, catch_up_tokens=tokens, **more)
 
 
 def _tokens_of_a_step(costs: CostModel) -> int | None:

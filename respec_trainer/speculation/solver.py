@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from respec_trainer.errors import ConfigError
 from respec_trainer.speculation.acceptance import Acceptance, tokens_per_cycle
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.fit import fit_costs
-from respec_trainer.speculation.profile import Profile
+from respec_trainer.speculation.profiling.fit import fit_costs
+from respec_trainer.speculation.profiling.profile import Profile
 from respec_trainer.speculation.shape import OFF, Shape
 from respec_trainer.speculation.table import SpeedupTable
 

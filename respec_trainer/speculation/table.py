@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from respec_trainer.config import PositiveFloat, PositiveInt, Section
 from respec_trainer.errors import ConfigError
-from respec_trainer.speculation.profile import load_json
+from respec_trainer.speculation.profiling.profile import load_json
 from respec_trainer.speculation.shape import OFF, Shape
 
 

@@ -74,7 +74,7 @@ def step_metrics(timelines: Sequence[Timeline]) -> dict[str, float | list[float]
     that time in which drafters read what they had missed, decide_us the policy's own microseconds a batch.
     """
     failures = sum(line.log.failures for line in timelines)
-    failed = {"spec/policy_failures": failures} if any(len(line.log) for line in timelines) or failures else {}
+    failed = {"spec/chooser_failures": failures} if any(len(line.log) for line in timelines) or failures else {}
     seconds = pool(timelines, lambda line: line.seconds)
     total = float(seconds.sum())
     if total <= 0:

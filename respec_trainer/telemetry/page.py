@@ -29,7 +29,7 @@ ROWS = (
     ("spec/achieved_speedup", "speed-up over plain decoding", "{:.2f}"),
     ("spec/predicted_speedup", "speed-up predicted", "{:.2f}"),
     ("spec/switches", "changes of the draft steps", "{:.0f}"),
-    ("spec/policy_failures", "failures of their policy", "{:.0f}"),
+    ("spec/chooser_failures", "failures of their policy", "{:.0f}"),
     ("mismatch/kl", "mismatch KL", "{:.2g}"),
     ("time/step", "seconds an iteration", "{:.1f}"),
 )
@@ -87,7 +87,7 @@ def _head(run: Path, steps: Sequence[Mapping[str, Any]]) -> str:
     seconds = sum(step["time/step"] for step in steps)
     tokens = sum(step["rollout/tokens"] for step in steps)
     facts = [f"{len(steps)} iterations", f"{seconds:,.0f} s", f"{tokens:,} response tokens"]
-    failed = [index for index, step in enumerate(steps, 1) if step.get("spec/policy_failures")]
+    failed = [index for index, step in enumerate(steps, 1) if step.get("spec/chooser_failures")]
     if failed:
         facts.append(f"<strong>speculation was turned off: its policy failed in iteration {failed[0]}</strong>")
     return f"<h1>{escape(run.resolve().name)}</h1><p>{' · '.join(facts)}</p>"

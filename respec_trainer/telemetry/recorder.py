@@ -1,6 +1,6 @@
 """The run's folder: config.yaml, metrics.jsonl (one object a step), samples.jsonl, TensorBoard events.
 
-Of each step N = 1, 2, ... also lengths/step_N.jsonl, a trace of its responses, and steps/step_N.npz, what the engines
+Of each step N = 1, 2, ... also lengths/step_N.jsonl, a trace of its responses, and decode/step_N.npz, what the engines
 did meanwhile, if they log it.
 """
 
@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from respec_trainer.config import Config, dump_config
+from respec_trainer.config import Config
+from respec_trainer.config_file import dump_config
 from respec_trainer.rollout.sample import Sample
-from respec_trainer.speculation.trace import save_trace
+from respec_trainer.speculation.simulation.trace import save_trace
 from respec_trainer.telemetry.timeline import Timeline, save_timelines
 from respec_trainer.telemetry.traces import trace_rows
 
@@ -84,9 +85,9 @@ class Recorder:
         rows = trace_rows(samples, self.group_size, timelines)
         self._keep(f"lengths/step_{step + 1}.jsonl", lambda path: save_trace(rows, path))
         if any(len(line.log) for line in timelines):
-            self._keep(f"steps/step_{step + 1}.npz", lambda path: save_timelines(timelines, path))
+            self._keep(f"decode/step_{step + 1}.npz", lambda path: save_timelines(timelines, path))
         if self.kept and step >= self.kept:
-            for old in (f"lengths/step_{step + 1 - self.kept}.jsonl", f"steps/step_{step + 1 - self.kept}.npz"):
+            for old in (f"lengths/step_{step + 1 - self.kept}.jsonl", f"decode/step_{step + 1 - self.kept}.npz"):
                 (self.folder / old).unlink(missing_ok=True)
 
     def _keep(self, name: str, write: Callable[[Path], None]) -> None:
@@ -106,7 +107,7 @@ class Recorder:
 
 def timeline_files(folder: Path) -> dict[int, Path]:
     """The files of `save_timelines` in a run's folder by step, from 1, in order."""
-    found = {int(path.stem.removeprefix("step_")): path for path in (folder / "steps").glob("step_*.npz")}
+    found = {int(path.stem.removeprefix("step_")): path for path in (folder / "decode").glob("step_*.npz")}
     return dict(sorted(found.items()))
 
 

@@ -49,7 +49,7 @@ def speculation_lines(steps: Sequence[Mapping[str, Any]]) -> list[str]:
         if any("spec/predicted_speedup" in step for step in steps):
             words.append(f"predicted {_by_time(steps, 'spec/predicted_speedup'):.2f}x")
         lines.append(f"speculation   {', '.join(words)}; off {_by_time(steps, 'spec/off_fraction'):.0%} of the time")
-    failed = [index for index, step in enumerate(steps, 1) if step.get("spec/policy_failures")]
+    failed = [index for index, step in enumerate(steps, 1) if step.get("spec/chooser_failures")]
     if failed:
         lines.append(f"warning       speculation was turned off: its policy failed in step {failed[0]}")
     return lines

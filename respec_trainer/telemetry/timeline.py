@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from respec_trainer.errors import DataError
-from respec_trainer.rollout.steps import StepLog
+from respec_trainer.rollout.decode_log import DecodeLog
 
 # (sequences [N], their mean contexts [N]) -> seconds of one decode step without speculation [N]
 PlainSeconds = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -27,11 +27,11 @@ PlainSeconds = Callable[[np.ndarray, np.ndarray], np.ndarray]
 class Timeline:
     """`plain`: [N] seconds a decode step without speculation takes on each batch; NaN where no costs are known."""
 
-    log: StepLog
+    log: DecodeLog
     plain: np.ndarray
 
     @classmethod
-    def of(cls, log: StepLog, plain_seconds: PlainSeconds | None) -> Timeline:
+    def of(cls, log: DecodeLog, plain_seconds: PlainSeconds | None) -> Timeline:
         if plain_seconds is None or not len(log):
             return cls(log, np.full(len(log), np.nan))
         return cls(log, plain_seconds(log.batch.astype(float), log.context))
@@ -118,7 +118,7 @@ def load_timelines(path: Path) -> list[Timeline]:
             for name in file.files:
                 index, _, column = name.partition(".")
                 columns.setdefault(int(index), {})[column] = file[name]
-        return [Timeline(StepLog.of_arrays(found), found["plain"]) for _, found in sorted(columns.items())]
+        return [Timeline(DecodeLog.of_arrays(found), found["plain"]) for _, found in sorted(columns.items())]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise DataError(f"{path} is not a file of decode batches, as runs write them: {error!r}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from respec_trainer.rollout.sample import Sample
-from respec_trainer.speculation.trace import TraceRow
+from respec_trainer.speculation.simulation.trace import TraceRow
 from respec_trainer.telemetry.timeline import Timeline, acceptance_by_depth, steps_used
 
 

@@ -34,7 +34,7 @@ def run(pair: Pair, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def settings(pair: Pair, folder: Path):
-    from tests.configs import smallest_config
+    from tests.support.configs import smallest_config
 
     return smallest_config(
         folder,
@@ -59,11 +59,11 @@ def live(config):
 
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
-    from respec_trainer.drafter.learner import setup_learner
+    from respec_trainer.drafter.online.learner import setup_learner
     from respec_trainer.resync import Resync
     from respec_trainer.resync.ipc import IPCTransport
     from respec_trainer.resync.transport import setup_transport
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
     topology = init_parallel(config)
     control = dist.new_group(backend="gloo")
@@ -109,7 +109,7 @@ def speak(parts, pair: Pair) -> dict[str, Any]:
 
     canary = Canary(prompts(1, pair.size.vocab, seed=7)[0], 8, tolerance=0.25)
     (sample,) = parts.engine.submit([canary.request()]).collect()
-    return {"canary_error": canary.check(sample, canary.actors_voice(parts.actor))}
+    return {"canary_error": canary.check(sample, canary.actor_continuation(parts.actor))}
 
 
 def sleep_and_wake(parts, pair: Pair) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def select_all(parts, pair: Pair) -> dict[str, Any]:
     The head's rows are sent in reverse, so that they are neither model's. Both models may draft well with them, because
     both have them: the digests tell.
     """
-    from respec_trainer.rollout.sglang_weights import _serialize, flat_bucket
+    from respec_trainer.rollout.sglang.weights import _serialize, flat_bucket
 
     before, digests = accept_length(parts, pair), parts.engine.digests("draft")
     updater = parts.engine.weights

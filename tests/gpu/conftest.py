@@ -14,7 +14,7 @@ import pytest
 from tests.gpu import place
 from tests.gpu.models import LARGE, SMALL, Pair, save_pair
 from tests.gpu.results import Results
-from tests.integration import ranks
+from tests.support.processes import ranks
 
 RESULTS = os.environ.get("RESPEC_GPU_RESULTS")  # a file; default: nothing is written
 

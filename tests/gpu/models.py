@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.models import tiny_config, tiny_model, tiny_tokenizer
+from tests.support.models import tiny_config, tiny_model, tiny_tokenizer
 
 HEAD = 128
 MATCH = 2.5  # queries and keys of the drafter: how sharply a token finds itself

@@ -9,8 +9,7 @@ import torch
 
 from tests.gpu.models import prompts
 from tests.gpu.place import DEVICE, FLOAT32, claim
-from tests.integration.ranks import run_ranks
-from tests.integration.test_actor_engine import (
+from tests.integration.actor.test_engine import (
     build_actor,
     expectation,
     make_batch,
@@ -19,7 +18,8 @@ from tests.integration.test_actor_engine import (
     variant,
     weight_error,
 )
-from tests.models import save_tiny_model, tiny_config, tiny_model
+from tests.support.models import save_tiny_model, tiny_config, tiny_model
+from tests.support.processes.ranks import run_ranks
 
 HERE = {"run.device": DEVICE}
 # Float32 on both sides, summed in other orders by other kernels; 3e-7 is seen between CPUs. Attention kernels of a
@@ -153,8 +153,8 @@ def test_point_1_captured_features_are_the_engines(small, record, monkeypatch):
 def engine_features(pair, rows, monkeypatch) -> list[torch.Tensor]:
     """Features [L, 3H] of each prompt by an engine that is asked for its hidden states, which ours never is."""
     from respec_trainer.config import EngineConfig, SpeculationConfig
-    from respec_trainer.rollout import sglang_process
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang import process as sglang_process
+    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
     arguments = sglang_process.server_arguments
     extra = {"enable_return_hidden_states": True, "disable_radix_cache": True}

@@ -6,7 +6,7 @@ import pytest
 
 from tests.gpu import colocated
 from tests.gpu.place import ON_GPU
-from tests.integration.ranks import run_ranks
+from tests.support.processes.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,17 @@ from statistics import median
 import pytest
 import torch
 
+from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.steps import StepSettings
 from tests.gpu.models import prompts, shortfall
 from tests.gpu.place import DEVICE, FLOAT32, ON_GPU
-from tests.rollout_models import Reference
+from tests.support.rollout_models import Reference
 
 MOST, CANDIDATES = 32, (0, 1, 3)
-FIXED = StepSettings("fixed", CANDIDATES, max_batch=MOST, max_context=512, fixed=3)
+FIXED = DepthSettings("fixed", CANDIDATES, max_batch=MOST, max_context=512, fixed=3)
 # On, off for longer, on: some requests come in while others are behind, and the drafter catches up.
 SCRIPT = (3, 3, *[0] * 9, 3, 3, 3, 0, 1, 0, 0, 3)
-CHANGING = replace(FIXED, mode="adaptive", policy="tests.step_policies:Scripted", prior=SCRIPT)
+CHANGING = replace(FIXED, mode="adaptive", policy="tests.support.depth_choosers:Scripted", prior=SCRIPT)
 # Logits of size 10 in float32, products in the attention kernel rounded to TF32's 10 bits: errors of 0.01.
 TIE = 0.05
 
@@ -31,7 +31,7 @@ def reference(small):
 @pytest.fixture(scope="module")
 def engine(small):
     from respec_trainer.config import EngineConfig, SpeculationConfig
-    from respec_trainer.rollout.sglang_engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
     engine = SGLangEngine(
         EngineSettings(
@@ -53,10 +53,10 @@ def engine(small):
 
 
 def roll_out(engine, asked, tokens: int, temperature: float = 0.0):
-    """(samples, StepLog) of one response to each prompt."""
+    """(samples, DecodeLog) of one response to each prompt."""
     params = SamplingParams(tokens, temperature=temperature, ignore_eos=True)
     samples = engine.submit([Request(str(i), tuple(p), params) for i, p in enumerate(asked)]).collect()
-    return samples, engine.take_steps()
+    return samples, engine.take_decode_log()
 
 
 def worst_choice(reference, samples) -> float:

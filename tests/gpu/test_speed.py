@@ -52,8 +52,8 @@ def test_throughput_by_batch_with_and_without_speculation(tmp_path, record):
 
 @pytest.mark.point(8)
 def test_point_8_the_solvers_model_predicts_cells_it_was_not_fitted_to(large, tmp_path, record):
-    from respec_trainer.speculation.fit import held_out
-    from respec_trainer.speculation.profile import load_profile
+    from respec_trainer.speculation.profiling.fit import held_out
+    from respec_trainer.speculation.profiling.profile import load_profile
 
     sizes = (1024, 512, 64, 2 * 64 * 1536) if ON_GPU else (64, 192, 4, 4096)
     names = dict(zip(("prompt", "new", "batch", "pool"), sizes, strict=True))

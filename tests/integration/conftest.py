@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.forking import fork_engines
+from tests.support.processes.forking import fork_engines
 
-REPOSITORY = Path(__file__).parent.parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,7 +19,7 @@ def forked_engines() -> None:
 @pytest.fixture(scope="session")
 def small_actor(tmp_path_factory) -> Path:
     """The quickstart's actor after a few teaching steps: it has the tokenizer and the shape, not yet the skill."""
-    from respec_trainer.config import load_config
+    from respec_trainer.config_file import load_config
     from respec_trainer.recipes.small_actor import ActorRecipe, make_actor
 
     folder = tmp_path_factory.mktemp("small") / "actor"

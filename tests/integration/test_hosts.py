@@ -14,8 +14,8 @@ import pytest
 
 from respec_trainer.checkpoint.store import check_files, checkpoints_in
 from respec_trainer.telemetry.recorder import read_metrics
-from tests.integration.hosts import Host, missing, two_hosts
-from tests.tiny_runs import REPOSITORY, numbers, tiny_run
+from tests.support.processes.hosts import Host, missing, two_hosts
+from tests.support.tiny_runs import REPOSITORY, numbers, tiny_run
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.hosts import LIBRARIES, HostFacts, check_hosts, check_shared_folder, code_digest, differences
-from tests.integration.ranks import run_ranks
+from tests.support.processes.ranks import run_ranks
 
 LIBRARY_VERSIONS = tuple((name, "1.0") for name in LIBRARIES)
 NODE0 = HostFacts("node0", "3.11.7", LIBRARY_VERSIONS, "abc", 8, 8)

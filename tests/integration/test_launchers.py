@@ -12,7 +12,7 @@ import pytest
 from respec_trainer.network import free_port
 from respec_trainer.telemetry.recorder import read_metrics
 
-REPOSITORY = Path(__file__).parent.parent.parent
+REPOSITORY = Path(__file__).parents[2]
 SHORT = ["run.steps=1", "data.prompts_per_step=4", "rollout.sampling.max_new_tokens=8", "speculation.algorithm=none"]
 
 

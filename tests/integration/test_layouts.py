@@ -10,10 +10,10 @@ import json
 
 import pytest
 
-from respec_trainer.config import load_config
+from respec_trainer.config_file import load_config
 from respec_trainer.telemetry.recorder import read_metrics
-from tests.integration.ranks import run_ranks
-from tests.tiny_runs import tiny_run, train
+from tests.support.processes.ranks import run_ranks
+from tests.support.tiny_runs import tiny_run, train
 
 STEPS = 3
 TOLERANCE = 1e-5  # of losses and norms of order 1 in float32

@@ -13,10 +13,10 @@ import time
 import pytest
 import torch
 
-from tests.configs import smallest_config
-from tests.integration.ranks import run_ranks
-from tests.integration.resyncs import live, step
-from tests.integration.test_resync_engine import folders  # noqa: F401 - a fixture
+from tests.integration.resync.test_engine import folders  # noqa: F401 - a fixture
+from tests.support.configs import smallest_config
+from tests.support.processes.ranks import run_ranks
+from tests.support.resyncs import live, step
 
 NEW_TOKENS = 48
 PROMPTS = [[5 + i, 9, 33 + i] for i in range(6)]

@@ -18,11 +18,11 @@ import torch
 from respec_trainer.actor.loading import load_hf_config
 from respec_trainer.drafter.format import load_drafter
 from respec_trainer.network import free_port
-from respec_trainer.speculation.trace import load_trace
+from respec_trainer.speculation.simulation.trace import load_trace
 from respec_trainer.telemetry.recorder import read_metrics
-from tests.test_data_prompts import GSM8K
+from tests.data.test_prompts import GSM8K
 
-REPOSITORY = Path(__file__).parent.parent.parent
+REPOSITORY = Path(__file__).parents[2]
 METRICS = {
     "reward": "mean std solve_rate",
     "rollout": "tokens tokens_per_second response_length truncated",

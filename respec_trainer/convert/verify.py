@@ -1,0 +1,139 @@
+"""Whether two models hold the same weights: name by name, and in what they say of a few tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from respec_trainer.convert.progress import Progress
+from respec_trainer.weights.safetensors_io import Spec
+from respec_trainer.weights.tensors import IGNORED, CheckpointTensors, Tensors
+
+CHUNK = 1 << 24  # entries compared at one time, in float32
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs in one tensor. `largest` is of its values, in float32; None where they cannot be compared."""
+
+    name: str
+    what: str
+    largest: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models' tensors: how many both have, how many of them are equal bit for bit, and every difference."""
+
+    common: int
+    equal: int
+    differences: list[Difference]
+
+    def within(self, tolerance: float) -> bool:
+        """Whether names and shapes agree, and values do to `tolerance`; at 0 also dtypes and every bit."""
+        if tolerance == 0:
+            return not self.differences
+        return all(d.largest is not None and d.largest <= tolerance for d in self.differences)
+
+    def __add__(self, other: Comparison) -> Comparison:
+        differences = self.differences + other.differences
+        return Comparison(self.common + other.common, self.equal + other.equal, differences)
+
+
+def compare_folders(first: Tensors, second: Tensors, progress: Progress, tied: bool = False) -> Comparison:
+    """Compare two models' weights and, of two checkpoints that have them, AdamW's moments; `tied` as for `compare`."""
+    result = compare(first, second, progress, tied)
+    if isinstance(first, CheckpointTensors) and isinstance(second, CheckpointTensors):
+        for kind in first.checkpoint.kinds[1:]:
+            if kind in second.checkpoint.kinds:
+                result += compare(first.of_kind(kind), second.of_kind(kind), progress, tied, f"{kind}/")
+    return result
+
+
+def compare(first: Tensors, second: Tensors, progress: Progress, tied: bool = False, prefix: str = "") -> Comparison:
+    """Compare every tensor; RoPE's frequencies, which the config says, may be in one only.
+
+    Args:
+        tied: so may the output layer's weights, for both models take the embedding's.
+        prefix: begins the names of differences.
+    """
+    names = _names(first, second, IGNORED if tied else IGNORED[:1])
+    common = [name for name in names if name in first.names() and name in second.names()]
+    progress.begin("comparing", sum(Spec(first.dtype(name), first.shape(name)).nbytes for name in common))
+    alone = [name for name in names if name not in common]
+    where = {name: (first if name in first.names() else second).folder for name in alone}
+    differences = [Difference(prefix + name, f"only in {folder}", None) for name, folder in where.items()]
+    for name in common:
+        found = compare_tensor(name, first, second)
+        differences += [replace(found, name=prefix + name)] if found else []
+        progress.advance(Spec(first.dtype(name), first.shape(name)).nbytes)
+    return Comparison(len(common), len(common) - len(differences) + len(alone), differences)
+
+
+def compare_tensor(name: str, first: Tensors, second: Tensors) -> Difference | None:
+    """None, where shape, dtype and every bit are equal."""
+    if first.shape(name) != second.shape(name):
+        return Difference(name, f"shape: {list(first.shape(name))} and {list(second.shape(name))}", None)
+    dtypes = [str(tensors.dtype(name)).removeprefix("torch.") for tensors in (first, second)]
+    a, b = (tensors.read(name).contiguous().view(-1) for tensors in (first, second))
+    if dtypes[0] != dtypes[1]:
+        return Difference(name, f"dtype: {dtypes[0]} and {dtypes[1]}", largest_difference(a, b))
+    if torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+        return None
+    return Difference(name, "values", largest_difference(a, b))
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest |a - b| of two tensors [N], in float32; NaN where one holds it."""
+    largest = 0.0
+    for start in range(0, len(a), CHUNK):
+        part = (a[start : start + CHUNK].float() - b[start : start + CHUNK].float()).abs().max().item()
+        largest = math.nan if math.isnan(part) or math.isnan(largest) else max(largest, part)
+    return largest
+
+
+def _names(first: Tensors, second: Tensors, ignored: tuple[str, ...]) -> list[str]:
+    """All names but those that only one has and that may be ignored, in the order that suits a checkpoint."""
+    ordered = next((t.names() for t in (first, second) if isinstance(t, CheckpointTensors)), ())
+    everything = dict.fromkeys(ordered) | dict.fromkeys(sorted(first.names() | second.names()))
+    in_both = first.names() & second.names()
+    return [name for name in everything if name in in_both or not name.endswith(ignored)]
+
+
+class WeightsInFloat32(Mapping):
+    """A model's tensors as accelerate asks for them, one at a time: read when asked for, in float32."""
+
+    def __init__(self, tensors: Tensors, tied: bool):
+        self.tensors, self.tied = tensors, tied
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tied = self.tied and name == "lm_head.weight"
+        return self.tensors.read("model.embed_tokens.weight" if tied else name).float()
+
+    def __iter__(self):
+        return iter(self.tensors.names())
+
+    def __len__(self) -> int:
+        return len(self.tensors.names())
+
+
+@torch.no_grad()
+def logits_of(tensors: Tensors, hf_config, tokens: torch.Tensor) -> torch.Tensor:
+    """transformers' logits [B, S, V] of tokens [B, S], in float32 on the CPU, with one module's weights in memory."""
+    from accelerate import cpu_offload, init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):  # RoPE's frequencies come from the config, not from files
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager")
+    weights = WeightsInFloat32(tensors, hf_config.tie_word_embeddings)
+    cpu_offload(model.eval(), execution_device=torch.device("cpu"), state_dict=weights)
+    return model(tokens, use_cache=False).logits
+
+
+def sample_tokens(hf_config, length: int, rows: int = 2) -> torch.Tensor:
+    """Tokens [rows, length], of the whole vocabulary, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, hf_config.vocab_size, (rows, length), generator=generator)

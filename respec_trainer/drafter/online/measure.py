@@ -1,0 +1,77 @@
+"""How well a drafter drafts for fresh rollouts: acceptance by depth, and the accept length an engine should measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from respec_trainer.config import Config
+from respec_trainer.drafter.eagle3 import Eagle3Drafter
+from respec_trainer.drafter.loss import DepthSums, predicted_accept_length
+from respec_trainer.drafter.online.buffer import Row
+from respec_trainer.drafter.online.recall import recall
+from respec_trainer.drafter.online.updates import drafter_loss
+from respec_trainer.drafter.walk import pass_tokens
+
+PARTS = [part.name for part in fields(DepthSums)]
+
+
+@dataclass
+class Measurement:
+    """Sums that add up over micro-batches and ranks."""
+
+    depths: DepthSums
+    passes: float  # verify passes that the engine took
+    gained: float  # tokens that they yielded
+
+    def flat(self) -> torch.Tensor:
+        """All of it in one float64 tensor on the CPU."""
+        parts = [getattr(self.depths, part).cpu().double() for part in PARTS]
+        return torch.cat([*parts, torch.tensor([self.passes, self.gained], dtype=torch.float64)])
+
+    @classmethod
+    def of_flat(cls, flat: torch.Tensor) -> Measurement:
+        return cls(DepthSums(*flat[:-2].view(len(PARTS), -1)), *flat[-2:].tolist())
+
+    @classmethod
+    def none(cls, unroll: int) -> Measurement:
+        return cls.of_flat(torch.zeros(len(PARTS) * unroll + 2, dtype=torch.float64))
+
+    def metrics(self, config: Config) -> dict[str, float | list[float]]:
+        """`drafter/*` of what was measured; nothing where nothing was.
+
+        `predicted_accept_length` is what chains of `speculation.steps` chosen drafts come to along these responses
+        (walk.py). Drawn drafts leave nothing to walk along, so under rejection sampling it follows from acceptance by
+        depth; for trees it is left out. `measured_accept_length` is the engine's own on the same responses: tokens a
+        verify pass. `spec/accept_length` is a little more, for the engine also counts what it threw away behind the
+        end of a response.
+        """
+        if not self.depths.tokens.any():
+            return {}
+        means, speculation = self.depths.means(), config.speculation
+        found = {"drafter/acceptance": means["alpha"], "drafter/top1": means["top1"]}
+        if speculation.rejection_sampling:
+            found["drafter/predicted_accept_length"] = predicted_accept_length(means["alpha"], speculation.steps)
+        elif speculation.topk == 1:
+            found["drafter/predicted_accept_length"] = means["accept_length"][speculation.steps - 1]
+        if self.passes:
+            found["drafter/measured_accept_length"] = self.gained / self.passes
+        return found
+
+
+@torch.no_grad()
+def measure(
+    drafter: Eagle3Drafter, draft_ids: torch.Tensor, rows: Sequence[Row], config: Config, device: torch.device
+) -> Measurement:
+    """Measure `drafter`, of draft vocabulary `draft_ids` [Vd], on this rank's rows."""
+    total = Measurement.none(config.drafter.unroll).flat()
+    temperature, size = config.rollout.sampling.temperature, config.drafter.micro_batch_size
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        batch, teacher = recall(some, temperature, device, draft_ids.to(device))
+        _, depths = drafter_loss(drafter, batch, teacher, config.drafter, temperature)
+        gained = pass_tokens(batch.response_mask).sum().item()
+        total += Measurement(depths, sum(row.passes for row in some), gained).flat()
+    return Measurement.of_flat(total)

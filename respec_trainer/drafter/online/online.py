@@ -1,0 +1,283 @@
+"""OnlineDrafter: learns from the actor's own rollouts while the engines generate the next ones.
+
+The order of things in an iteration, in mode "async":
+
+    update      measure the drafter that drew the stored rollouts on the newest of them, then train, for as long as the
+                engines generate
+    observe     store this step's rollouts
+    (resync)    the trained drafter goes into the engines
+
+In mode "sync" it measures and trains in `observe`, on the rollouts of the step itself, while the engines wait.
+
+Nothing of it reaches the actor: it reads copies in host memory and draws from generators of its own. A broken update is
+dropped; after `drafter.max_bad_updates` in a row the drafter stays as it is, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from respec_trainer.capture import Wanted
+from respec_trainer.config import Config
+from respec_trainer.drafter.format import load_drafter
+from respec_trainer.drafter.online.buffer import MB, ReplayBuffer, Row
+from respec_trainer.drafter.online.cadence import Cadence
+from respec_trainer.drafter.online.measure import measure
+from respec_trainer.drafter.online.recall import recall
+from respec_trainer.drafter.online.record import LearnerRank, StepRecord, rows_of_step
+from respec_trainer.drafter.online.updates import DrafterUpdates, Micro
+from respec_trainer.errors import ConfigError
+from respec_trainer.rollout.sample import Sample
+
+MEASURED = 64  # newest responses that the drafter is measured on, over all ranks: some hundreds of verify passes
+
+
+class OnlineDrafter:
+    """The drafter of `drafter.path`, with float32 weights of its own. Every rank calls every method, in one order.
+
+    Args:
+        place: of this rank among all. control: a gloo group of all ranks; None: the default group.
+        say: tells the user.
+
+    Raises ConfigError where the folder does not hold a drafter for the target of `hf_config`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        hf_config,
+        place: LearnerRank,
+        control: dist.ProcessGroup | None,
+        say: Callable[[str], None],
+    ):
+        self.config, self.settings, self.place, self.control, self.say = config, config.drafter, place, control, say
+        drafter, ids = load_drafter(config.drafter.path, hf_config, dtype=torch.float32)
+        self.drafter = drafter.to(place.device)
+        self.wants = Wanted(drafter.shape.feature_layers, ids)
+        self.temperature = config.rollout.sampling.temperature
+        self.updates = DrafterUpdates(self.drafter, self.settings, self.temperature, self._bf16())
+        self.served = self._as_served()
+        self.began_as = self._as_served() if self.settings.compare_frozen else None
+        self.buffer = ReplayBuffer(self._room(), self.settings.retention, config.run.seed + place.rank)
+        self.cadence = Cadence(self.settings.cadence, self.settings.interval, self.settings.delta)
+        self.record = StepRecord(ids, hf_config.vocab_size)
+        self.number = 0  # of the version
+        self.served_version = self.version
+        self.bad_updates = 0  # in a row
+        self.frozen = False
+        self.accept_history: list[float] = []
+
+    @property
+    def version(self) -> str:
+        return f"drafter-{self.number}"
+
+    def update(self, generating: Callable[[], bool]) -> None:
+        """Learn while `generating()`: whether this rank's engine, if it has one, is still drawing responses."""
+        watch = _Watch(generating)
+        if self.settings.mode == "async":
+            self._measure(watch)
+        if self.served_version != self.version:
+            self.served, self.served_version = self._as_served(), self.version
+        if self.settings.mode == "async":
+            self._train(may_go_on=lambda: bool(self._most([watch()])[0]))
+            self.record.exposed = watch.exposed()
+
+    def observe(self, samples: list[Sample], inference: Any, rewards: torch.Tensor, generation_seconds: float) -> None:
+        """Store this rank's share of a step's samples as `actor.infer` captured it. rewards: [prompts, n].
+
+        Raises ConfigError if `drafter.memory_mb` is too small for one update's responses.
+        """
+        rows = rows_of_step(samples, inference, rewards, self.settings, self.place, self.record)
+        self.record.observe(samples, self.say)
+        self.accept_history.append(self.record.accept_length)
+        self.cadence.note(self.record.accept_length, generation_seconds)
+        self.buffer.add(rows, self._share_of_batch)
+        assert self.nbytes <= self.settings.memory_mb * MB
+        if self.settings.mode == "sync":
+            watch = _Watch(lambda: False)
+            self._measure(watch)
+            self._train(may_go_on=lambda: True)
+            self.record.exposed = watch.exposed()
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.drafter.state_dict().items()
+
+    def metrics(self) -> dict[str, float | list[float]]:
+        """`drafter/*` since the last call, and `time/learn_exposed`; the same on every rank."""
+        found = self.record.metrics(self.config, self._sum, self._least)
+        buffered, held = self._sum([self.buffer.nbytes, self.nbytes])
+        found |= {"drafter/buffer_mb": buffered / MB, "drafter/memory_mb": held / MB}
+        return found | {"drafter/frozen": int(self.frozen)}
+
+    @property
+    def nbytes(self) -> int:
+        """What this rank's learner holds, wherever it lies: rollouts, drafters, gradients, moments."""
+        return self.buffer.nbytes + self._fixed_bytes()
+
+    def _fixed_bytes(self) -> int:
+        drafters = [drafter for drafter in (self.drafter, self.served, self.began_as) if drafter is not None]
+        return self.updates.nbytes + sum(tensor.nbytes for d in drafters for tensor in d.state_dict().values())
+
+    def _room(self) -> int:
+        """Bytes that the budget leaves for rollouts."""
+        room = self.settings.memory_mb * MB - self._fixed_bytes()
+        if room <= 0:
+            needed = -(-self._fixed_bytes() // MB)
+            raise ConfigError(
+                f"drafter.memory_mb={self.settings.memory_mb} is less than the {needed} MB that the drafter and its "
+                f"optimizer take on each rank: set it to {needed} and what the rollouts to learn from shall have"
+            )
+        return room
+
+    def _measure(self, watch: _Watch) -> None:
+        rows = self.buffer.newest(-(-MEASURED // self.place.world_size))
+        watch()
+        self.record.measured = measure(self.served, self.wants.draft_ids, rows, self.config, self.place.device)
+        if self.began_as is not None:
+            frozen = measure(self.began_as, self.wants.draft_ids, rows, self.config, self.place.device)
+            self.record.measured_frozen = frozen
+
+    def _train(self, may_go_on: Callable[[], bool]) -> None:
+        """Go through this training's share of the buffer, for as long as `may_go_on`, which is collective."""
+        if self.frozen:
+            return
+        (due,) = self._most([self.cadence.due()])
+        if not due or not may_go_on():
+            return
+        began = time.perf_counter()
+        rows = self.buffer.choose(self.cadence.share)
+        (count,) = self._most([-(-len(rows) // self._share_of_batch)])
+        applied = 0
+        for number in range(int(count)):
+            start = number * self._share_of_batch % max(len(rows), 1)
+            batch = sorted(rows[start : start + self._share_of_batch], key=lambda row: row.step)  # fewer snapshots each
+            outcome = self.updates.step(self._micros(batch), may_go_on)
+            self.record.outcome(outcome, self.updates)
+            if outcome.applied and not self._weights_are_finite():
+                applied = 0
+                break
+            applied += outcome.applied
+            self.bad_updates = 0 if outcome.finite else self.bad_updates + 1
+            if self.bad_updates >= self.settings.max_bad_updates:
+                self._freeze()
+                break
+            if not outcome.whole:
+                break
+        if applied:
+            self.number += 1
+            self.record.trained(self.version)
+        self.cadence.trained(self._sum([time.perf_counter() - began])[0] / self.place.world_size)
+
+    def _weights_are_finite(self) -> bool:
+        """Else the served weights come back, and the optimizer begins anew."""
+        if all(weight.isfinite().all() for weight in self.drafter.parameters()):
+            return True
+        self.drafter.load_state_dict(self.served.state_dict())
+        self.updates = DrafterUpdates(self.drafter, self.settings, self.temperature, self._bf16())
+        self.record.overflowed()
+        self.bad_updates += 1
+        if self.bad_updates >= self.settings.max_bad_updates:
+            self._freeze()
+        return False
+
+    def _micros(self, rows: list[Row]) -> list[Callable[[], Micro | None]]:
+        """As many on every rank, whatever rows it has."""
+        size = self.settings.micro_batch_size
+        parts = [rows[start : start + size] for start in range(0, self._share_of_batch, size)]
+        return [partial(self._recall, part) for part in parts]
+
+    def _recall(self, rows: list[Row]) -> Micro | None:
+        return recall(rows, self.temperature, self.place.device) if rows else None
+
+    def _freeze(self) -> None:
+        self.frozen = True
+        self.say(
+            f"{self.bad_updates} drafter updates in a row were not finite (drafter.max_bad_updates): the drafter stays "
+            f"as it is, {self.version}; lower drafter.lr in the next run"
+        )
+
+    @torch.no_grad()
+    def _as_served(self):
+        """What the engines hold: weights rounded to the run's dtype, computed with in float32."""
+        served = copy.deepcopy(self.drafter).requires_grad_(False)
+        if self.config.model.dtype == "bf16":
+            for weight in served.parameters():
+                weight.copy_(weight.bfloat16())
+        return served
+
+    @property
+    def _share_of_batch(self) -> int:
+        """Responses that one update takes from each rank."""
+        return -(-self.settings.batch_size // self.place.world_size)
+
+    def _bf16(self) -> bool:
+        return self.place.device.type == "cuda" and self.config.model.dtype == "bf16"
+
+    def _sum(self, values: list[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def _most(self, values: list[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _least(self, values: list[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MIN)
+
+    def _reduce(self, values: list[float], operation) -> list[float]:
+        """Over all ranks, in float64 and on the CPU."""
+        here = torch.tensor(values, dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(here, operation, group=self.control)
+        return here.tolist()
+
+    def state_dict(self) -> dict:
+        """Weights, optimizer, buffer, cadence, accept history: of this rank, whose buffer is its own."""
+        return {
+            "drafter": self.drafter.state_dict(),
+            "served": self.served.state_dict(),
+            "began_as": self.began_as.state_dict() if self.began_as is not None else None,
+            "updates": self.updates.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "cadence": self.cadence.state_dict(),
+            "learned_from": dict(self.record.learned_from),
+            "iteration": self.record.iteration,
+            "accept_history": list(self.accept_history),
+            "numbers": [self.number, self.bad_updates, self.frozen],
+            "served_version": self.served_version,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.drafter.load_state_dict(state["drafter"])
+        self.served.load_state_dict(state["served"])
+        if self.began_as is not None and state["began_as"] is not None:
+            self.began_as.load_state_dict(state["began_as"])
+        self.updates.load_state_dict(state["updates"])
+        self.buffer.load_state_dict(state["buffer"])
+        self.cadence.load_state_dict(state["cadence"])
+        self.record.learned_from, self.record.iteration = dict(state["learned_from"]), state["iteration"]
+        self.accept_history = list(state["accept_history"])
+        self.number, self.bad_updates, self.frozen = state["numbers"]
+        self.served_version = state["served_version"]
+
+
+class _Watch:
+    """Asks whether the engine still generates, and remembers when it was last seen to."""
+
+    def __init__(self, generating: Callable[[], bool]):
+        self.generating, self.seen = generating, time.perf_counter()
+
+    def __call__(self) -> bool:
+        running = self.generating()
+        if running:
+            self.seen = time.perf_counter()
+        return running
+
+    def exposed(self) -> float:
+        """Seconds since generation was last seen to run, 0 while it does: at most those it has been over for."""
+        return 0.0 if self() else time.perf_counter() - self.seen

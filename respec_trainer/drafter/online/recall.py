@@ -1,0 +1,73 @@
+"""Rows of the replay buffer as one batch on the device: rollouts, and what the actor that scored them teaches.
+
+Serving verifies against the target at the sampling temperature T, softmax(z / T), and under rejection sampling it draws
+drafts from softmax(d / T). So both laws are taken at T: `recall` gives z / T, and `AtTemperature` makes the drafter's
+logits d / T. A drafter distilled at T = 1 stays right under it, for d = z fits at any temperature. Top-k and top-p of
+the sampling are left out: they take mass from what is hardly drafted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from respec_trainer.drafter.batch import DrafterBatch
+from respec_trainer.drafter.eagle3 import Eagle3Drafter
+from respec_trainer.drafter.online.buffer import Row
+from respec_trainer.drafter.teacher import TeacherOutput
+
+
+def recall(
+    rows: Sequence[Row], temperature: float, device: torch.device, draft_ids: torch.Tensor | None = None
+) -> tuple[DrafterBatch, TeacherOutput]:
+    """The rows [B, S], right-padded, and their teacher, whose draft logits are z / temperature in the actor's dtype.
+
+    With the draft vocabulary's `draft_ids` [Vd] the loss also takes walks along the responses.
+    """
+    tokens = pad_sequence([row.tokens for row in rows], batch_first=True)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        mask[index, row.prompt : len(row.tokens)] = True
+    weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
+    teacher = TeacherOutput(
+        features=_to(pad_sequence([row.features for row in rows], batch_first=True), device),
+        embeddings=_to(pad_sequence([_embeddings(row) for row in rows], batch_first=True), device),
+        draft_logits=_draft_logits(rows, temperature, device),
+        logsumexp=_to(torch.cat([row.logsumexp for row in rows]), device),
+        draft_ids=draft_ids,
+    )
+    return DrafterBatch(tokens, mask, weights).to(device), teacher
+
+
+def _embeddings(row: Row) -> torch.Tensor:
+    snapshot = row.snapshot
+    return snapshot.embeddings[torch.searchsorted(snapshot.token_ids, row.tokens)]
+
+
+def _draft_logits(rows: Sequence[Row], temperature: float, device: torch.device) -> torch.Tensor:
+    parts = []
+    for snapshot, group in groupby(rows, key=lambda row: row.snapshot):
+        hidden = _to(torch.cat([row.hidden for row in group]), device)
+        parts.append(hidden @ _to(snapshot.output_rows, device).t() / temperature)
+    return torch.cat(parts)
+
+
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; to a GPU by way of pinned memory, without waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class AtTemperature:
+    """A drafter whose logits are divided by the sampling temperature; for losses, which use nothing else of it."""
+
+    def __init__(self, drafter: Eagle3Drafter, temperature: float):
+        self.drafter, self.temperature = drafter, temperature
+
+    def unroll(self, embeddings: torch.Tensor, features: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
+        return self.drafter.unroll(embeddings, features, steps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.drafter.logits(hidden) / self.temperature

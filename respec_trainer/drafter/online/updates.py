@@ -1,0 +1,148 @@
+"""DrafterUpdates: the drafter's optimizer, data parallel over all trainer ranks, one collective an update.
+
+Gradients lie in one flat tensor, followed by what else the ranks have to add up, the loss's parts. So none steps where
+another saw a NaN, and as every rank starts from the same weights and applies the same sums, weights stay equal to the
+bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
+
+from respec_trainer.config import DrafterConfig
+from respec_trainer.drafter.batch import DrafterBatch
+from respec_trainer.drafter.distill import DistillSettings, drafter_optimizers
+from respec_trainer.drafter.eagle3 import Eagle3Drafter
+from respec_trainer.drafter.loss import DepthSums, distill_loss
+from respec_trainer.drafter.muon import Muon
+from respec_trainer.drafter.online.recall import AtTemperature
+from respec_trainer.drafter.teacher import TeacherOutput
+
+CHUNK = 1024  # tokens whose draft logits exist at one time
+PARTS = [part.name for part in fields(DepthSums)]
+Micro = tuple[DrafterBatch, TeacherOutput]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one update, over all ranks."""
+
+    applied: bool  # False: a gradient was not finite, or there was nothing to learn from
+    finite: bool
+    loss: float
+    whole: bool  # False: the ranks stopped before its last micro-batch
+
+
+class DrafterUpdates:
+    """Trains `drafter` in place. Its parameters must be float32; every rank calls `step` alike."""
+
+    def __init__(self, drafter: Eagle3Drafter, config: DrafterConfig, temperature: float, bf16: bool = False):
+        self.drafter, self.config, self.temperature, self.bf16 = drafter, config, temperature, bf16
+        settings = DistillSettings(lr=config.lr, matrix_lr=config.matrix_lr, weight_decay=config.weight_decay)
+        self.optimizers = drafter_optimizers(drafter, settings)
+        warmup = config.warmup_updates
+        self.schedules = [LambdaLR(o, lambda done: min((done + 1) / max(warmup, 1), 1.0)) for o in self.optimizers]
+        self.parameters = list(drafter.parameters())
+        self.device = self.parameters[0].device
+        self.size = sum(parameter.numel() for parameter in self.parameters)
+        # gradients, weight, weighted loss, then DepthSums
+        self.flat = torch.zeros(self.size + 2 + len(PARTS) * config.unroll, device=self.device)
+        self._tie_gradients()
+
+    @property
+    def nbytes(self) -> int:
+        """Gradients and moments: two of AdamW, one of Muon; all float32. They exist from the first update on."""
+        moments = 0
+        for optimizer in self.optimizers:
+            count = 1 if isinstance(optimizer, Muon) else 2
+            moments += count * sum(weight.nbytes for group in optimizer.param_groups for weight in group["params"])
+        return self.flat.nbytes + moments
+
+    def _tie_gradients(self) -> None:
+        parts = self.flat[: self.size].split([parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def step(self, micros: Sequence[Callable[[], Micro | None]], may_go_on: Callable[[], bool]) -> Outcome:
+        """One optimizer update on every rank's micro-batches.
+
+        The loss is the mean over all ranks of micro-batches' losses, each counted by its tokens' weight at the first
+        depth. A rank that runs out of memory makes all ranks drop the update.
+
+        Args:
+            micros: make them one by one; as many on every rank, None for those that a rank has no rows for.
+            may_go_on: asked before each, answers alike on every rank. The update is of those done by then.
+        """
+        self.flat.zero_()
+        whole = True
+        for make in micros:
+            whole = may_go_on()
+            if not whole:
+                break
+            try:
+                self._accumulate(make())
+            except torch.OutOfMemoryError:
+                self.flat[self.size] = torch.nan
+        if dist.is_initialized():
+            dist.all_reduce(self.flat)
+        weight, loss = self.flat[self.size : self.size + 2].tolist()
+        finite = bool(self.flat.isfinite().all())
+        applied = finite and weight > 0
+        if applied:
+            self._apply(weight)
+        return Outcome(applied, finite, loss / weight if weight else 0.0, whole)
+
+    def sums(self) -> DepthSums:
+        """Of the latest update's rows over all ranks, from before it."""
+        return DepthSums(*self.flat[self.size + 2 :].view(len(PARTS), -1).clone())
+
+    def _accumulate(self, micro: Micro | None) -> None:
+        if micro is None:
+            return
+        batch, teacher = micro
+        loss, sums = drafter_loss(self.drafter, batch, teacher, self.config, self.temperature, self.bf16)
+        weight = sums.weight[0]
+        if weight == 0:  # no response is long enough to draft for
+            return
+        (loss * weight).backward()
+        tail = self.flat[self.size :]
+        tail[0] += weight
+        tail[1] += loss.detach() * weight
+        tail[2:] += torch.stack([getattr(sums, part).float() for part in PARTS]).flatten()
+
+    def _apply(self, weight: float) -> None:
+        self.flat[: self.size] /= weight
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        for stepper in (*self.optimizers, *self.schedules):
+            stepper.step()
+
+    def state_dict(self) -> dict:
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedules": [schedule.last_epoch for schedule in self.schedules],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for schedule, done in zip(self.schedules, state["schedules"], strict=True):
+            schedule.last_epoch = done
+
+
+def drafter_loss(
+    drafter: Eagle3Drafter,
+    batch: DrafterBatch,
+    teacher: TeacherOutput,
+    config: DrafterConfig,
+    temperature: float,
+    bf16: bool = False,
+) -> tuple[torch.Tensor, DepthSums]:
+    """`distill_loss` as the run's configuration asks for it, at the sampling temperature."""
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=bf16):
+        at = AtTemperature(drafter, temperature)
+        return distill_loss(at, batch, teacher, config.unroll, config.decay, CHUNK, config.loss)

@@ -1,0 +1,139 @@
+"""An engine's settings in sglang's own arguments and environment variables."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from respec_trainer.config import EngineConfig
+from respec_trainer.errors import ConfigError
+from respec_trainer.network import free_port
+from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.rollout.sglang.settings import EngineSettings
+
+
+def server_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """Keyword arguments of sglang 0.5.21's ServerArgs."""
+    engine = settings.engine
+    arguments: dict[str, Any] = {
+        "model_path": settings.model_path,
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[settings.dtype],
+        "device": settings.device,
+        "load_format": settings.load_format,
+        "context_length": settings.context_length,
+        "tp_size": engine.tp,
+        "base_gpu_id": settings.base_gpu_id,
+        "random_seed": settings.seed,
+        "max_running_requests": engine.max_running_requests,
+        "max_total_tokens": engine.max_total_tokens,
+        "mem_fraction_static": engine.mem_fraction,
+        "log_level": engine.log_level,
+        "watchdog_timeout": engine.timeout,
+        "skip_tokenizer_init": not settings.tokenizer,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        # The samples of a group read their prompt once. Every update of the weights empties the cache of prefixes.
+        "disable_radix_cache": False,
+        # In the order given: looking for the best prefix among all that wait costs more than it finds.
+        "schedule_policy": "fcfs",
+        "min_free_slots_delay": engine.min_free_slots,
+        # An idle engine must leave the cores to the trainer, and not poll.
+        "sleep_on_idle": True,
+        "weight_version": settings.actor_version,
+        # sglang's own choice may be taken by any connection before the scheduler, seconds later, listens on it.
+        "nccl_port": free_port(),
+    }
+    arguments |= _cpu_arguments() if settings.device == "cpu" else _gpu_arguments(engine)
+    if settings.speculative:
+        arguments |= _speculation_arguments(settings)
+        if settings.steps_by_batch:
+            arguments |= _switching_arguments(settings.steps_by_batch)
+    if settings.steps is not None:
+        arguments |= _changing_arguments(settings, settings.steps)
+    return arguments
+
+
+def step_environment(steps: DepthSettings | None) -> dict[str, str]:
+    """Variables of the engine's processes that have sglang call what `sglang_steps` hooks."""
+    if steps is None:
+        return {}
+    environment = {"SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND": "1"}
+    if steps.simulated_accept_length is not None:
+        environment["SGLANG_SIMULATE_ACC_LEN"] = "1"  # any length turns the hook on, which has its own
+    return environment
+
+
+def _cpu_arguments() -> dict[str, Any]:
+    return {
+        # The second name is what serves: sglang refuses it as the first without AMX, but not for the two phases.
+        "attention_backend": "torch_native",
+        "prefill_attention_backend": "intel_amx",
+        "decode_attention_backend": "intel_amx",
+        "disable_cuda_graph": True,
+        # Overlap hides the host behind the device; here they are one, and a finished batch would decode once more.
+        "disable_overlap_schedule": True,
+    }
+
+
+def _gpu_arguments(engine: EngineConfig) -> dict[str, Any]:
+    return {
+        "attention_backend": "triton",
+        "enable_memory_saver": True,
+        # The memory saver cannot move what a prefill graph holds.
+        "cuda_graph_backend_prefill": "disabled",
+        "cuda_graph_max_bs_decode": engine.max_running_requests,
+    }
+
+
+def _speculation_arguments(settings: EngineSettings) -> dict[str, Any]:
+    shape = settings.speculation
+    arguments = {
+        "speculative_algorithm": shape.algorithm.upper(),
+        "speculative_num_draft_tokens": shape.draft_tokens,
+        # One means lossless; they are sglang's defaults, said here because the policy's law hangs on them.
+        "speculative_accept_threshold_single": shape.accept_threshold_single,
+        "speculative_accept_threshold_acc": shape.accept_threshold_acc,
+        "speculative_use_rejection_sampling": shape.rejection_sampling,
+    }
+    if shape.algorithm == "ngram":
+        return arguments | {"speculative_ngram_max_bfs_breadth": shape.topk}
+    return arguments | {
+        "speculative_draft_model_path": settings.drafter_path,
+        "speculative_num_steps": shape.steps,
+        "speculative_eagle_topk": shape.topk,
+        "speculative_draft_attention_backend": "intel_amx" if settings.device == "cpu" else "triton",
+    }
+
+
+def _changing_arguments(settings: EngineSettings, steps: DepthSettings) -> dict[str, Any]:
+    """sglang prepares a state for 0 and every candidate, and starts in the largest, for which it sizes its buffers."""
+    shape = settings.speculation
+    if shape.algorithm != "eagle3" or shape.topk != 1:
+        raise ConfigError(
+            "draft steps change in chains of eagle3 only: set speculation.algorithm=eagle3 and speculation.topk=1, not "
+            f"{shape.algorithm} and {shape.topk}, or speculation.policy=fixed"
+        )
+    if shape.rejection_sampling:
+        raise ConfigError(
+            "without speculation sglang keeps no draft to go on from that rejection sampling could verify: set "
+            "speculation.rejection_sampling=false, or speculation.policy=fixed"
+        )
+    if settings.steps_by_batch:
+        raise ConfigError("draft steps change by a table (steps_by_batch) or by a choice of our own (steps), not both")
+    table = _table_arguments({"1": {"candidate_steps": sorted({0, *steps.candidates})}})
+    return table | {"speculative_num_steps": steps.most, "speculative_num_draft_tokens": steps.most + 1}
+
+
+def _switching_arguments(steps_by_batch: dict[int, int]) -> dict[str, Any]:
+    return _table_arguments({str(batch): {"candidate_steps": [steps]} for batch, steps in steps_by_batch.items()})
+
+
+def _table_arguments(table: dict[str, dict[str, list[int]]]) -> dict[str, Any]:
+    """sglang reads its table from a file, in this process and in its schedulers."""
+    with tempfile.NamedTemporaryFile("w", prefix="respec_steps_", suffix=".json", delete=False) as file:
+        json.dump(table, file)
+    atexit.register(Path(file.name).unlink, missing_ok=True)
+    return {"speculative_adaptive": True, "speculative_adaptive_config": file.name}

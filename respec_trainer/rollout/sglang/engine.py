@@ -1,0 +1,219 @@
+"""SGLangEngine: the rollout engine, on sglang 0.5.21."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from respec_trainer.errors import EngineError
+from respec_trainer.rollout.decode_log import BUSY, STEPS_MESSAGE, DecodeLog, DepthSettings
+from respec_trainer.rollout.engine import Role, RolloutEngine, TensorSpec
+from respec_trainer.rollout.sample import Request, Sample, SamplingParams
+from respec_trainer.rollout.sglang.pending import SGLangPending
+from respec_trainer.rollout.sglang.process import SGLangProcess
+from respec_trainer.rollout.sglang.settings import EngineSettings
+from respec_trainer.rollout.sglang.weights import WeightUpdater
+
+__all__ = ["EngineSettings", "SGLangEngine"]
+
+# Engines of a run count their seeds up from the run's; lives must not meet them.
+SEEDS_BETWEEN_LIVES = 1_000_003
+# An engine may clear away a batch after its last answer, in which case it is not idle yet.
+CLEARING_SECONDS = 10.0
+COUNTERS = ("requests", "prompt_tokens", "prompt_tokens_cached", "tokens", "verify_passes", "drafts_accepted")
+
+
+class SGLangEngine(RolloutEngine):
+    """One sglang engine: its scheduler in processes of its own, its request manager in a thread of this one."""
+
+    def __init__(self, settings: EngineSettings):
+        self.settings = settings
+        self.versions: dict[Role, str] = {}
+        self._process: SGLangProcess | None = None
+        self._updater: WeightUpdater | None = None
+        self._pending: list[SGLangPending] = []
+        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._seeds = torch.Generator().manual_seed(settings.seed)
+        self._lives = 0
+        self._asleep: set[str] = set()
+        self._doubt: str | None = None
+
+    def start(self) -> None:
+        """Launch the engine's processes and return once it answers; possible again after `shutdown`.
+
+        An engine starts with the weights of the folders: push the current ones before sampling from a later policy.
+        Each life draws with a seed of its own: from the same one it would draw the second half of a response with the
+        random numbers of the first half, and the two would not be independent.
+        """
+        if self._process is not None:
+            raise EngineError("the rollout engine has been started already")
+        seed = (self.settings.seed + self._lives * SEEDS_BETWEEN_LIVES) % 2**31
+        self._lives += 1
+        self._pending, self._asleep, self._doubt = [], set(), None
+        self._process = SGLangProcess(replace(self.settings, seed=seed))
+        self._updater = WeightUpdater(self._process, self.settings)
+        self.versions = {"target": self.settings.actor_version, "draft": self.settings.drafter_version}
+        self.take_decode_log()  # or learn now that the engine cannot change its steps
+
+    @property
+    def failure(self) -> EngineError | None:
+        return EngineError("the rollout engine is not running") if self._process is None else self._process.failure
+
+    @property
+    def process(self) -> SGLangProcess:
+        if self._process is None:
+            raise EngineError("the rollout engine is not running: call start() first")
+        return self._process
+
+    @property
+    def weights(self) -> WeightUpdater:
+        if self._updater is None:
+            raise EngineError("the rollout engine is not running: call start() first")
+        return self._updater
+
+    def submit(self, requests: Sequence[Request]) -> SGLangPending:
+        """Hand over requests, all in one message, and return at once."""
+        if self.weights.role is not None:
+            raise EngineError(f"requests during an update of the {self.weights.role} weights: end the update first")
+        if self._doubt is not None:
+            raise EngineError(f"no requests on weights in doubt: {self._doubt}; push both models whole first")
+        pending = SGLangPending(self, self.process, list(requests))
+        self._pending = [other for other in self._pending if not other.future.done()] + [pending]
+        return pending
+
+    def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:
+        return self.weights.join_group(name, address, port, world_size, rank_offset, backend)
+
+    def leave_group(self, name: str) -> None:
+        self.weights.leave_group(name)
+
+    def weight_shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
+        return self.weights.shapes(role)
+
+    def begin_weight_update(self, role: Role, names: Collection[str] = ()) -> None:
+        if running := sum(not pending.future.done() for pending in self._pending):
+            raise EngineError(f"weight update while {running} submitted batches are still running: collect them first")
+        self.weights.begin(role, names)
+
+    def receive_broadcast(self, specs: Sequence[TensorSpec], role: Role, group: str) -> Future:
+        return self.weights.receive_broadcast(specs, role, group)
+
+    def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> Future:
+        return self.weights.receive_tensors(tensors, role)
+
+    def end_weight_update(self, role: Role, version: str) -> None:
+        self.weights.end(role)
+        self.versions[role] = version
+
+    def abort_weight_update(self) -> None:
+        self.weights.abort()
+
+    def distrust(self, reason: str) -> None:
+        self._doubt = reason
+
+    def trust(self) -> None:
+        self._doubt = None
+
+    def digests(self, role: Role) -> dict[str, str]:
+        return self.weights.digests(role)
+
+    def sleep(self) -> None:
+        parts = [part for part in ("kv_cache", "weights") if part not in self._asleep]
+        self._occupy("release_memory_occupation", "ReleaseMemoryOccupationReqInput", parts)
+        self._asleep |= set(parts)
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        parts = [part] if part in self._asleep else []
+        self._occupy("resume_memory_occupation", "ResumeMemoryOccupationReqInput", parts)
+        self._asleep -= set(parts)
+
+    def stats(self) -> dict[str, float]:
+        """Sums over collected samples, by the names of COUNTERS."""
+        return dict(self._counters)
+
+    def take_decode_log(self) -> DecodeLog:
+        return DecodeLog() if self.settings.steps is None else self._steps_message()
+
+    def restore_depth_chooser(self, state: str) -> None:
+        if self.settings.steps is not None:
+            self._steps_message(state=state)
+
+    def set_steps(self, steps: DepthSettings) -> None:
+        """Go on by other settings, with the candidates that the engine started with, while no request runs.
+
+        What was learnt of acceptance is forgotten, and what was logged is thrown away.
+        """
+        started = self.process.settings.steps
+        if started is None:
+            raise EngineError("draft steps are fixed: start the engine with EngineSettings(steps=...)")
+        if steps.simulated_accept_length is not None and started.simulated_accept_length is None:
+            raise EngineError("acceptance is simulated only by an engine that started so: give it a simulated length")
+        self._steps_message(settings=steps.to_json())
+        self.settings = replace(self.settings, steps=steps)
+
+    def shutdown(self) -> None:
+        if self._process is not None:
+            self._process.shutdown()
+            self._process = self._updater = None
+
+    def _steps_message(self, **body: str) -> DecodeLog:
+        """Ask the hooks of `sglang_steps` for the log; with `settings` or `state`, have them go on by these."""
+        from sglang.srt.managers.io_struct import DumperControlReqInput
+
+        if body and any(not pending.future.done() for pending in self._pending):
+            raise EngineError(BUSY)
+        process, deadline = self.process, time.monotonic() + CLEARING_SECONDS
+        request = DumperControlReqInput(method=STEPS_MESSAGE, body=body)
+        while True:
+            asked = process.call(process.manager.dumper_control, request)
+            (answer,) = process.wait(asked, "asking for the draft steps")
+            if answer.success:
+                return DecodeLog.of_bytes(answer.response[0]["log"])
+            if answer.error != BUSY or time.monotonic() > deadline:
+                raise EngineError(f"asking for the draft steps: {answer.error}")
+            time.sleep(0.01)
+
+    def _occupy(self, method: str, message: str, tags: list[str]) -> None:
+        process = self.process
+        if self.settings.device == "cpu" or not tags:
+            return  # on a CPU there is no second memory to make room in
+        from sglang.srt.managers import io_struct
+
+        request = getattr(io_struct, message)(tags=tags)
+        process.wait(process.call(getattr(process.manager, method), request, None), f"{method} of {' and '.join(tags)}")
+
+    def _sampling(self, params: SamplingParams) -> dict[str, Any]:
+        """sglang's sampling parameters of one request, all of them: some defaults come from the model's folder."""
+        if params.stop and not self.settings.tokenizer:
+            raise EngineError(
+                f"stop strings {params.stop} need the tokenizer: start the engine with EngineSettings(tokenizer=True)"
+            )
+        if params.seed is not None and not self.settings.seeded:
+            raise EngineError("a request's seed needs an engine started with EngineSettings(seeded=True)")
+        seed = params.seed
+        if self.settings.seeded and seed is None:
+            seed = int(torch.randint(2**63 - 1, (), generator=self._seeds))
+        return {
+            "max_new_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": 0.0,
+            "stop": list(params.stop),
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": params.ignore_eos,
+            "sampling_seed": seed,
+        }
+
+    def _count(self, samples: list[Sample]) -> None:
+        for sample in samples:
+            self._counters["requests"] += 1
+            self._counters["prompt_tokens"] += len(sample.prompt_ids)
+            self._counters["tokens"] += len(sample.response_ids)
+            self._counters["verify_passes"] += sample.verify_count
+            self._counters["drafts_accepted"] += sum(d * n for d, n in enumerate(sample.accept_histogram))

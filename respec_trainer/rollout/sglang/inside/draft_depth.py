@@ -1,0 +1,206 @@
+"""Draft steps that change while sglang runs: what decides them there, and what is written down of every batch.
+
+sglang switches a worker between prepared states, one for each number of steps, and asks a policy which one before each
+decode batch. Here that policy is a DepthChooser, asked with the batch at hand. Around it hooks keep what the drafter
+does not read while speculation is off, let it catch up, and take times. With overlapped scheduling a batch's results
+arrive after the next batch has started; StepRecorder puts them back together.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from respec_trainer.errors import EngineError
+from respec_trainer.rollout.decode_log import BUSY, STEPS_MESSAGE, DepthSettings
+from respec_trainer.rollout.sglang.inside.catch_up import Backlog, catch_up, missed
+from respec_trainer.rollout.sglang.inside.decode_recorder import StepRecorder
+from respec_trainer.rollout.sglang.inside.depth_choice import Choice, DepthChooser
+from respec_trainer.rollout.sglang.inside.simulated_acceptance import SimulatedAcceptance
+
+
+class DraftDepth:
+    """Of the one EAGLEWorkerV2 of a scheduler process; also the policy of sglang's AdaptiveController."""
+
+    def __init__(self, settings: DepthSettings, device: str):
+        self.device = device
+        self.worker: Any = None
+        self.candidate_steps = sorted({0, *settings.candidates})
+        self._graph_sizes: list[int] | None = None
+        self._has_states: bool | None = None
+        self.apply(settings)
+
+    def apply(self, settings: DepthSettings) -> None:
+        """Go on by other settings, from nothing: no request may be running."""
+        if sorted({0, *settings.candidates}) != self.candidate_steps:
+            raise EngineError(
+                f"the engine started with the candidate steps {self.candidate_steps}, and cannot change to "
+                f"{list(settings.candidates)}: start it with these"
+            )
+        self.settings, self.control = settings, DepthChooser(settings)
+        self.backlog = Backlog(settings.backlog_mb * 2**20)
+        self.choice = Choice(0, warm=False)
+        self.recorder = self._make_recorder()
+        self.acceptance = SimulatedAcceptance(settings)
+
+    def _make_recorder(self) -> StepRecorder:
+        if not self.settings.timed:
+            return StepRecorder()
+        if self.device == "cuda":
+            return StepRecorder(wait=torch.cuda.synchronize)
+        # The thread that computes, and no other: what else runs on the cores is in nobody's profile.
+        return StepRecorder(clock=time.thread_time)
+
+    def hooks(self) -> dict[str, tuple[Callable, str]]:
+        """For `sglang_plugin`: target -> (function, kind of hook)."""
+        speculative = "sglang.srt.speculative"
+        worker, drafter = (f"{speculative}.eagle_worker_v2.{name}" for name in ("EAGLEWorkerV2", "EagleDraftWorker"))
+        parts = {
+            f"{drafter}.draft": "draft",
+            f"{worker}.verify": "verify",
+            f"{drafter}._draft_extend_for_decode": "extend",
+            f"{drafter}._draft_extend_for_prefill": "extend",
+            f"{worker}.apply_runtime_state": "switch",
+        }
+        return {
+            f"{worker}.__init__": (self.install, "AFTER"),
+            f"{worker}.forward_batch_generation": (self.forward, "AROUND"),
+            f"{worker}._stub_skipped_draft_extend": (self.skip_extend, "AFTER"),
+            f"{speculative}.spec_utils.generate_simulated_accept_index": (self.simulate, "REPLACE"),
+            f"{speculative}.spec_utils.commit_mamba_states_after_verify": (self.commit_states, "AROUND"),
+            "sglang.srt.managers.scheduler.Scheduler.handle_dumper_control": (self.answer, "AROUND"),
+            **{target: (functools.partial(self.time, part), "AROUND") for target, part in parts.items()},
+        }
+
+    # What sglang's controller calls
+
+    def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
+        self._graph_sizes = cuda_graph_bs
+
+    def cuda_graph_bs_for_step(self, _step: int) -> list[int] | None:
+        return self._graph_sizes
+
+    def get_steps_for_batch(self, _batch_size: int) -> int:
+        return self.choice.steps
+
+    def on_verify_complete(self, kept: list[int], _batch_size: int) -> None:
+        try:
+            row = self.recorder.settle(kept)
+        except Exception:  # noqa: BLE001 - a count out of step must not end the engine
+            self.control.fail()
+            return
+        self.control.observe(row.steps, row.batch, row.survivors)
+
+    # The hooks
+
+    def install(self, _result: None, worker: Any, *_args: Any, **_kwargs: Any) -> None:
+        """Raises EngineError if sglang has turned adaptive speculation off, for which it has no more than a warning."""
+        if worker.adaptive_controller is None:
+            raise EngineError("sglang turned adaptive speculation off, so steps cannot change; its log says why")
+        worker.adaptive_controller.params = self
+        self.worker = worker
+
+    def forward(self, original: Callable, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if not batch.forward_mode.is_idle():
+            reads_prompts = batch.forward_mode.is_extend() or batch.is_extend_in_batch
+            (self._start_prefill if reads_prompts else self._start_decode)(batch)
+        return original(worker, batch, *args, **kwargs)
+
+    def skip_extend(self, _result: None, worker: Any, batch: Any, result: Any) -> None:
+        """After a step without speculation, for which sglang has let the drafter's pass out."""
+        if self.choice.warm:
+            worker.draft_worker._draft_extend_for_decode(batch, result)
+        elif not self.control.failed:
+            features = result.logits_output.hidden_states
+            # A graph writes its next output into the same memory.
+            features = features.clone() if result.can_run_cuda_graph else features
+            self.backlog.add(batch.reqs, result.next_token_ids, features)
+
+    def simulate(self, *, accept_index, predict, num_correct_drafts, candidates, **_kwargs: Any) -> torch.Tensor:
+        return self.acceptance.draw(accept_index, num_correct_drafts, predict, candidates)
+
+    def commit_states(self, original: Callable, target_worker: Any, *args: Any) -> None:
+        """sglang finds out anew after every pass whether the target has states to commit: a part of a small step."""
+        if self._has_states is None:
+            from sglang.srt.configs.hybrid_arch import mambaish_config
+
+            self._has_states = mambaish_config(target_worker.model_runner.model_config) is not None
+        if self._has_states:
+            original(target_worker, *args)
+
+    def time(self, part: str, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        with self.recorder.timing(part):
+            return original(*args, **kwargs)
+
+    def answer(self, original: Callable, scheduler: Any, request: Any) -> None:
+        """Serve a message of this package's, which came as one to sglang's dumper."""
+        if request.method != STEPS_MESSAGE:
+            return original(scheduler, request)
+        from sglang.srt.managers.io_struct import DumperControlReqOutput
+
+        try:
+            served = self._serve(scheduler.is_fully_idle(), **request.body)
+            output = DumperControlReqOutput(success=True, response=[served])
+        except Exception as error:  # noqa: BLE001 - it would end the engine; the trainer raises it
+            output = DumperControlReqOutput(success=False, response=[], error=str(error))
+        scheduler.ipc_channels.send_to_tokenizer.send_output(output, request)
+        return None
+
+    def _serve(self, idle: bool, settings: str | None = None, state: str | None = None) -> dict[str, bytes]:
+        """Hand out the log; with `settings`, JSON of DepthSettings, go on by them; with a policy's `state`, from it."""
+        if self.worker is None:
+            raise EngineError("the engine made no EAGLE worker whose steps could change")
+        if not (idle or settings is None and state is None):
+            raise EngineError(BUSY)
+        recorder, control = self.recorder, self.control
+        if settings is not None:
+            self.apply(DepthSettings.of_json(settings))
+        elif idle:
+            self.backlog.clear()
+        if state is not None:
+            self.control.load_state(state)
+        return {"log": replace(recorder.take(control.failures), state=control.state()).to_bytes()}
+
+    def _start_prefill(self, batch: Any) -> None:
+        self.backlog.forget(batch.reqs)
+        self.recorder.begin(True, len(batch.reqs), _mean_length(batch), batch.extend_num_tokens or 0)
+
+    def _start_decode(self, batch: Any) -> None:
+        """Choose the steps of a decode batch, and let the drafter catch up where they need it."""
+        count, behind = len(batch.reqs), sum(map(missed, batch.reqs))
+        row = self.recorder.begin(False, count, _mean_length(batch))
+        with self.recorder.timing("decide"):
+            choice = self.control.choose(count, row.context, behind / count)
+            row.predicted = self.control.predicted()
+        if behind:
+            choice = self._after_catch_up(batch, choice, behind)
+        elif self.backlog.chunks:
+            self.backlog.clear()  # those who left it have finished
+        self.choice, row.steps = choice, choice.steps
+
+    def _after_catch_up(self, batch: Any, choice: Choice, behind: int) -> Choice:
+        """Catch up if the drafter is needed now, or its backlog has grown too large; what can be done then."""
+        needed = choice.steps > 0 or choice.warm
+        full = not self.control.failed and self.backlog.full(batch.reqs)
+        if not needed and not full:
+            return choice
+        most = self.settings.catch_up_tokens
+        if most is not None:
+            most = max(most, 2 * len(batch.reqs))  # every step without speculation adds one a sequence
+        with self.recorder.timing("catch_up"):
+            done = catch_up(self.worker, batch, self.backlog, most)
+        self.recorder.rows[-1].caught_up = done
+        return choice if done == behind else Choice(0, warm=False)
+
+
+def _mean_length(batch: Any) -> float:
+    """Tokens of a sequence so far. Where the host does not know them yet, those it knew a batch ago."""
+    total = batch.seq_lens_sum
+    if total is None:
+        total = sum(len(request.origin_input_ids) + len(request.output_ids) for request in batch.reqs)
+    return total / len(batch.reqs)

@@ -1,0 +1,126 @@
+"""SGLangPending: requests that an sglang engine is working on."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from respec_trainer.errors import EngineError
+from respec_trainer.rollout.engine import Pending
+from respec_trainer.rollout.sample import Request, Sample
+from respec_trainer.rollout.sglang.inside.plugin import read_origins
+from respec_trainer.rollout.sglang.process import SGLangProcess
+
+if TYPE_CHECKING:
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+
+POLL_SECONDS = 1.0
+
+
+class SGLangPending(Pending):
+    """Requests on their way. They run from the moment this is made."""
+
+    def __init__(self, engine: SGLangEngine, process: SGLangProcess, requests: list[Request]):
+        self.engine, self.process, self.requests = engine, process, requests
+        # Updates wait until no request runs, so what is in the engine now draws the whole response.
+        self.versions = dict(engine.versions)
+        self.ids = [uuid.uuid4().hex for _ in requests]
+        self.order = spread_groups(requests)
+        self.samples: list[Sample] | None = None
+        self.submitted = time.time()
+        if not requests:
+            self.future: Future = Future()
+            self.future.set_result([])
+            return
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        ordered = [requests[index] for index in self.order]
+        batch = GenerateReqInput(
+            rid=list(self.ids),
+            input_ids=[list(request.prompt_ids) for request in ordered],
+            sampling_params=[engine._sampling(request.sampling) for request in ordered],
+            return_logprob=True,
+        )
+        self.future = process.call(_first, process.manager.generate_request, batch)
+
+    def collect(self) -> list[Sample]:
+        if self.samples is None:
+            self.samples = self._gather(self._wait())
+            self.process.deliveries.forget(self.ids)
+        return self.samples
+
+    def delivered(self) -> list[Sample]:
+        return self._gather([self.process.deliveries.output(rid) for rid in self.ids])
+
+    def done(self) -> int:
+        if self.future.done():
+            return len(self.requests)
+        return sum(rid not in self.process.manager.rid_to_state for rid in self.ids)
+
+    def _wait(self) -> list[dict[str, Any]]:
+        """The engine's outputs. The time limit runs from the last sign of life, not from the start."""
+        limit = self.engine.settings.engine.timeout
+        while True:
+            try:
+                return self.future.result(POLL_SECONDS)
+            except concurrent.futures.TimeoutError:
+                silent = time.time() - max(self.submitted, self.process.manager.last_receive_tstamp)
+                if silent > limit:
+                    self.process.fail(f"the rollout engine has not answered for {limit:.0f} s (rollout.engine.timeout)")
+            except EngineError:
+                raise
+            except Exception as error:
+                raise EngineError(f"the rollout engine refused a request: {error}") from error
+
+    def _gather(self, outputs: list[dict[str, Any]]) -> list[Sample]:
+        """Samples in the order of the requests, out of outputs in the order of submission; they are counted."""
+        by_request = dict(zip(self.order, outputs, strict=True))
+        samples = [self._sample(request, by_request[i]) for i, request in enumerate(self.requests)]
+        self.engine._count(samples)
+        self.engine._counters["prompt_tokens_cached"] += sum(o["meta_info"]["cached_tokens"] for o in outputs)
+        return samples
+
+    def _sample(self, request: Request, output: dict[str, Any]) -> Sample:
+        meta = output["meta_info"]
+        reason = meta["finish_reason"]["type"]
+        if reason not in ("stop", "length", "lost"):
+            raise EngineError(f"request {request.key}: the rollout engine ended it with {meta['finish_reason']}")
+        logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+        if len(logprobs) != len(output["output_ids"]):
+            raise EngineError(
+                f"request {request.key}: {len(logprobs)} log-probs for {len(output['output_ids'])} tokens"
+            )
+        return Sample(
+            key=request.key,
+            prompt_ids=list(request.prompt_ids),
+            response_ids=output["output_ids"],
+            sampler_logprobs=logprobs,
+            finish_reason=reason,
+            actor_version=self.versions["target"],
+            drafter_version=self.versions["draft"],
+            verify_count=meta.get("spec_verify_ct", 0),
+            accept_histogram=meta.get("spec_correct_drafts_histogram", []),
+            origins=read_origins(meta, len(output["output_ids"]), request.key),
+        )
+
+
+def spread_groups(requests: Sequence[Request]) -> list[int]:
+    """The requests' positions, the first of every prompt before the second of any.
+
+    Requests that start together each compute their prompt; one that starts later finds it in the engine's cache.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    turns = []
+    for request in requests:
+        turns.append(seen[tuple(request.prompt_ids)])
+        seen[tuple(request.prompt_ids)] += 1
+    return sorted(range(len(requests)), key=turns.__getitem__)
+
+
+async def _first(generator_function, batch) -> Any:
+    return await generator_function(batch, None).__anext__()

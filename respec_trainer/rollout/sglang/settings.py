@@ -1,0 +1,78 @@
+"""EngineSettings: what one engine is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from respec_trainer.config import Config, DType, EngineConfig, SpeculationConfig
+from respec_trainer.rollout.decode_log import DepthSettings
+
+NO_SPECULATION = SpeculationConfig(algorithm="none")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """One engine. `drafter_path` is for the algorithms that have a drafter: eagle3 and standalone."""
+
+    model_path: str
+    drafter_path: str | None = None
+    dtype: DType = "bf16"
+    device: Literal["cpu", "cuda"] = "cpu"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    speculation: SpeculationConfig = NO_SPECULATION
+    seed: int = 0
+    base_gpu_id: int = 0
+    # Stop strings are found in text, so they need the tokenizer, and one more process that runs it.
+    tokenizer: bool = False
+    # Requests may carry seeds; then every draw of the engine is a function of a seed and a position.
+    seeded: bool = False
+    context_length: int | None = None  # default: the model's
+    # Weights at the start: the folder's, or random ones where only shapes matter.
+    load_format: Literal["auto", "dummy"] = "auto"
+    actor_version: str = "initial"
+    drafter_version: str = "initial"
+
+    # Draft steps from each batch size on, as sglang's own table switches them; None: always speculation.steps.
+    steps_by_batch: dict[int, int] | None = None
+    # How draft steps change by this package's choice, and that they are logged; None: they do not.
+    steps: DepthSettings | None = None
+
+    @classmethod
+    def from_config(cls, config: Config, device: str, index: int = 0) -> EngineSettings:
+        """The settings of engine `index` of a run; `device` is "cpu" or "cuda"."""
+        engine = config.rollout.engine
+        if device == "cpu" and engine.max_total_tokens is None:
+            tokens = tokens_of_full_batch(config)
+            engine = engine.model_copy(update={"max_total_tokens": tokens})
+        speculative = config.speculation.algorithm != "none"
+        sampling = config.rollout.sampling
+        return cls(
+            model_path=config.model.path,
+            drafter_path=config.drafter.path if speculative else None,
+            dtype=config.model.dtype,
+            device=device,
+            engine=engine,
+            speculation=config.speculation if speculative else NO_SPECULATION,
+            seed=config.run.seed + index,
+            base_gpu_id=int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else 0,  # on a CPU: a NUMA node
+            tokenizer=bool(sampling.stop),
+            seeded=sampling.seeded,
+        )
+
+    @property
+    def speculative(self) -> bool:
+        return self.speculation.algorithm != "none"
+
+
+def tokens_of_full_batch(config: Config) -> int:
+    """KV cache rows that hold `max_running_requests` of the longest samples, and every prompt of a step.
+
+    On a CPU the pool is made no larger: rows are reused in turn, so a larger one only spreads over more memory.
+    """
+    longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
+    # Rows set aside ahead of verification: sglang reserves two rounds of drafts a request.
+    drafts = 2 * config.speculation.draft_tokens * config.speculation.topk
+    prompts = config.data.prompts_per_step * config.data.max_prompt_tokens
+    return config.rollout.engine.max_running_requests * (longest + drafts + 1) + prompts

@@ -1,0 +1,223 @@
+"""Weight updates of a running sglang engine: one session, one model, every reply checked.
+
+sglang's own Engine methods leave out the selector, whose default writes the target's tensors into the drafter too. Here
+the messages are built with it, always "target" or "draft".
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from respec_trainer.errors import EngineError
+from respec_trainer.rollout.engine import Role, TensorSpec
+from respec_trainer.rollout.sglang.process import SGLangProcess
+from respec_trainer.rollout.sglang.settings import EngineSettings
+
+# The drafter's vocabulary maps are read once, at the start, and its embedding is the target's own.
+FIXED_IN_DRAFTER = ("d2t", "t2d", "embed_tokens.weight", "model.embed_tokens.weight")
+
+
+class WeightUpdater:
+    """Speaks for one engine process. `role` is the model of the open update, None between updates."""
+
+    def __init__(self, process: SGLangProcess, settings: EngineSettings):
+        self.process, self.settings = process, settings
+        self.role: Role | None = None
+        self._missing: set[str] = set()  # of the open update
+        self._groups: set[str] = set()
+        self._shapes = {"target": weight_shapes(settings.model_path)}
+        if _is_tied(settings.model_path):
+            self._shapes["target"].pop("lm_head.weight", None)  # some folders hold a copy of it
+        if settings.speculation.algorithm == "eagle3":  # the only drafter that changes
+            self._shapes["draft"] = weight_shapes(settings.drafter_path)
+
+    def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:
+        self._groups.add(name)
+        return self._send(
+            f"joining process group {name}",
+            "init_weights_update_group",
+            "InitWeightsUpdateGroupReqInput",
+            master_address=address,
+            master_port=port,
+            rank_offset=rank_offset,
+            world_size=world_size,
+            group_name=name,
+            backend=backend,
+        )
+
+    def leave_group(self, name: str) -> None:
+        if name not in self._groups:
+            return
+        self._groups.discard(name)
+        doing = f"leaving process group {name}"
+        message = "DestroyWeightsUpdateGroupReqInput"
+        self.process.wait(self._send(doing, "destroy_weights_update_group", message, group_name=name), doing)
+
+    def shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
+        """What an update must bring: tied heads, and what is fixed in a drafter, are left out."""
+        known = self._shapes.get(role, {})
+        return {name: shape for name, shape in known.items() if role == "target" or name not in FIXED_IN_DRAFTER}
+
+    def begin(self, role: Role, names: Collection[str] = ()) -> None:
+        if self.role is not None:
+            raise EngineError(f"an update of the {self.role} weights is open already: end it first")
+        if role not in self._shapes:
+            raise EngineError(f"the engine has no {role} model to update: it was started without speculation")
+        doing = f"beginning an update of the {role} weights"
+        self.process.wait(self._send(doing, "begin_weight_update", "BeginWeightUpdateReqInput", selector=role), doing)
+        self.role, self._missing = role, set(names)
+
+    def receive_broadcast(self, specs: Sequence[TensorSpec], role: Role, group: str) -> Future:
+        self._check({spec.name: spec.shape for spec in specs}, role)
+        self._missing -= {spec.name for spec in specs}
+        return self._send(
+            f"receiving {len(specs)} {role} tensors from group {group}",
+            "update_weights_from_distributed",
+            "UpdateWeightsFromDistributedReqInput",
+            names=[spec.name for spec in specs],
+            dtypes=[spec.dtype for spec in specs],
+            shapes=[list(spec.shape) for spec in specs],
+            group_name=group,
+            flush_cache=True,  # what earlier weights made of a prefix is not these weights' (cheap: no memory is freed)
+            selector=role,
+        )
+
+    def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> Future:
+        self._check({name: tuple(tensor.shape) for name, tensor in tensors}, role)
+        self._missing -= {name for name, _ in tensors}
+        content = flat_bucket(tensors)
+        sent = self._send(
+            f"loading {len(tensors)} {role} tensors",
+            "update_weights_from_tensor",
+            "UpdateWeightsFromTensorReqInput",
+            serialized_named_tensors=_serialize(content, self.settings.engine.tp),
+            load_format="flattened_bucket",
+            flush_cache=True,
+            selector=role,
+        )
+        sent.add_done_callback(lambda _, kept=content: None)  # the engine reads this process's memory until then
+        return sent
+
+    def end(self, role: Role) -> None:
+        self._check({}, role)
+        if self._missing:
+            some = ", ".join(sorted(self._missing)[:5])
+            raise EngineError(f"{len(self._missing)} {role} tensors never arrived: {some}; the update is not complete")
+        self._close(f"ending the update of the {role} weights")
+
+    def abort(self) -> None:
+        if self.role is not None:
+            self._close(f"closing the broken update of the {self.role} weights")
+
+    def _close(self, doing: str) -> None:
+        self.process.wait(self._send(doing, "end_weight_update", "EndWeightUpdateReqInput"), doing)
+        self.role, self._missing = None, set()
+
+    def digests(self, role: Role) -> dict[str, str]:
+        """Digests that `sglang_digest` makes inside the engine, by the names of sglang's modules."""
+        from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+        request = CheckWeightsReqInput(action="checksum", selector=role)
+        sent = self.process.call(self.process.manager.check_weights, request)
+        success, message, ranks, _ = self.process.wait(sent, f"digesting the {role} weights")
+        if not success:
+            raise EngineError(f"digesting the {role} weights: {message}")
+        return {key.removeprefix(f"{role}."): value for key, value in ranks[0]["checksums"].items()}
+
+    def _check(self, shapes: dict[str, tuple[int, ...]], role: Role) -> None:
+        """Refuse what sglang would take without a word, drop without one, or die of."""
+        if self.role is None:
+            raise EngineError(f"{role} weights outside of an update: call begin_weight_update({role!r}) first")
+        if role != self.role:
+            raise EngineError(f"{role} weights during an update of the {self.role} weights")
+        fixed = [name for name in shapes if role == "draft" and name in FIXED_IN_DRAFTER]
+        if fixed:
+            raise EngineError(f"the drafter's {', '.join(fixed)} cannot be updated while the engine runs: leave it out")
+        known = self._shapes[role]
+        for name, shape in shapes.items() if known else ():
+            if name not in known:
+                raise EngineError(f"the {role} model has no {name}; sglang would drop it in silence")
+            if tuple(shape) != known[name]:
+                raise EngineError(f"{role} weight {name} has shape {tuple(shape)}, but the model's is {known[name]}")
+
+    def _send(self, doing: str, method: str, message: str, **fields: Any) -> Future:
+        """Send one message; the future gives None, or raises EngineError with the engine's own words."""
+        from sglang.srt.managers import io_struct
+
+        request = getattr(io_struct, message)(**fields)
+        return self.process.call(_checked, doing, getattr(self.process.manager, method), request)
+
+
+def _is_tied(folder: str) -> bool:
+    path = Path(folder) / "config.json"
+    return path.is_file() and bool(json.loads(path.read_text()).get("tie_word_embeddings", False))
+
+
+def weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a folder's safetensors files, from their headers; empty if there are none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in Path(folder).glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return shapes
+
+
+def flat_bucket(tensors: Sequence[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    """Tensors as sglang's load format "flattened_bucket" has them: one buffer of bytes, and where in it each lies.
+
+    Tensors that lie one after the other in one piece of memory stay there; others are copied together.
+    """
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket, FlattenedTensorMetadata
+
+    tensors = [(name, tensor.detach()) for name, tensor in tensors]
+    flat = _common_memory([tensor for _, tensor in tensors])
+    if flat is None:
+        bucket = FlattenedTensorBucket(named_tensors=tensors)
+        return {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    metadata, start = [], 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, start, start + size, size))
+        start += size
+    return {"flattened_tensor": flat, "metadata": metadata}
+
+
+def _common_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The bytes of `tensors`, if they lie one after the other in one piece of memory."""
+    expected = tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != expected or not tensor.is_contiguous():
+            return None
+        expected += tensor.numel() * tensor.element_size()
+    storage = tensors[0].untyped_storage()
+    first = tensors[0].data_ptr() - storage.data_ptr()
+    size = expected - tensors[0].data_ptr()
+    if first + size > storage.nbytes():
+        return None  # neighbors by chance
+    return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(storage, first, (size,))
+
+
+def _serialize(content: dict[str, Any], tp: int) -> list[bytes]:
+    """One payload of handles for each rank of the engine, whose references end with its own load."""
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+    if content["flattened_tensor"].is_cuda:
+        monkey_patch_torch_reductions()  # names devices by UUID: the engine may number them differently
+    return [MultiprocessingSerializer.serialize(content) for _ in range(tp)]
+
+
+async def _checked(doing: str, method, request) -> None:
+    success, message = (await method(request, None))[:2]
+    if not success:
+        raise EngineError(f"{doing}: {message}")

@@ -1,0 +1,137 @@
+"""What runs first in each of sglang's processes, before any of sglang is imported there.
+
+sglang starts its scheduler and detokenizer through two attributes of its Engine class. Ours are objects of this module:
+a spawned process unpickles its target before the target's arguments, which are sglang's own classes, so unpickling one
+is the moment to prepare the process.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+# sglang's children report failure by a signal to the trainer that would end it. They exit with this status instead, and
+# the trainer's watcher sees them gone.
+FAILED = 70
+
+# How a launcher tells a process that it is a rank of a job; the engine's processes are not ranks of the trainer's.
+LAUNCHER = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
+    "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)  # fmt: skip
+
+
+def engine_environment(device: str, threads: int, tp: int = 1) -> dict[str, str | None]:
+    """Environment of the engine's processes; None for what must not be there. On a CPU each rank has `threads`."""
+    changes: dict[str, str | None] = dict.fromkeys(LAUNCHER)
+    changes |= {
+        "PYTHONWARNINGS": "ignore",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+    }
+    if device == "cpu":
+        changes["OMP_NUM_THREADS"] = str(threads)
+        changes["TORCHDYNAMO_DISABLE"] = "1"  # its first compilation takes 25 s, for nothing
+        # By default sglang refuses more ranks than NUMA nodes. It wants cores for each, but only AMX kernels bind them.
+        if tp > 1:
+            changes["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(["all"] * tp)
+    else:
+        # Expandable segments cannot be shared by CUDA IPC, nor released by the memory saver.
+        changes |= {"PYTORCH_CUDA_ALLOC_CONF": None, "PYTORCH_ALLOC_CONF": None}
+    return changes
+
+
+def prepare_process(device: str) -> None:
+    """Make sglang importable in this process. Call it before importing sglang or transformers' model classes."""
+    from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
+    from respec_trainer.compat.versions import require_version
+
+    require_version("sglang", "0.5.21", "respec_trainer.rollout")
+    define_torchvision_operators()
+    # On a CPU it has to say, at import, that it found no CUDA.
+    logging.getLogger("sglang.kernels.jit.utils.arch").setLevel(logging.ERROR)
+    if device == "cpu":
+        from respec_trainer.rollout.sglang.inside.cpu import put_stand_in_on_path
+
+        put_stand_in_on_path()
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # sglang looks once, at its first import
+
+
+@dataclass
+class Worker:
+    """Target of one of sglang's processes."""
+
+    device: str
+    plugin_settings: str  # for sglang_plugin, JSON
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        gc.disable()  # a tenth of the start would go into looking for garbage among what imports make
+        warnings.filterwarnings("ignore")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the trainer, which ends the engine
+        _die_with_parent()
+        prepare_process(self.device)
+        _exit_instead_of_signalling()
+
+
+class SchedulerWorker(Worker):
+    """Runs sglang's scheduler once this package's plugin is active in it."""
+
+    def __call__(self, *args: Any) -> None:
+        from respec_trainer.rollout.sglang.inside import plugin as sglang_plugin
+
+        os.environ[sglang_plugin.SETTINGS] = self.plugin_settings
+        from sglang.srt.managers.scheduler import run_scheduler_process
+        from sglang.srt.model_loader import weight_utils
+        from sglang.srt.plugins import load_plugins
+
+        weight_utils.tqdm = weight_utils.DisabledTqdm  # its bars would run through the trainer's display
+        load_plugins()
+        sglang_plugin.require_active()
+        _collect_again()
+        run_scheduler_process(*args)
+
+
+class DetokenizerWorker(Worker):
+    def __call__(self, *args: Any) -> None:
+        from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
+
+        _collect_again()
+        run_detokenizer_process(*args)
+
+
+def _collect_again() -> None:
+    """Collect garbage from now on, but not among what was imported, which stays."""
+    gc.freeze()
+    gc.enable()
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the trainer dies, from the first moment and not only once sglang asks."""
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _exit_instead_of_signalling() -> None:
+    import psutil
+
+    original = psutil.Process.send_signal
+
+    def send_signal(process: psutil.Process, number: int) -> None:
+        if number == signal.SIGQUIT and process.pid == os.getppid():
+            sys.stderr.flush()
+            os._exit(FAILED)
+        original(process, number)
+
+    psutil.Process.send_signal = send_signal

@@ -1,0 +1,115 @@
+"""A rollout replayed under policies side by side: by name, as a table, and as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from rich.table import Table
+
+from respec_trainer.errors import ConfigError
+from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.speculation.cost import CostModel
+from respec_trainer.speculation.policy import DepthPolicy, FixedPolicy, OraclePolicy, StepTimes, ThresholdPolicy
+from respec_trainer.speculation.profiling.profile import Profile
+from respec_trainer.speculation.scheduler import DepthScheduler
+from respec_trainer.speculation.simulation.simulator import Outcome, Setting, simulate
+from respec_trainer.speculation.simulation.trace import Trace
+
+
+def candidates_of(profile: Profile) -> list[int]:
+    """Draft steps to choose from: those of the profile's chains, and none."""
+    return [0, *(shape.steps for shape in profile.shapes() if shape.is_chain)]
+
+
+def policy_named(
+    name: str,
+    costs: CostModel,
+    candidates: Sequence[int],
+    trace: Trace,
+    setting: Setting,
+    prior: Sequence[float] | None = None,
+    explore: float = DepthSettings.explore,
+) -> Callable[[], DepthPolicy]:
+    """A maker of policies: "adaptive", "off", "oracle", "s=K", or "s=K<=B" for none above B sequences.
+
+    "adaptive" is the engine's own scheduler. It starts from the acceptance `prior`, as of the rollout before; default:
+    the trace's mean. Raises ConfigError for any other name.
+    """
+    if name == "adaptive":
+        longest = int((trace.prompt + trace.length).max())
+        times = StepTimes(costs, candidates, min(setting.slots, len(trace)), longest)
+        return lambda: DepthScheduler(times, prior or trace.mean_acceptance(), explore)
+    if name == "oracle":
+        return lambda: OraclePolicy(costs, candidates)
+    fixed = re.fullmatch(r"s=(\d+)(?:<=(\d+))?", "s=0" if name == "off" else name)
+    if not fixed:
+        raise ConfigError(f"no policy {name!r}: choose adaptive, off, oracle, s=K or s=K<=B, such as s=3<=16")
+    steps = int(fixed[1])
+    if steps not in candidates:
+        raise ConfigError(f"policy {name}: the profile has chains of steps {list(candidates)[1:]} only")
+    return lambda: ThresholdPolicy(steps, int(fixed[2])) if fixed[2] else FixedPolicy(steps)
+
+
+def compare(
+    trace: Trace, costs: CostModel, candidates: Sequence[int], name: str, setting: Setting
+) -> dict[str, Outcome]:
+    """The outcome of a policy, of the oracle and without speculation, by name."""
+    names = dict.fromkeys((name, "oracle", "off"))
+    return {
+        each: simulate(trace, costs, policy_named(each, costs, candidates, trace, setting), setting) for each in names
+    }
+
+
+def as_data(outcomes: dict[str, Outcome]) -> dict[str, dict[str, float | int | list[str]]]:
+    """Of each policy the numbers of the table; `outcomes` holds an "oracle" and an "off"."""
+    return {
+        name: {
+            "makespan": outcome.makespan,
+            "tokens": outcome.tokens,
+            "tokens_per_second": outcome.tokens_per_second,
+            "speedup": outcomes["off"].makespan / outcome.makespan,
+            "regret": outcome.regret(outcomes["oracle"]),
+            "off_fraction": outcome.off_fraction,
+            "mean_batch": outcome.mean_batch,
+            "accept_length": outcome.accept_length,
+            "switches": outcome.switches,
+            "not_counted": list(outcome.not_counted),
+        }
+        for name, outcome in outcomes.items()
+    }
+
+
+def render_outcomes(outcomes: dict[str, Outcome]) -> Table:
+    rows = as_data(outcomes)
+    missing = next(iter(outcomes.values())).not_counted
+    caption = f"not in the profile, and taken to cost nothing: {', '.join(missing)}" if missing else None
+    view = Table(caption=caption)
+    for name in ("policy", "seconds", "tokens/s", "speed-up", "regret", "off", "batch", "accept", "switches"):
+        view.add_column(name, justify="left" if name == "policy" else "right")
+    for name, row in rows.items():
+        view.add_row(
+            name,
+            f"{row['makespan']:.1f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['speedup']:.3f}",
+            f"{row['regret']:.1%}",
+            f"{row['off_fraction']:.0%}",
+            f"{row['mean_batch']:.1f}",
+            f"{row['accept_length']:.2f}",
+            str(row["switches"]),
+        )
+    return view
+
+
+def parse_acceptance(text: str | None) -> list[float] | None:
+    """ "0.8,0.7" as numbers. Raises ConfigError if they are not probabilities."""
+    if text is None:
+        return None
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 <= value <= 1 for value in values):
+        raise ConfigError(f"acceptance {text!r} is not a list of probabilities such as 0.8,0.7")
+    return values

@@ -1,0 +1,203 @@
+"""Replay of a rollout under a policy, without an engine: what it takes if the costs and the acceptance are these.
+
+Each engine decodes the sequences in its slots, one step or cycle after the other, and lets waiting requests in as slots
+become free. A group's prompt is read once by each engine, and each response's first token comes with it. Time passes by
+the costs alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from respec_trainer.errors import ConfigError
+from respec_trainer.speculation.cost import CostModel
+from respec_trainer.speculation.policy import DepthPolicy
+from respec_trainer.speculation.shape import chain
+from respec_trainer.speculation.simulation.draws import survivals
+from respec_trainer.speculation.simulation.trace import Trace, conditional
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the rollout runs on. Raises ConfigError on construction for what cannot be."""
+
+    engines: int = 1
+    slots: int = 64  # sequences an engine runs at most
+    min_free_slots: int = 1  # of them, before waiting requests are let in
+    # shares: requests are dealt at the start, in order. queue: an engine takes the next one as it has room for it.
+    balance: Literal["shares", "queue"] = "shares"
+    # Whether drafts are kept or not one by one, or every sequence gains the expected number of tokens.
+    sampled: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("engines", "slots", "min_free_slots"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.min_free_slots > self.slots:
+            raise ConfigError(f"min_free_slots={self.min_free_slots} are never free of slots={self.slots}")
+
+
+class Span(NamedTuple):
+    """One decode step or cycle of one engine."""
+
+    start: float  # seconds
+    seconds: float
+    batch: int
+    steps: int
+    tokens: float  # gained by all sequences together
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rollout came to."""
+
+    makespan: float  # seconds until the last engine had finished
+    spans: list[list[Span]]  # of each engine
+    switches: int
+    not_counted: tuple[str, ...]  # what took no time because its costs are not known
+    responses: int
+
+    @property
+    def tokens(self) -> float:
+        """Of all responses, the first of each counted, which none of the spans gains."""
+        return self.responses + sum(span.tokens for spans in self.spans for span in spans)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.makespan
+
+    @property
+    def off_fraction(self) -> float:
+        """Share of the decoding time without speculation."""
+        return self._mean(lambda span: span.steps == 0)
+
+    @property
+    def mean_batch(self) -> float:
+        """Over the decoding time of all engines."""
+        return self._mean(lambda span: span.batch)
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens a sequence gains by a verify pass, the bonus token counted; 1.0 without speculation."""
+        on = [span for spans in self.spans for span in spans if span.steps]
+        return sum(span.tokens for span in on) / sum(span.batch for span in on) if on else 1.0
+
+    def regret(self, oracle: Outcome) -> float:
+        """How much longer it took than the oracle, as a fraction."""
+        return self.makespan / oracle.makespan - 1
+
+    def _mean(self, value: Callable[[Span], float]) -> float:
+        spans = [span for spans in self.spans for span in spans]
+        return sum(span.seconds * value(span) for span in spans) / sum(span.seconds for span in spans)
+
+
+def simulate(trace: Trace, costs: CostModel, make_policy: Callable[[], DepthPolicy], setting: Setting) -> Outcome:
+    """Replay `trace` with one policy for each engine. `costs` are the true ones; a policy may know others."""
+    queues = _deal(len(trace), setting)
+    slots = min(setting.slots, -(-len(trace) // setting.engines))  # else the first engine would empty a common queue
+    engines = [_Engine(trace, costs, make_policy(), queue, slots, setting) for queue in queues]
+    due = [(0.0, index) for index in range(len(engines))]
+    while due:
+        _, index = heapq.heappop(due)
+        if engines[index].advance():
+            heapq.heappush(due, (engines[index].clock, index))
+    makespan = max(engine.clock for engine in engines)
+    missing = tuple(piece for piece in ("prefill", "catch_up") if not costs.has(piece))
+    spans, switches = [engine.spans for engine in engines], sum(engine.switches for engine in engines)
+    return Outcome(makespan, spans, switches, missing, len(trace))
+
+
+def _deal(count: int, setting: Setting) -> list[deque[int]]:
+    """A queue of requests for each engine; all the same one if they share it."""
+    if setting.balance == "queue":
+        return [deque(range(count))] * setting.engines
+    owners = [i * setting.engines // count for i in range(count)]
+    return [deque(i for i in range(count) if owners[i] == engine) for engine in range(setting.engines)]
+
+
+class _Engine:
+    """One engine at `clock`, between two decode steps."""
+
+    def __init__(
+        self, trace: Trace, costs: CostModel, policy: DepthPolicy, queue: deque[int], slots: int, setting: Setting
+    ):
+        self.trace, self.costs, self.policy, self.queue = trace, costs, policy, queue
+        self.slots, self.setting = slots, setting
+        self.clock, self.steps, self.switches = 0.0, None, 0
+        self.running = np.zeros(0, dtype=np.int64)
+        self.length = trace.length - 1  # tokens of each response that are decoded
+        self.done = np.zeros(len(trace))  # of them, so far
+        self.missed = np.zeros(len(trace))  # of them, what the drafter has not read
+        self.read: set[int] = set()  # groups whose prompt has been read
+        self.spans: list[Span] = []
+
+    def advance(self) -> bool:
+        """Let requests in, and decode once; False if there is nothing left to do."""
+        self._admit()
+        while not len(self.running) and self.queue:  # all that were let in had a single token
+            self._admit()
+        if not len(self.running):
+            return False
+        start, batch = self.clock, len(self.running)
+        steps = self._choose()
+        self.clock += self._switch(steps)
+        seconds = self.costs.cycle_seconds(chain(steps), batch, self._context())
+        tokens = self._decode(steps)
+        self.clock += seconds
+        self.spans.append(Span(start, seconds, batch, steps, tokens))
+        return True
+
+    def _admit(self) -> None:
+        free = self.slots - len(self.running)
+        if not self.queue or (free < min(self.setting.min_free_slots, self.slots) and len(self.running)):
+            return
+        new = [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
+        unread = {group: int(self.trace.prompt[i]) for i in new if (group := self.trace.group[i]) not in self.read}
+        self.read.update(unread)
+        if self.costs.has("prefill"):
+            prompts = list(unread.values()) or [1] * len(new)  # what is in the cache still costs its last token
+            self.clock += self.costs.prefill_seconds(len(prompts), sum(prompts) / len(prompts))
+        self.running = np.concatenate([self.running, [i for i in new if self.length[i]]]).astype(np.int64)
+
+    def _context(self) -> float:
+        return float((self.trace.prompt[self.running] + self.done[self.running]).mean())
+
+    def _choose(self) -> int:
+        if self.policy.informed:
+            self.policy.tell(conditional(self.trace.acceptance[self.running]))
+        return self.policy.choose(len(self.running), self._context(), float(self.missed[self.running].mean()))
+
+    def _switch(self, steps: int) -> float:
+        """Seconds until the engine can go on with `steps`: what the drafter has missed, it reads now."""
+        before, self.steps = self.steps, steps
+        seconds = 0.0
+        if before not in (None, steps):
+            self.switches += 1
+            seconds = self.costs.switch_seconds()
+        missed = float(self.missed[self.running].mean())
+        if not steps:
+            self.missed[self.running] += 1
+        elif missed:
+            self.missed[self.running] = 0
+            if self.costs.has("catch_up"):
+                seconds += self.costs.catch_up_seconds(len(self.running), self._context(), missed)
+        return 0.0 if self.policy.informed else seconds
+
+    def _decode(self, steps: int) -> float:
+        """Let every sequence gain its tokens, and those that are complete go. Returns all tokens gained."""
+        running, before = self.running, self.done[self.running]
+        kept = survivals(self.trace.acceptance[running], steps, running, before, self.setting)
+        self.policy.observe(steps, len(running), kept.sum(0).tolist())
+        length = self.length[running]
+        # Sums of expected tokens round; a response that lacks a billionth of a token is complete.
+        after = np.where(before + 1 + kept.sum(1) > length - 1e-9, length, before + 1 + kept.sum(1))
+        self.done[running] = after
+        self.running = running[after < length]
+        return float((after - before).sum())

@@ -1,0 +1,142 @@
+"""data/prompts.py: files that load, files that do not, and the stream's order."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from respec_trainer.config import DataConfig
+from respec_trainer.data.prompts import Prompt, PromptStream, check_tokenizer_fits, load_prompts
+from respec_trainer.errors import ConfigError, DataError
+
+GSM8K = Path(os.environ.get("RESPEC_DATA", Path(__file__).parents[3] / "shared/data")) / "gsm8k"
+ROWS = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(5)]
+
+
+class Characters:
+    """A tokenizer of characters."""
+
+    def __call__(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+    def __len__(self):
+        return 128
+
+
+def config(path, **keys) -> DataConfig:
+    return DataConfig(path=str(path), prompts_per_step=2, **keys)
+
+
+def write(path: Path, lines) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def test_jsonl_and_parquet_load_alike(tmp_path):
+    jsonl = write(tmp_path / "rows.jsonl", ROWS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    template = "Q: {prompt}\nA: "
+    one, two = (
+        list(load_prompts(config(p, template=template), Characters(), 100)) for p in (jsonl, tmp_path / "rows.parquet")
+    )
+    assert one == two
+    assert one[1].text == "Q: What is 1 + 1?\nA: " and one[1].answer == "#### 2" and one[1].key == "2"
+    assert one[1].ids == tuple(map(ord, one[1].text))
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path):
+    rows = [{"question": "a" * n, "answer": "1"} for n in (3, 9, 4)]
+    prompts = load_prompts(config(write(tmp_path / "r.jsonl", rows)), Characters(), limit=4)
+    assert len(prompts) == 2 and prompts.dropped == 1 and prompts.limit == 4
+    with pytest.raises(DataError, match="shortest has 3"):
+        load_prompts(config(tmp_path / "r.jsonl"), Characters(), limit=2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([], "no rows"),
+        ([ROWS[0], "{broken"], "line 2: not valid JSON"),
+        ([ROWS[0], ROWS[1], {"question": "q"}], "line 3: no column 'answer'; it has 'question'"),
+        ([{"question": 7, "answer": "7"}], "line 1: column 'question' is int"),
+        (["[1, 2]"], "line 1: expected an object"),
+    ],
+)
+def test_malformed_files_name_the_line(tmp_path, lines, words):
+    with pytest.raises(DataError, match=words):
+        load_prompts(config(write(tmp_path / "r.jsonl", lines)), Characters(), 100)
+
+
+def test_files_that_are_not_there_or_not_data(tmp_path):
+    with pytest.raises(DataError, match="no file"):
+        load_prompts(config(tmp_path / "absent.jsonl"), Characters(), 100)
+    with pytest.raises(DataError, match="neither"):
+        load_prompts(config(write(tmp_path / "r.csv", ["a,b"])), Characters(), 100)
+    with pytest.raises(DataError, match="not a parquet file"):
+        load_prompts(config(write(tmp_path / "r.parquet", ["text"])), Characters(), 100)
+
+
+def test_tokenizer_larger_than_the_model():
+    class HFConfig:
+        vocab_size = 100
+
+    with pytest.raises(ConfigError, match="128 tokens"):
+        check_tokenizer_fits(Characters(), HFConfig, "folder")
+    HFConfig.vocab_size = 128
+    check_tokenizer_fits(Characters(), HFConfig, "folder")
+
+
+PROMPTS = [Prompt(str(i), (i,), str(i), str(i)) for i in range(7)]
+
+
+def test_every_epoch_holds_every_prompt_once_in_a_new_order():
+    stream = PromptStream(PROMPTS, seed=3)
+    epochs = [[p.key for p in stream.next(7)] for _ in range(3)]
+    assert all(sorted(epoch) == [p.key for p in PROMPTS] for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [p.key for p in PromptStream(PROMPTS, seed=3).next(7)] == epochs[0]
+    assert [p.key for p in PromptStream(PROMPTS, seed=4).next(7)] != epochs[0]
+
+
+def test_a_stream_continues_from_its_state():
+    stream = PromptStream(PROMPTS, seed=3)
+    stream.next(10)
+    again = PromptStream(PROMPTS, seed=3)
+    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert again.next(12) == stream.next(12)
+
+
+def test_a_stream_of_other_prompts_is_refused():
+    state = PromptStream(PROMPTS, seed=3).state_dict()
+    others = [
+        (PromptStream(PROMPTS, seed=4), "seed is 3, here it is 4"),
+        (PromptStream(PROMPTS, seed=3, shuffle=False), "shuffle is True, here it is False"),
+        (PromptStream(PROMPTS[:-1], seed=3), "prompts is 7, here it is 6"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], answer="?")], seed=3), "digest is"),
+    ]
+    for stream, message in others:
+        with pytest.raises(DataError, match=message):
+            stream.load_state_dict(state)
+
+
+def test_more_than_an_epoch_at_once():
+    assert len(PromptStream(PROMPTS, seed=0, shuffle=False).next(20)) == 20
+    assert [p.key for p in PromptStream(PROMPTS, seed=0, shuffle=False).next(8)] == list("0123456") + ["0"]
+
+
+@pytest.mark.skipif(not (GSM8K / "test.jsonl").is_file(), reason=f"no GSM8K at {GSM8K}; set RESPEC_DATA")
+def test_gsm8k_loads_unchanged():
+    class Words(Characters):
+        def __call__(self, texts, add_special_tokens):
+            return {"input_ids": [text.split() for text in texts]}
+
+    prompts = load_prompts(config(GSM8K / "test.jsonl"), Words(), 1000)
+    assert len(prompts) == 1319 and prompts.dropped == 0
+    assert prompts[0].answer.endswith("#### 18")

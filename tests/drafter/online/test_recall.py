@@ -1,0 +1,89 @@
+"""drafter/online/recall.py: rows out of the buffer teach what the model that made them would teach."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from respec_trainer.config import DrafterConfig
+from respec_trainer.drafter.loss import distill_loss
+from respec_trainer.drafter.online.recall import AtTemperature, recall
+from respec_trainer.drafter.online.record import LearnerRank, StepRecord, rows_of_step
+from respec_trainer.drafter.teacher import HFTeacher
+from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
+from tests.support.learners import LAYERS, random_samples, score
+from tests.support.models import save_tiny_model, tiny_model
+
+LENGTHS = [(3, 9), (5, 4), (2, 12), (4, 1)]
+
+
+def stored(temperature: float = 1.0) -> list:
+    model, rows = tiny_model(target_config()), []
+    for step in range(2):  # two snapshots
+        samples = random_samples(LENGTHS, step)
+        rewards = torch.arange(4.0).view(2, 2)
+        config = DrafterConfig(weighting="reward")
+        record = StepRecord(DRAFT_IDS, 131)
+        rows += rows_of_step(samples, score(model, samples, temperature), rewards, config, LearnerRank(), record)
+    return [rows[i] for i in (5, 0, 1, 6, 7, 2)]
+
+
+def test_a_recalled_batch_teaches_what_the_model_teaches(tmp_path):
+    rows = stored()
+    batch, recalled = recall(rows, 1.0, torch.device("cpu"), DRAFT_IDS)
+    teacher = HFTeacher(save_tiny_model(tmp_path / "actor", target_config()), DRAFT_IDS, LAYERS)
+    expected = teacher(batch)
+    inside = torch.arange(batch.tokens.shape[1]) < torch.tensor([len(row.tokens) for row in rows])[:, None]
+    # fp32 rounding: rows were scored one by one, and together.
+    close = {"rtol": 1e-5, "atol": 2e-5}
+    for name in ("features", "embeddings"):
+        torch.testing.assert_close(getattr(recalled, name)[inside], getattr(expected, name)[inside], **close)
+    for name in ("draft_logits", "logsumexp"):
+        torch.testing.assert_close(getattr(recalled, name), getattr(expected, name), **close)
+    assert batch.weights.tolist() == pytest.approx([row.weight for row in rows])
+    losses = [distill_loss(tiny_drafter(), batch, target, 3)[1].means() for target in (recalled, expected)]
+    for name in losses[0]:
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-4), name
+
+
+def test_both_laws_are_taken_at_the_sampling_temperature():
+    temperature = 0.5
+    batch, teacher = recall(stored(temperature), temperature, torch.device("cpu"))
+    drafter = tiny_drafter()
+    _, sums = distill_loss(AtTemperature(drafter, temperature), batch, teacher, 1)
+    # By hand, in float64 and row by row: p and q at the temperature, alpha = sum of min(p, q), top1 = p(argmax q).
+    model, alpha, top1 = tiny_model(target_config()), 0.0, 0.0
+    (hidden,) = drafter.unroll(teacher.embeddings, teacher.features, 1)
+    for row in range(len(batch)):
+        where = batch.response_mask[row].nonzero()[:, 0]
+        logits = model(batch.tokens[row : row + 1, : where[-1] + 1]).logits[0].double()
+        for token in where[1:].tolist():  # the first is drawn with the prompt
+            p = (logits[token - 1] / temperature).softmax(-1)[DRAFT_IDS]
+            q = (drafter.logits(hidden[row, token - 2]).double() / temperature).softmax(-1)
+            alpha, top1 = alpha + torch.minimum(p, q).sum().item(), top1 + p[q.argmax()].item()
+    assert sums.alpha.item() == pytest.approx(alpha, rel=1e-4)
+    assert sums.top1.item() == pytest.approx(top1, rel=1e-4)
+
+
+def test_what_is_not_finite_or_empty_is_not_stored():
+    model, samples = tiny_model(target_config()), random_samples([(3, 9), (5, 4), (2, 12), (4, 0)])
+    inference = score(model, samples[:3])
+    inference.captured.rows[1].features[2, 5] = torch.nan
+    record = StepRecord(DRAFT_IDS, 131)
+    rows = rows_of_step(
+        samples, inference, torch.zeros(2, 2), DrafterConfig(weighting="uniform"), LearnerRank(), record
+    )
+    assert [len(row.tokens) for row in rows] == [12, 14] and record.refused == 1
+
+
+def test_drift_is_the_divergence_from_the_sampler():
+    model, samples = tiny_model(target_config()), random_samples([(3, 9), (5, 4)])
+    inference, record = score(model, samples), StepRecord(DRAFT_IDS, 131)
+    expected = 0.0
+    for number, sample in enumerate(samples):
+        start, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
+        actor = inference.logprobs[number, start:end].double()
+        rho = actor.exp() / torch.tensor(sample.sampler_logprobs).double().exp()
+        expected += (rho * rho.log() - rho + 1).sum().item()
+    rows_of_step(samples, inference, torch.zeros(1, 2), DrafterConfig(weighting="uniform"), LearnerRank(), record)
+    assert record.drift == pytest.approx([expected, 13])

@@ -1,0 +1,55 @@
+"""drafter/online/weighting.py: who counts how much, and that nobody counts nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from respec_trainer.drafter.online.weighting import CEILING, FLOOR, response_weights
+
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+
+
+def test_uniform_looks_at_nothing():
+    weights, fell_back = response_weights(torch.full((2, 3), torch.nan), "uniform")
+    assert torch.equal(weights, torch.ones(2, 3)) and not fell_back
+
+
+def test_reward_over_the_batch():
+    weights, fell_back = response_weights(REWARDS, "reward")
+    assert not fell_back and weights.dtype == torch.float32
+    torch.testing.assert_close(weights, torch.where(REWARDS > 0, 1 / REWARDS.mean(), FLOOR))
+
+
+def test_reward_over_the_group_leaves_equal_groups_at_one():
+    weights, _ = response_weights(REWARDS, "reward", "group")
+    torch.testing.assert_close(weights, torch.tensor([[4.0, FLOOR, FLOOR, FLOOR], [1.0, 1.0, 1.0, 1.0]]))
+
+
+def test_the_scale_and_the_origin_of_rewards_do_not_matter():
+    rewards = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for weighting in ("reward", "advantage"):
+        one, other = (response_weights(r, weighting)[0] for r in (rewards, 300 * rewards - 7))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # rewards of 1000 carry float32's rounding
+
+
+def test_advantage_is_one_plus_the_standard_score():
+    weights, _ = response_weights(REWARDS, "advantage")
+    score = (REWARDS[0] - 0.25) / REWARDS[0].std()
+    torch.testing.assert_close(weights[0], (1 + score).clamp(FLOOR, CEILING))
+    assert torch.equal(weights[1], torch.ones(4))
+
+
+@pytest.mark.parametrize("weighting", ["reward", "advantage"])
+def test_one_success_among_many_is_bounded(weighting):
+    rewards = torch.zeros(1, 64)
+    rewards[0, 3] = 1
+    weights, _ = response_weights(rewards, weighting)
+    assert weights.max() == weights[0, 3] == CEILING and weights.min() >= FLOOR
+
+
+@pytest.mark.parametrize("weighting", ["reward", "advantage"])
+@pytest.mark.parametrize("bad", [[[0.5, 0.5]], [[1.0, torch.nan]], [[torch.inf, 0.0]]])
+def test_rewards_that_say_nothing_weigh_alike(weighting, bad):
+    weights, fell_back = response_weights(torch.tensor(bad), weighting)
+    assert fell_back and torch.equal(weights, torch.ones(1, 2))

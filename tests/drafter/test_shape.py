@@ -1,0 +1,82 @@
+"""drafter/shape.py: feature layers and RoPE frequencies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from respec_trainer.drafter.shape import DrafterShape, feature_layers, inverse_frequencies
+from respec_trainer.errors import ConfigError
+from tests.support.drafters import target_config
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"),
+    [
+        (4, (0, 1, 2)),
+        (5, (0, 1, 3)),
+        (6, (0, 2, 4)),
+        (7, (1, 2, 3)),
+        (24, (1, 11, 20)),
+        (28, (1, 13, 24)),
+        (36, (1, 17, 32)),
+    ],
+)
+def test_feature_layers(layers, chosen):
+    assert feature_layers(layers) == chosen
+
+
+def test_feature_layers_are_always_three_below_the_last():
+    for layers in range(4, 100):
+        low, middle, high = feature_layers(layers)
+        assert 0 <= low < middle < high < layers - 1
+
+
+def test_too_few_layers():
+    with pytest.raises(ConfigError, match="only 3 layers"):
+        feature_layers(3)
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, LINEAR])
+def test_scaled_frequencies_equal_those_of_transformers(rope):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = target_config("llama", rope_parameters=rope, head_dim=32)
+    expected, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    assert scale == 1.0
+    torch.testing.assert_close(inverse_frequencies(rope, 32), expected)
+
+
+def test_plain_frequencies():
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    torch.testing.assert_close(inverse_frequencies(rope, 4), torch.tensor([1.0, 0.1]))
+
+
+def test_unknown_rope_is_refused():
+    with pytest.raises(ConfigError, match="yarn"):
+        inverse_frequencies({"rope_type": "yarn", "rope_theta": 1.0}, 4)
+
+
+def test_shape_takes_heads_and_positions_from_the_target():
+    config = target_config("qwen3")
+    shape = DrafterShape.for_target(config, 64)
+    assert (shape.head_dim, shape.num_attention_heads, shape.hidden_size) == (32, 4, 64)  # heads wider than hidden
+    assert shape.intermediate_size == config.intermediate_size
+    assert DrafterShape.for_target(config, 64, intermediate_size=80).intermediate_size == 80
+    assert DrafterShape.for_target(target_config("qwen2"), 64).head_dim == 16  # not named in Qwen2's config
+
+
+@pytest.mark.parametrize("size", [0, 63, 100, 192])
+def test_sizes_of_vocabulary_that_cannot_be_served(size):
+    with pytest.raises(ConfigError, match="draft_vocab_size"):
+        DrafterShape.for_target(target_config(), size)

@@ -1,0 +1,132 @@
+"""A loss or gradient that is not finite on one rank: no rank steps, all raise, and training goes on as if untried."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.actor.test_engine import build_actor, hf_weights, make_batch, my_rows, rebuild_actor, variant
+from tests.support.models import save_tiny_model, tiny_config
+from tests.support.processes.ranks import run_ranks
+
+
+def nan_advantage(actor, batch, advantages) -> None:
+    """On the last data-parallel rank only."""
+    if actor.topology.dp_rank == actor.topology.dp - 1:
+        advantages[-1] = float("nan")
+
+
+def infinite_gradient_of_a_shard(actor, batch, advantages):
+    """On the last rank only, in a weight cut over tensor parallelism."""
+    return hook(actor, "decoder.layers.0.mlp.linear_fc1.weight", float("inf"))
+
+
+def nan_gradient_of_a_replica(actor, batch, advantages):
+    """On the last rank only, in a weight that is replicated: DeepSpeed's norm counts tensor-parallel rank 0's copy."""
+    return hook(actor, "decoder.layers.1.pre_mlp_layernorm.weight", float("nan"))
+
+
+def infinite_loss_with_a_finite_gradient(actor, batch, advantages):
+    """The mismatch between sampler and actor is without bound where it is not truncated, and has no gradient."""
+    import respec_trainer.actor.engine as engine
+
+    whole = engine.policy_loss
+
+    def poisoned(*args):
+        loss, sums = whole(*args)
+        if actor.topology.rank == actor.topology.world_size - 1:
+            sums["policy/loss"] = sums["policy/loss"] + float("inf")
+        return loss, sums
+
+    engine.policy_loss = poisoned
+    return lambda: setattr(engine, "policy_loss", whole)
+
+
+def hook(actor, name: str, value: float):
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = value
+        return gradient
+
+    if actor.topology.rank == actor.topology.world_size - 1:
+        return dict(actor.engine.module.named_parameters())[name].register_hook(poison).remove
+    return None
+
+
+POISONS = (
+    nan_advantage,
+    infinite_gradient_of_a_shard,
+    nan_gradient_of_a_replica,
+    infinite_loss_with_a_finite_gradient,
+)
+
+
+def optimizer_state(actor) -> list[torch.Tensor]:
+    states = actor.engine.optimizer.optimizer.state.values()
+    return [value.clone() for state in states for value in state.values() if torch.is_tensor(value)]
+
+
+def refuse_and_go_on(folder: Path, variants: list[dict], poisons: list) -> list[dict]:
+    """One good update, one poisoned by each of `poisons`, one good one; what was equal around the poisoned ones."""
+    from respec_trainer.actor.engine import NonFiniteStep
+    from respec_trainer.actor.parallel import shutdown_parallel
+
+    results, actor = [], None
+    for changes in variants:
+        actor = rebuild_actor(actor, changes) if actor else build_actor(folder, changes)
+        batch, advantages = make_batch(actor.hf_config.vocab_size)
+        rows = my_rows(actor, batch)
+        batch, advantages = batch.rows(rows), advantages[rows]
+        old = actor.infer(batch).logprobs
+        actor.update(batch, old, advantages)
+        before = hf_weights(actor), optimizer_state(actor), actor.updates, actor.engine.get_lr()
+        messages = []
+        for poison in poisons:
+            poisoned = advantages.clone()
+            undo = poison(actor, batch, poisoned)
+            with pytest.raises(NonFiniteStep) as raised:
+                actor.update(batch, old, poisoned)
+            messages.append(str(raised.value))
+            if undo:
+                undo()
+        after = hf_weights(actor), optimizer_state(actor), actor.updates, actor.engine.get_lr()
+        stats = actor.update(batch, old, advantages)
+        results.append(
+            {
+                "weights kept": all(torch.equal(before[0][name], after[0][name]) for name in before[0]),
+                "state kept": len(before[1]) > 0 and all(map(torch.equal, before[1], after[1])),
+                "counts kept": before[2:] == after[2:] == (1, before[3]),
+                "messages": messages,
+                "weights": hf_weights(actor),
+                "grad_norm": stats["policy/grad_norm"],
+            }
+        )
+        actor.engine.destroy()
+    shutdown_parallel()
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"), tiny_config("llama"))
+
+
+@pytest.mark.parametrize(("world_size", "tp"), [(2, 2), (2, 1), (4, 2)])
+def test_a_refused_step_changes_nothing_on_any_rank(folder, world_size, tp):
+    kinds = list(itertools.product((1, 2, 3), ("fp32", "bf16")))
+    variants = [variant(tp, stage, 3, **{"model.dtype": dtype}) for stage, dtype in kinds]
+    refused = run_ranks(world_size, refuse_and_go_on, folder, variants, list(POISONS))
+    untroubled = run_ranks(world_size, refuse_and_go_on, folder, variants, [])
+    for rank in range(world_size):
+        for kind, result, clean in zip(kinds, refused[rank], untroubled[rank], strict=True):
+            where = f"rank {rank}, ZeRO-{kind[0]} {kind[1]}"
+            for what in ("weights kept", "state kept", "counts kept"):
+                assert result[what], f"{where}: {what} is not so"
+            assert all("minibatch 1 of 1" in message for message in result["messages"])
+            assert len(result["messages"]) == len(POISONS)
+            assert result["grad_norm"] == clean["grad_norm"], f"{where}: something of a refused gradient was left"
+            for name, weight in result["weights"].items():
+                assert torch.equal(weight, clean["weights"][name]), f"{where}: {name} differs after going on"

@@ -1,0 +1,164 @@
+"""The audit passes an engine that is right, and fails one that was broken on purpose, in four ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from respec_trainer.audit.draws import Plan, examine
+from respec_trainer.audit.law import shaped
+from respec_trainer.audit.report import CellResult, Standard, judge
+from respec_trainer.config import EngineConfig, SpeculationConfig
+from respec_trainer.rollout.sample import SamplingParams
+from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.weights import WeightUpdater
+from tests.support.processes.forking import spawned
+from tests.support.rollout_models import VOCAB, Reference, save_drafter, save_target
+
+REPOSITORY = Path(__file__).parents[3]
+PROMPTS = [tuple(range(5, 25)), (9, 40, 3)]
+STANDARD = Standard(total_variation=0.05)
+PARAMS = SamplingParams(6, temperature=0.8, ignore_eos=True)
+# Runs before anything else in the engine's processes, where it changes what the plugin brings in.
+PLANT = """
+import respec_trainer.rollout.sglang.inside.plugin as plugin
+
+def planted(activate=plugin.activate):
+    {bug}
+    activate()
+
+plugin.activate = planted
+"""
+GREEDY = "plugin._verify_uses_greedy = lambda **_: True"
+REST_AS_IT_WAS = (
+    "import sgl_kernel.sampling as s; draw = s._draw_rest; "
+    "s._draw_rest = lambda probs, candidates, rejected, uniform: draw(probs, candidates, rejected & False, uniform)"
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    target = save_target(tmp_path_factory.mktemp("audit") / "target", "qwen3")
+    return target, save_drafter(target.parent / "drafter", target, torch.arange(VOCAB))
+
+
+@pytest.fixture(scope="module")
+def reference(folders):
+    return Reference(folders[0])
+
+
+def start(folders) -> SGLangEngine:
+    target, drafter = map(str, folders)
+    shape, config = SpeculationConfig(steps=3, topk=1, draft_tokens=4), EngineConfig(max_total_tokens=8192)
+    engine = SGLangEngine(EngineSettings(target, drafter, dtype="fp32", speculation=shape, engine=config))
+    engine.start()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(folders):
+    engine = start(folders)
+    yield engine
+    engine.shutdown()
+
+
+def audit(engine, reference) -> CellResult:
+    def law(prefixes):
+        rows = {len(prefix) for prefix in prefixes}
+        by_length = {n: [list(p) for p in prefixes if len(p) == n] for n in rows}
+        logits = {n: iter(reference.logits(some)[:, -1]) for n, some in by_length.items()}
+        return shaped(torch.stack([next(logits[len(prefix)]) for prefix in prefixes]), PARAMS)
+
+    return examine(engine, Plan("cell", PROMPTS, PARAMS, law), STANDARD, cells=1, limit=3000)
+
+
+def passed(result: CellResult) -> bool:
+    return judge([result], STANDARD)[0].passed
+
+
+def refuted(result: CellResult) -> bool:
+    """By its p-value: too little power would fail it as well, and prove nothing."""
+    return result.evidence.p_value < STANDARD.level
+
+
+def test_an_engine_that_is_right_passes(engine, reference):
+    result = audit(engine, reference)
+    assert passed(result), result
+    assert result.accept_length > 1.3, "without accepted drafts there is nothing to test"
+
+
+@pytest.mark.parametrize("bug", [GREEDY, REST_AS_IT_WAS], ids=["greedy verification", "rest not renormalised"])
+def test_broken_verification_fails(tmp_path, monkeypatch, request, folders, reference, engine, bug):
+    engine.shutdown()  # a process holds one engine
+    (tmp_path / "sitecustomize.py").write_text(PLANT.format(bug=bug))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with spawned():
+        broken = start(folders)
+    try:
+        assert refuted(audit(broken, reference))
+    finally:
+        broken.shutdown()
+        monkeypatch.undo()
+        engine.start()
+
+
+def test_stale_prefixes_after_an_update_fail(monkeypatch, engine, reference, folders):
+    """The engine keeps what the old weights made of the prompts; only the law after the update is right."""
+    whole = WeightUpdater._send
+
+    def unflushed(updater, *what, **fields):
+        return whole(updater, *what, **fields | ({"flush_cache": False} if "flush_cache" in fields else {}))
+
+    state, generator = reference.model.state_dict(), torch.Generator().manual_seed(0)
+    old = {name: weight.clone() for name, weight in state.items()}
+    new = {name: weight + 0.2 * torch.randn(weight.shape, generator=generator) for name, weight in old.items()}
+    try:
+        reference.model.load_state_dict(new)
+        push(engine, new)
+        assert passed(audit(engine, reference))
+        reference.model.load_state_dict(old)
+        monkeypatch.setattr(WeightUpdater, "_send", unflushed)
+        push(engine, old)
+        assert refuted(audit(engine, reference))
+    finally:
+        monkeypatch.undo()
+        push(engine, old)
+
+
+def test_drafter_weights_in_the_target_fail(monkeypatch, engine, reference):
+    """sglang would take them: the drafter's head has the target's shape."""
+    assert passed(audit(engine, reference))
+    head = reference.model.state_dict()["lm_head.weight"]
+    push(engine, {"lm_head.weight": head + 0.3 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))})
+    try:
+        assert refuted(audit(engine, reference))
+    finally:
+        push(engine, {"lm_head.weight": head})
+
+
+def push(engine, weights) -> None:
+    engine.begin_weight_update("target")
+    engine.receive_tensors(list(weights.items()), "target").result(60)
+    engine.end_weight_update("target", "actor-1")
+
+
+def test_the_tool(tmp_path, small_actor, small_drafter):
+    """Its short form, on a real actor and drafter, resync included."""
+    out = tmp_path / "audit.json"
+    command = [sys.executable, "tools/audit_rollout.py", "--config", "configs/quickstart.yaml", "--short"]
+    # The actor has hardly been taught, so its law is broad, and takes more draws to test as finely.
+    command += ["--total-variation", "0.15", "--draws", "1536", "--limit", "1536"]
+    command += ["--json", str(out), f"model.path={small_actor}", f"drafter.path={small_drafter}", "run.device=cpu"]
+    command += [f"data.path={small_actor}/data/train.jsonl"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "PASS" in done.stdout, done.stdout + done.stderr
+    outcome = json.loads(out.read_text())
+    assert outcome["passed"] and len(outcome["cells"]) == 3
+    assert all(cell["power"] >= 0.99 and cell["tokens"] > 1000 for cell in outcome["cells"])

@@ -1,0 +1,78 @@
+"""rollout/fleet/feeder.py with two live engines: responses move to the one that has room, and are the same there.
+
+In float32 and greedy, so that a response does not hang on which engine draws it, or beside which others.
+"""
+
+from __future__ import annotations
+
+import time
+
+from tests.support.configs import smallest_config
+from tests.support.models import save_tiny_model, tiny_config
+from tests.support.processes.ranks import run_ranks
+
+SHORT, LONG = 4, 96
+SLOTS = 2
+VOCAB = 128
+
+
+def ask(config):
+    """On one rank, of two phases: all samples, and requests and tokens of those that its own engine drew."""
+    import torch.distributed as dist
+
+    from respec_trainer.rollout.fleet.fleet import RolloutFleet
+    from respec_trainer.rollout.sample import Request, SamplingParams
+    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+
+    def request(i):
+        sampling = SamplingParams(LONG if i < 8 else SHORT, temperature=0.0, ignore_eos=True)
+        return Request(str(i), (5 + i, 9, 33 + i), sampling)
+
+    dist.init_process_group("gloo")
+    fleet = RolloutFleet(config, lambda i: SGLangEngine(EngineSettings.from_config(config, "cpu", i)), None, "cpu")
+    phases, before = [], (0, 0)
+    try:
+        for hands_over in (True, False):
+            fleet.hands_over = hands_over
+            requests = [request(i) for i in range(16)]
+            pending = begin_second_first(fleet, requests) if hands_over else fleet.start(requests)
+            samples = pending.collect()
+            stats = fleet.engine.stats()
+            counts = stats["requests"] - before[0], stats["tokens"] - before[1]
+            before = stats["requests"], stats["tokens"]
+            phases.append(([(s.key, s.response_ids) for s in samples], counts))
+        return phases
+    finally:
+        fleet.shutdown()
+
+
+def begin_second_first(fleet, requests):
+    """The first engine begins when the second has taken something over, however the machine shares out its time."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        dist.barrier()
+        return fleet.start(requests)
+    pending = fleet.start(requests)
+    begun = pending.asked
+    while pending.asked == begun:
+        assert pending.generating(), "the second engine drew its own and took nothing"
+        time.sleep(0.01)
+    dist.barrier()
+    return pending
+
+
+def test_responses_go_where_there_is_room_and_then_where_they_fit(tmp_path):
+    target = save_tiny_model(tmp_path / "target", tiny_config("qwen3", vocab_size=VOCAB, layers=4))
+    settings = [f"model.path={target}", "model.dtype=fp32", "rollout.engine.span=1"]
+    settings += [f"rollout.engine.max_running_requests={SLOTS}", "rollout.engine.max_total_tokens=2048"]
+    first, second = run_ranks(2, ask, smallest_config(tmp_path, *settings))
+    (samples, (drawn, tokens)), (again, fitted) = first
+    assert [key for key, _ in samples] == [str(i) for i in range(16)]
+    assert samples == again == second[0][0] == second[1][0]
+    others, their_tokens = second[0][1]
+    assert drawn + others == 16 and tokens + their_tokens == 8 * (LONG + SHORT)
+    # Nothing was known of lengths, so all long responses were dealt to the first engine; the second took some over.
+    assert max(tokens, their_tokens) < 8 * LONG
+    # Now they are known.
+    assert fitted == second[1][1] == (8, 4 * (LONG + SHORT))

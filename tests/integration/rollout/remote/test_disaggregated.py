@@ -1,0 +1,177 @@
+"""Engines on ranks of their own: whole runs that must be those of colocated engines, bit for bit.
+
+Two ranks train, a third holds the engine. In float32, with seeded draws and one engine, nothing that differs between
+the placements may reach a number: the same requests make the same batches on the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import pytest
+
+from respec_trainer.config_file import load_config
+from respec_trainer.telemetry.recorder import read_metrics
+from tests.support.processes.ranks import run_ranks
+from tests.support.tiny_runs import numbers, train
+
+REPOSITORY = Path(__file__).parents[4]
+APART = ["rollout.placement=disaggregated", "rollout.engine_ranks=1", "rollout.engine.span=1"]
+KILLED_AT = 4  # batches of an engine: the canary's, the first step's, the canary's, the second step's
+# An actor this young solves nothing, so no reward moves it; weight decay does.
+SMALL = [
+    "model.dtype=fp32", "run.device=cpu", "run.name=test", "telemetry.live='off'", "telemetry.samples_per_step=16",
+    "telemetry.tensorboard=false", "data.prompts_per_step=4", "rollout.samples_per_prompt=4", "resync.verify=full",
+    "rollout.sampling.max_new_tokens=16", "rollout.sampling.seeded=true", "actor.optim.weight_decay=10",
+    "actor.optim.lr=0.01", "checkpoint.export_at_end=false", "drafter.weighting=uniform", "drafter.mode=sync",
+    "drafter.batch_size=8", "checkpoint.every=1",
+]  # fmt: skip
+
+
+def take_part(config, deadly=0):
+    """One rank's part in a run, as launch/train.py does it; the engine dies of its `deadly`th batch of requests."""
+    from respec_trainer.compat import prepare
+
+    prepare("cpu")
+    from respec_trainer.placement import Placement
+    from respec_trainer.rollout.remote.host import host_engine
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if Placement.of(config, world).trains(rank):
+        return train(config)
+    with dying_at(deadly):
+        return host_engine(config, rank, world)
+
+
+def train_beside(config, words, grave):
+    """A training rank's part; the first starts the last rank, an engine's host, as an operator does, and ends it."""
+    from respec_trainer.compat import prepare
+
+    prepare("cpu")
+    from respec_trainer.watchdog import Watchdog
+
+    rank, trainers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with mock.patch.dict(os.environ, WORLD_SIZE=str(trainers + 1)), contextlib.ExitStack() as stack:
+        host = stack.enter_context(supervised_host(words, grave)) if rank == 0 else None
+        watchdog = Watchdog(config.run, rank, trainers + 1, trainers)
+        watchdog.start()
+        train(config, watchdog)
+        return host and (host.wait(60), host.stderr.read())
+
+
+@contextlib.contextmanager
+def supervised_host(words, grave):
+    place = {"RANK": str(int(os.environ["WORLD_SIZE"]) - 1), "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    command = [sys.executable, str(REPOSITORY / "launch/supervise.py"), "--backoff", "0.1", "--", sys.executable]
+    command += [str(REPOSITORY / "tests/support/processes/mortal_host.py"), str(grave), str(KILLED_AT), *words]
+    host = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | place)
+    try:
+        yield host
+    finally:
+        if host.poll() is None:
+            host.send_signal(signal.SIGTERM)  # it ends its command
+            host.wait()
+
+
+@contextlib.contextmanager
+def dying_at(batch):
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+
+    submit, numbers = SGLangEngine.submit, itertools.count(1)
+
+    def submit_and_kill(engine, requests):
+        pending = submit(engine, requests)
+        if next(numbers) == batch:
+            for child in engine.process.children:
+                child.kill()
+        return pending
+
+    with mock.patch.object(SGLangEngine, "submit", submit_and_kill):
+        yield
+
+
+@pytest.fixture(scope="module")
+def words(small_actor, small_drafter):
+    """What launch/train.py is given for a run in this folder."""
+
+    def words(folder: Path, *overrides: str) -> list[str]:
+        own = [f"model.path={small_actor}", f"data.path={small_actor}/data/train.jsonl"]
+        own += [f"drafter.path={small_drafter}", f"run.dir={folder}"]
+        return ["--config", str(REPOSITORY / "configs/quickstart.yaml"), *SMALL, *own, *overrides]
+
+    return words
+
+
+def outcome(folder: Path) -> tuple[list[dict], list[dict]]:
+    """Metrics of every step of a run, and its samples."""
+    lines = (folder / "test/samples.jsonl").read_text().splitlines()
+    return read_metrics(folder / "test"), [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def run(words, tmp_path):
+    def run(ranks: int, name: str, *overrides: str, deadly: int = 0) -> tuple[list[dict], list[dict]]:
+        _, config, *changes = words(tmp_path / name, *overrides)
+        run_ranks(ranks, take_part, load_config(config, changes), deadly, timeout=240)
+        return outcome(tmp_path / name)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def together(words, tmp_path_factory):
+    """Two steps of colocated engines, tensor parallel."""
+    folder = tmp_path_factory.mktemp("together")
+    _, config, *changes = words(folder, "run.steps=2")
+    run_ranks(2, take_part, load_config(config, changes), timeout=240)
+    return outcome(folder)
+
+
+def test_the_run_is_that_of_colocated_engines(run, together):
+    """Tensor parallel."""
+    steps, samples = together
+    apart_steps, apart_samples = run(3, "apart", *APART, "run.steps=2")
+    assert len(steps) == 2 and {s["actor_version"] for s in samples} == {"actor-0", "actor-1"}
+    assert apart_samples == samples
+    assert numbers(apart_steps) == numbers(steps)
+
+
+def test_so_is_one_that_is_taken_up_again_and_whose_engine_dies(run):
+    """Data parallel. The first step's checkpoint begins the second, in which the engine dies after the canary."""
+    shape = ["actor.parallel.tp=1"]
+    steps, samples = run(2, "together", *shape, "run.steps=2")
+    run(3, "apart", *shape, *APART, "run.steps=1")
+    apart_steps, apart_samples = run(3, "apart", *shape, *APART, "run.steps=2", deadly=2)
+    assert [step.pop("engine/restarts") for step in apart_steps] == [0, 1]
+    assert [step.pop("engine/restarts") for step in steps] == [0, 0]
+    for step in (*apart_steps, *steps):
+        step.pop("resync/bytes")  # whole models are pushed again
+        step.pop("engine/lost_tokens")
+    assert apart_samples == samples
+    assert numbers(apart_steps) == numbers(steps)
+
+
+def test_so_is_one_whose_engine_host_is_killed_and_comes_back(words, together, tmp_path):
+    """Tensor parallel. The host dies in the middle of the second step's rollout, and its supervisor starts it again."""
+    asked = words(tmp_path, *APART, "run.steps=2", "rollout.engine.timeout=200")
+    config, grave = load_config(asked[1], asked[2:]), tmp_path / "grave"
+    (code, said), _ = run_ranks(2, train_beside, config, asked, grave, timeout=240)
+    killed, answered, requests = map(int, grave.read_text().split())
+    assert answered < requests == 16 and not psutil.pid_exists(killed), "in the middle"
+    assert code == 0 and said.count("exit code -9; restart 1 of") == 1 and "error: " not in said, said
+    (steps, samples), (calm_steps, calm_samples) = outcome(tmp_path), together
+    assert samples == calm_samples
+    assert [step["engine/restarts"] for step in steps] == [0, 1]
+    differ = {"engine/restarts", "resync/bytes"}  # whole models are pushed to the host that comes back
+    assert [{k: v for k, v in step.items() if k not in differ} for step in numbers(steps)] == [
+        {k: v for k, v in step.items() if k not in differ} for step in numbers(calm_steps)
+    ]

@@ -1,0 +1,87 @@
+"""rollout/fleet/deal.py: shares of equal tokens, of what is expected."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+import pytest
+
+from respec_trainer.rollout.fleet.deal import Dealer, Unit, begin, deal
+from respec_trainer.rollout.sample import Request, Sample, SamplingParams
+
+
+def requests(*prompts, each=2, most=100):
+    params = SamplingParams(max_new_tokens=most)
+    return [Request(f"{prompt}:{i}", prompt, params) for prompt in prompts for i in range(each)]
+
+
+def sample(prompt, length):
+    return Sample("", list(prompt), [1] * length, [-1.0] * length, "stop", "a", "d")
+
+
+def tokens(shares):
+    return [sum(unit.tokens for unit in share) for share in shares]
+
+
+A, B, C = (1,), (2, 2), (3, 3, 3)
+
+
+def test_what_a_response_takes_is_learned_from_its_prompt_and_else_from_all():
+    dealer = Dealer("group")
+    assert [u.tokens for u in dealer.units(requests(A, B), 2)] == [2, 4], "prompts alone, as nothing else is known"
+    dealer.observe([sample(A, 10), sample(A, 20), sample(B, 60)])
+    assert [u.tokens for u in dealer.units(requests(A, B, C), 2)] == [2 * (1 + 15), 2 * (2 + 60), 2 * (3 + 30)]
+    dealer.observe([sample(A, 45)])
+    assert [u.tokens for u in dealer.units(requests(A, C), 2)] == [2 * (1 + 30), 2 * (3 + 45)]
+    assert [u.tokens for u in dealer.units(requests(B, C, most=8), 2)] == [2 * (2 + 8), 2 * (3 + 8)], (
+        "no more than may be"
+    )
+    again = Dealer("group")
+    again.load_state_dict(dealer.state_dict())
+    assert again.units(requests(A, B, C), 2) == dealer.units(requests(A, B, C), 2)
+
+
+def test_prompts_not_seen_for_longest_are_forgotten(monkeypatch):
+    monkeypatch.setattr("respec_trainer.rollout.fleet.deal.MOST", 2)
+    dealer = Dealer("group")
+    for prompt in (A, B, A, C):
+        dealer.observe([sample(prompt, 10)])
+    dealer.overall = 1.0
+    assert [unit.tokens for unit in dealer.units(requests(A, B, C, each=1), 1)] == [1 + 10, 2 + 1, 3 + 10]
+
+
+def test_groups_stay_together_or_are_spread():
+    assert [u.positions for u in Dealer("group").units(requests(A, B, C), 3)] == [(0, 1), (2, 3), (4, 5)]
+    assert [u.positions for u in Dealer("spread").units(requests(A, B), 3)] == [(0,), (1,), (2,), (3,)]
+    assert [u.positions for u in Dealer("group").units(requests(A, each=5), 2)] == [(0, 1, 2), (3, 4)], "or one is idle"
+    assert Dealer("group").units([], 2) == []
+
+
+def test_shares_are_as_full_as_in_the_best_deal_or_a_third_more():
+    draw = random.Random(0)
+    for _ in range(50):
+        costs = [draw.choice([1, 2, 5, 9, 30]) * draw.random() for _ in range(8)]
+        units = [Unit((i,), cost) for i, cost in enumerate(costs)]
+        shares = deal(units, 3)
+        assert sorted(unit.positions[0] for share in shares for unit in share) == list(range(8))
+        assert all(list(share) == sorted(share, key=units.index) for share in shares)
+        every = ([sum(c for c, e in zip(costs, way, strict=True) if e == i) for i in range(3)] for way in _ways())
+        assert max(tokens(shares)) <= 4 / 3 * min(map(max, every)) + 1e-9
+
+
+def _ways():
+    return product(range(3), repeat=8)
+
+
+@pytest.mark.parametrize("engines", [1, 2, 4])
+def test_what_is_alike_is_dealt_in_order(engines):
+    units = [Unit((i,), 3.0) for i in range(8)]
+    each = 8 // engines
+    assert deal(units, engines) == [units[i * each : (i + 1) * each] for i in range(engines)]
+
+
+def test_the_largest_begin():
+    share = [Unit((0, 1), 4.0), Unit((2, 3), 9.0), Unit((4, 5), 6.0)]
+    assert begin(share, 3) == (share[1:], share[:1]), "as long as there is room"
+    assert begin(share, 5) == (share, []) and begin([], 3) == ([], [])

@@ -1,0 +1,156 @@
+"""rollout/fleet/feeder.py, and pending.py: what waits is drawn once, by whoever has room, whatever dies."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from respec_trainer.errors import EngineError
+from respec_trainer.rollout.fleet.deal import Unit
+from respec_trainer.rollout.fleet.feeder import Feeder, Queue
+from respec_trainer.rollout.fleet.pending import FleetPending
+from respec_trainer.rollout.sample import Request, Sample, SamplingParams
+
+REQUESTS = [Request(str(i), (i,), SamplingParams(max_new_tokens=4)) for i in range(40)]
+UNITS = [Unit((i, i + 1), 2.0) for i in range(0, 40, 2)]
+
+
+class Engine:
+    """Each response takes `seconds`; `slots` run at a time. It dies once it has been given `life` requests."""
+
+    def __init__(self, seconds, slots=4, life=10**6):
+        self.seconds, self.slots, self.life = seconds, threading.Semaphore(slots), life
+        self.failure, self.given = None, []
+
+    def submit(self, requests):
+        if len(self.given) + len(requests) > self.life:
+            self.failure = EngineError("died")
+        if self.failure is not None:
+            raise self.failure
+        self.given += [request.key for request in requests]
+        return Work(self, requests)
+
+
+class Work:
+    def __init__(self, engine, requests):
+        self.engine, self.requests = engine, requests
+        threads = ThreadPoolExecutor(len(requests))
+        self.futures = [threads.submit(self.draw, request) for request in requests]
+
+    def draw(self, request):
+        with self.engine.slots:
+            time.sleep(self.engine.seconds)
+        return Sample(request.key, list(request.prompt_ids), [7], [-1.0], "stop", "actor-1", "none")
+
+    def done(self):
+        return sum(future.done() for future in self.futures)
+
+    def collect(self):
+        samples = [future.result() for future in self.futures]
+        if self.engine.failure is not None:
+            raise self.engine.failure
+        return samples
+
+    def delivered(self):
+        return [future.result() for future in self.futures]
+
+
+@pytest.fixture
+def store():
+    return dist.HashStore()
+
+
+def start(engine, mine, queue, resume=True):
+    fleet = SimpleNamespace(engine=engine, resume=resume, room=5, _restore_chooser=lambda: None, counts=Counter())
+    return FleetPending(fleet, REQUESTS, mine, queue)
+
+
+def collect(*phases):
+    """What each rank's engine drew, by position; all at once, as ranks do."""
+    with ThreadPoolExecutor() as threads:
+        return [future.result() for future in [threads.submit(phase._collect) for phase in phases]]
+
+
+def test_a_queue_gives_each_unit_once(store):
+    queues = [Queue(UNITS, store, "phase") for _ in range(3)]
+    with ThreadPoolExecutor() as threads:
+        taken = [list(found) for found in threads.map(lambda queue: list(iter(queue.take, None)), queues)]
+    assert sorted((u for part in taken for u in part), key=lambda u: u.positions) == UNITS
+    assert all(queue.empty() for queue in queues)
+    assert Queue(UNITS, store, "another phase").take() == UNITS[0]
+
+
+def test_the_faster_engine_draws_what_the_slower_has_not_begun(store):
+    slow, fast = Engine(0.3), Engine(0.01)
+    phases = [start(engine, UNITS[i : i + 2], Queue(UNITS[4:], store, "phase")) for engine, i in ((slow, 0), (fast, 2))]
+    assert all(phase.generating() for phase in phases)
+    drawn = collect(*phases)
+    assert not any(phase.generating() for phase in phases)
+    assert sorted(position for share in drawn for position, _ in share) == list(range(40))
+    assert all(sample.key == str(position) for share in drawn for position, sample in share)
+    assert len(fast.given) > 2 * len(slow.given)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_dying_engine_took_stays_its_own(store, resume):
+    """It took more than it could submit; after its restart it draws just that, and what nobody has taken."""
+    engine = Engine(0.01, life=10)
+    phase = start(engine, UNITS[:2], Queue(UNITS[4:], store, "phase"), resume)
+    with pytest.raises(EngineError, match="died"):
+        phase._collect()
+    owed = list(phase.positions)
+    assert owed == [0, 1, 2, 3, *range(8, 16)][: len(owed)] and len(owed) == 12, "the last two were refused"
+    before, engine.life, engine.failure = list(engine.given), 10**6, None
+    drawn = phase._collect()
+    assert [position for position, _ in drawn] == [0, 1, 2, 3, *range(8, 40)]
+    again = [] if resume else before
+    assert engine.given[len(before) :][: len(again) + 2] == [*again, "14", "15"]
+    assert phase.fleet.counts["lost_tokens"] == (0 if resume else 10)
+
+
+def test_a_dead_engine_leaves_the_queue_to_the_others(store):
+    dying, well = Engine(0.01, life=6), Engine(0.02)
+    phases = [
+        start(engine, UNITS[i : i + 2], Queue(UNITS[4:], store, "phase")) for engine, i in ((dying, 0), (well, 2))
+    ]
+    with ThreadPoolExecutor() as threads:
+        first, second = [threads.submit(phase._collect) for phase in phases]
+        with pytest.raises(EngineError):
+            first.result()
+        others = second.result()
+    dying.life, dying.failure = 10**6, None
+    mine, same = phases[0]._collect(), phases[1]._collect()
+    assert [position for position, _ in same] == [position for position, _ in others], "it is not asked again"
+    assert sorted(position for position, _ in [*mine, *same]) == list(range(40))
+
+
+def test_an_engine_with_no_share_draws_from_the_queue(store):
+    phase = start(Engine(0.0), [], Queue(UNITS[18:], store, "phase"))
+    assert [position for position, _ in phase._collect()] == [36, 37, 38, 39]
+
+
+def test_a_store_that_is_gone_ends_the_phase():
+    def gone(name, more):
+        raise RuntimeError("Connection reset")
+
+    phase = start(Engine(0.0), UNITS[:1], Queue(UNITS[1:], SimpleNamespace(add=gone), "phase"))
+    with pytest.raises(EngineError, match="store .* Connection reset"):
+        phase._collect()
+
+
+def test_a_feeder_that_is_stopped_takes_no_more(store):
+    queue = Queue(UNITS, store, "phase")
+    handed = []
+    feeder = Feeder(queue, room=lambda: not handed, hand=handed.append)
+    while not handed:
+        time.sleep(random.random() / 1000)
+    assert feeder.feeding()
+    feeder.stop()
+    assert not feeder.feeding() and handed == UNITS[:1] and not queue.empty()

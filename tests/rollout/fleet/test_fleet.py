@@ -1,0 +1,172 @@
+"""rollout/fleet/fleet.py: whether an engine is still at work, and what all engines logged."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from respec_trainer.errors import EngineError, EngineLostError
+from respec_trainer.rollout.decode_log import DecodeLog
+from respec_trainer.rollout.fleet.deal import Unit
+from respec_trainer.rollout.fleet.fleet import RolloutFleet
+from respec_trainer.rollout.fleet.pending import FleetPending
+from respec_trainer.rollout.sample import Request, SamplingParams
+from tests.support.configs import smallest_config
+from tests.support.processes.ranks import run_ranks
+
+REQUESTS = [Request(str(i), (i, i), SamplingParams(max_new_tokens=4)) for i in range(3)]
+
+
+def pending_on(engine) -> FleetPending:
+    fleet = SimpleNamespace(engine=engine, resume=False, _restore_chooser=lambda: None)
+    return FleetPending(fleet, REQUESTS, [Unit((0, 1, 2), 3.0)])
+
+
+@pytest.mark.parametrize(("finished", "generating"), [(0, True), (2, True), (3, False)])
+def test_it_generates_until_its_last_request_is_done(finished, generating):
+    engine = SimpleNamespace(submit=lambda requests: SimpleNamespace(done=lambda: finished))
+    assert pending_on(engine).generating() == generating
+
+
+def test_no_engine_and_one_that_refused_generate_nothing():
+    def refuse(requests):
+        raise EngineError("died")
+
+    assert not pending_on(None).generating()
+    assert not pending_on(SimpleNamespace(submit=refuse)).generating()
+
+
+class LoggingEngine:
+    """Logs a batch for each request, of as many sequences as the prompt has tokens; its policy may fail."""
+
+    def __init__(self, index, logs=True):
+        self.index, self.logs, self.failure = index, logs, None
+        self.log, self.failures, self.learnt = [], 0, ""
+
+    def start(self):
+        self.failure, self.learnt = None, "new"
+
+    def restore_depth_chooser(self, state):
+        self.learnt = state
+
+    def shutdown(self):
+        self.failure = EngineError("not running")
+
+    def submit(self, requests):
+        self.log += [len(request.prompt_ids) for request in requests]
+        self.learnt += f" {len(requests)}"
+        return SimpleNamespace(collect=lambda: [f"{self.index}:{request.key}" for request in requests])
+
+    def take_decode_log(self):
+        if self.failure is not None:
+            raise self.failure
+        batches, self.log = self.log if self.logs else [], []
+        columns = {"start": np.arange(float(len(batches))), "batch": np.array(batches)}
+        return DecodeLog(**columns, failures=self.failures, state=self.learnt)
+
+
+def prompts(*lengths):
+    return [Request(str(i), (1,) * n, SamplingParams(max_new_tokens=4)) for i, n in enumerate(lengths)]
+
+
+def as_lists(logs):
+    return [(log.batch.tolist(), log.failures) for log in logs]
+
+
+def play(config, logs):
+    """What two ranks hear of two engines' batches, over a few phases."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fleet = RolloutFleet(config, lambda index: LoggingEngine(index, logs[index]), None, "cpu")
+    heard = []
+    fleet.engine.submit(prompts(1, 2)[: fleet.index + 1])
+    heard.append(as_lists(fleet.take_decode_log()))
+    heard.append(as_lists(fleet.take_decode_log()))
+    fleet.engine.submit(prompts(3))
+    asked = fleet.ask_each(prompts(9)[0])  # as the canary is, after a push that interrupted the phase
+    fleet.engine.submit(prompts(4))
+    heard.append(as_lists(fleet.take_decode_log()))
+    fleet.engine.failures = int(fleet.index == 1)
+    fleet.ask_each(prompts(9)[0])
+    heard.append(as_lists(fleet.take_decode_log()))
+    return asked, heard
+
+
+def test_every_rank_hears_what_every_engine_s_batches_did(tmp_path):
+    (asked, heard), (asked_too, heard_too) = run_ranks(2, play, smallest_config(tmp_path), [True, True])
+    assert heard == heard_too and asked == asked_too == ["0:0", "1:0"]
+    assert heard[0] == [([1], 0), ([1, 2], 0)]
+    assert heard[1] == [], "taken once"
+    assert heard[2] == [([3], 0), ([4], 0)] * 2, "without what was asked aside, and in two stretches"
+    assert sum(failures for _, failures in heard[3]) >= 1, "a failure is told wherever it happened"
+
+
+def test_engines_that_log_nothing_add_nothing(tmp_path):
+    (_, heard), _ = run_ranks(2, play, smallest_config(tmp_path), [False, True])
+    assert heard[0] == [([1, 2], 0)] and heard[2] == [([3], 0), ([4], 0)]
+
+
+def lose(config):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fleet = RolloutFleet(config, LoggingEngine, None, "cpu")
+    fleet.engine.submit(prompts(5))
+    if fleet.index == 1:
+        fleet.engine.failure = EngineError("died")
+    try:
+        fleet.take_decode_log()
+    except EngineLostError as error:
+        return str(error)
+    return None
+
+
+def test_an_engine_that_died_is_told_to_every_rank(tmp_path):
+    for told in run_ranks(2, lose, smallest_config(tmp_path)):
+        assert told == "engine of rank 1: died"
+
+
+def remember(config):
+    """What each of two engines' policies had learnt when it was asked, through a restart and a resumption."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fleet, heard = RolloutFleet(config, LoggingEngine, None, "cpu"), []
+
+    def phase():
+        fleet.start(prompts(1, 1, 1))
+        learnt = fleet.engine.learnt
+        fleet.take_decode_log()
+        fleet.ask_each(prompts(9)[0])
+        heard.append((learnt, fleet.state_dict()["depth"]))
+
+    phase()
+    if fleet.index == 1:
+        fleet.engine.failure = EngineError("died")
+    fleet.restart()
+    fleet.ask_each(prompts(9)[0])
+    phase()
+    resumed = RolloutFleet(config, LoggingEngine, None, "cpu")
+    resumed.load_state_dict(fleet.state_dict())
+    resumed.ask_each(prompts(9)[0])
+    fleet = resumed
+    phase()
+    return heard
+
+
+def test_what_policies_have_learnt_outlives_their_engines(tmp_path):
+    """A canary sung between an engine's start and its first rollout leaves no trace in it: the state replaces that."""
+    first, second = run_ranks(2, remember, smallest_config(tmp_path))
+    assert first == [("new 2", "new 2 1"), ("new 2 1 1 2", "new 2 1 1 2 1"), ("new 2 1 1 2 1 2", "new 2 1 1 2 1 2 1")]
+    assert second == [("new 1", "new 1 1"), ("new 1 1 1", "new 1 1 1 1"), ("new 1 1 1 1 1", "new 1 1 1 1 1 1")]
+
+
+def test_an_engine_that_learns_nothing_is_told_nothing(tmp_path):
+    engine = SimpleNamespace(take_decode_log=DecodeLog)  # which refuses restore_depth_chooser
+    fleet = SimpleNamespace(engine=engine, depth_state="", forgot=True)
+    RolloutFleet._restore_chooser(fleet)
+    RolloutFleet._take_log(fleet)
+    assert (fleet.depth_state, fleet.forgot) == ("", False)

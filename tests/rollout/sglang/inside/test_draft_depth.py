@@ -1,0 +1,244 @@
+"""inside/draft_depth.py and catch_up.py with stand-ins for sglang's objects, and what sglang is told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from respec_trainer.config import SpeculationConfig
+from respec_trainer.errors import ConfigError, EngineError
+from respec_trainer.rollout.decode_log import DecodeLog, DepthSettings
+from respec_trainer.rollout.sglang.arguments import server_arguments, step_environment
+from respec_trainer.rollout.sglang.inside.catch_up import Backlog, missed
+from respec_trainer.rollout.sglang.inside.draft_depth import DraftDepth
+from respec_trainer.rollout.sglang.inside.plugin import outside
+from respec_trainer.rollout.sglang.settings import EngineSettings
+
+FIXED = DepthSettings("fixed", (1, 3), max_batch=8, max_context=256, fixed=3)
+OFF = DepthSettings("fixed", (0, 3), max_batch=8, max_context=256, fixed=0)
+BROKEN = replace(OFF, mode="adaptive", policy="tests.support.depth_choosers:Broken", prior=(0,))
+
+
+def requests(count: int):
+    return [SimpleNamespace(name=i, origin_input_ids=[0] * 4, output_ids=[0]) for i in range(count)]
+
+
+def fill(backlog: Backlog, steps: list) -> None:
+    """One step a list of requests; a token tells its request and its turn, its features the same."""
+    for turn, running in enumerate(steps):
+        tokens = torch.tensor([10 * request.name + turn for request in running])
+        backlog.add(running, tokens, tokens[:, None].float().expand(-1, 6).clone())
+
+
+def test_a_backlog_is_read_sequence_by_sequence_in_order():
+    a, b, c = requests(3)
+    backlog = Backlog(2**20)
+    fill(backlog, [[a, b], [a, b], [b, c], [c, b]])
+    assert [missed(r) for r in (a, b, c)] == [2, 4, 2]
+    part = backlog.pop([c, b], 100)  # a has finished
+    assert part.counts == [2, 4] and part.tokens.tolist() == [22, 23, 10, 11, 12, 13]
+    assert torch.equal(part.features[:, 0], part.tokens.float())
+    assert [missed(r) for r in (b, c)] == [0, 0] and backlog.bytes == 0 and not backlog.chunks
+
+
+def test_a_backlog_is_read_in_slices_oldest_first():
+    a, b = requests(2)
+    backlog = Backlog(2**20)
+    fill(backlog, [[a], [a, b], [a, b]])
+    assert backlog.pop([a, b], 3).counts == [2, 1]
+    assert (missed(a), missed(b)) == (1, 1)
+    assert backlog.pop([a, b], 1).tokens.tolist() == [2, 12], "at least one step"
+
+
+def test_only_tokens_that_are_read_count():
+    """A pass over few tokens reads the drafter's weights as one over many does."""
+    a, b, c = requests(3)
+    backlog = Backlog(2**20)
+    fill(backlog, [[a, c], [a, b, c], [a, b, c], [a, b]])
+    assert backlog.pop([b], 2).tokens.tolist() == [11, 12], "a and c have finished"
+    (left,) = backlog.chunks
+    assert left.requests == [a, b] and backlog.bytes == left.features.nbytes
+
+
+def test_a_request_whose_prompt_is_read_anew_has_missed_nothing():
+    a, b = requests(2)
+    backlog = Backlog(2**20)
+    fill(backlog, [[a, b], [a, b]])
+    backlog.forget([a])
+    assert missed(a) == 0
+    fill(backlog, [[b, a]])
+    part = backlog.pop([a, b], 100)
+    assert part.counts == [1, 3] and part.tokens.tolist() == [0, 10, 11, 10]
+
+
+def test_a_backlog_is_full_of_what_running_requests_need():
+    a, b, c, d = requests(4)
+    row = 6 * 4  # bytes of features
+    backlog = Backlog(20 * row)
+    fill(backlog, [[a, b, c, d]] * 5)
+    assert not backlog.full([a, b, c, d])
+    fill(backlog, [[a, b, c, d]])
+    assert backlog.full([a, b, c, d])
+    assert not backlog.full([a]), "three have finished, and what they left is thrown away"
+    assert backlog.bytes == 6 * row
+    assert backlog.pop([a], 100).tokens.tolist() == [0, 1, 2, 3, 4, 0]
+
+
+class Mode:
+    def __init__(self, extend: bool):
+        self.is_extend = lambda: extend
+        self.is_idle = lambda: False
+
+
+def batch_of(reqs, extend: bool = False):
+    return SimpleNamespace(
+        reqs=reqs, forward_mode=Mode(extend), is_extend_in_batch=False, seq_lens_sum=None, extend_num_tokens=7
+    )
+
+
+def stepper_of(settings: DepthSettings) -> tuple[DraftDepth, SimpleNamespace]:
+    reads = []
+    drafter = SimpleNamespace(_draft_extend_for_decode=lambda batch, result: reads.append(len(batch.reqs)))
+    worker = SimpleNamespace(adaptive_controller=SimpleNamespace(params=None), draft_worker=drafter, reads=reads)
+    stepper = DraftDepth(settings, "cpu")
+    stepper.install(None, worker)
+    return stepper, worker
+
+
+def decode(stepper: DraftDepth, worker, reqs, kept: int = 0) -> int:
+    """One decode batch; returns its steps."""
+    batch = batch_of(reqs)
+    steps = stepper.forward(lambda *_: stepper.get_steps_for_batch(len(reqs)), worker, batch)
+    if steps == 0:
+        output = SimpleNamespace(hidden_states=torch.zeros(len(reqs), 6))
+        result = SimpleNamespace(logits_output=output, next_token_ids=torch.zeros(len(reqs)), can_run_cuda_graph=False)
+        stepper.skip_extend(None, worker, batch, result)
+    stepper.on_verify_complete([kept] * len(reqs), len(reqs))
+    return steps
+
+
+def test_it_becomes_sglangs_policy_or_says_that_it_could_not():
+    stepper, worker = stepper_of(FIXED)
+    assert worker.adaptive_controller.params is stepper
+    assert stepper.candidate_steps == [0, 1, 3], "a policy that fails must find the state of no speculation"
+    stepper.set_cuda_graph_bs([1, 2])
+    assert stepper.cuda_graph_bs_for_step(3) == [1, 2]
+    with pytest.raises(EngineError, match="turned adaptive speculation off"):
+        DraftDepth(FIXED, "cpu").install(None, SimpleNamespace(adaptive_controller=None))
+
+
+def test_batches_are_logged():
+    stepper, worker = stepper_of(FIXED)
+    reqs = requests(3)
+    stepper.forward(lambda *_: None, worker, batch_of(reqs, extend=True))
+    assert decode(stepper, worker, reqs, kept=2) == 3
+    log = stepper.recorder.take()
+    assert log.prefill.tolist() == [True, False] and log.tokens.tolist() == [7, 9]
+    assert log.context.tolist() == [5.0, 5.0] and log.survivors.tolist() == [[0, 0, 0], [3, 3, 0]]
+
+
+@pytest.mark.parametrize(("settings", "reads"), [(OFF, 0), (replace(OFF, off="warm"), 2)])
+def test_without_speculation_tokens_are_kept_or_read(settings, reads):
+    stepper, worker = stepper_of(settings)
+    reqs = requests(2)
+    for _ in range(2):
+        assert decode(stepper, worker, reqs) == 0
+    assert len(worker.reads) == reads and [missed(r) for r in reqs] == [2 - reads] * 2
+    stepper.forward(lambda *_: None, worker, batch_of(reqs, extend=True))
+    assert [missed(r) for r in reqs] == [0, 0]
+    decode(stepper, worker, requests(1))
+    assert len(stepper.backlog.chunks) == (1 if settings is OFF else 0), "of requests that are gone nothing is kept"
+
+
+def test_after_a_failure_nothing_is_kept():
+    stepper, worker = stepper_of(BROKEN)
+    reqs = requests(2)
+    for _ in range(7):
+        assert decode(stepper, worker, reqs) == 0
+    assert stepper.control.failures == 1 and missed(reqs[0]) == 4
+
+
+def test_results_out_of_step_count_as_a_failure():
+    stepper, worker = stepper_of(FIXED)
+    decode(stepper, worker, requests(2))
+    stepper.on_verify_complete([0, 0, 0], 3)
+    assert stepper.control.failures == 1 and decode(stepper, worker, requests(2)) == 0
+
+
+def ask(stepper: DraftDepth, settings: DepthSettings | None, idle: bool = True):
+    return DecodeLog.of_bytes(stepper._serve(idle, settings and settings.to_json())["log"])
+
+
+def test_settings_change_between_rollouts_only():
+    stepper, worker = stepper_of(FIXED)
+    decode(stepper, worker, requests(2))
+    with pytest.raises(EngineError, match="while requests run"):
+        ask(stepper, replace(FIXED, fixed=1), idle=False)
+    assert len(ask(stepper, replace(FIXED, fixed=1))) == 1
+    assert decode(stepper, worker, requests(2)) == 1
+    with pytest.raises(EngineError, match=r"started with the candidate steps \[0, 1, 3\]"):
+        ask(stepper, replace(FIXED, candidates=(1, 2, 3)))
+    assert len(ask(stepper, None)) == 1 and len(ask(stepper, None)) == 0
+    with pytest.raises(EngineError, match="no EAGLE worker"):
+        ask(DraftDepth(FIXED, "cpu"), None)
+
+
+def test_what_a_policy_has_learnt_leaves_with_the_log_and_comes_back():
+    settings = replace(OFF, mode="adaptive", policy="tests.support.depth_choosers:Remembering", prior=(3, 0, 0))
+    stepper, worker = stepper_of(settings)
+    assert [decode(stepper, worker, requests(2)) for _ in range(2)] == [3, 0]
+    state = ask(stepper, None).state
+    other, worker = stepper_of(settings)
+    with pytest.raises(EngineError, match="while requests run"):
+        other._serve(False, state=state)
+    assert DecodeLog.of_bytes(other._serve(True, state=state)["log"]).state == state
+    assert [decode(other, worker, requests(2)) for _ in range(2)] == [0, 3]
+
+
+def test_hooks_on_one_target_are_nested():
+    calls = []
+
+    def outer(original, x):
+        calls.append("outer")
+        return original(x) + 1
+
+    def inner(original, x):
+        calls.append("inner")
+        return original(2 * x)
+
+    both = outside({"t": (outer, "AROUND"), "o": (outer, "AROUND")}, {"t": (inner, "AROUND"), "i": (inner, "AROUND")})
+    assert both["t"][0](lambda x: x + 100, 5) == 111 and calls == ["outer", "inner"]
+    assert set(both) == {"t", "o", "i"} and both["t"][1] == "AROUND"
+
+
+def engine_settings(**changes) -> EngineSettings:
+    return EngineSettings("actor", "drafter", **{"speculation": SpeculationConfig(), "steps": FIXED} | changes)
+
+
+def test_sglang_prepares_every_candidate_and_none():
+    arguments = server_arguments(engine_settings())
+    table = json.loads(Path(arguments["speculative_adaptive_config"]).read_text())
+    assert table == {"1": {"candidate_steps": [0, 1, 3]}} and arguments["speculative_adaptive"] is True
+    assert (arguments["speculative_num_steps"], arguments["speculative_num_draft_tokens"]) == (3, 4)
+    assert step_environment(None) == {}
+    assert step_environment(FIXED) == {"SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND": "1"}
+    assert "SGLANG_SIMULATE_ACC_LEN" in step_environment(replace(FIXED, simulated_accept_length=2.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"speculation": SpeculationConfig(algorithm="none")}, "chains of eagle3 only"),
+        ({"speculation": SpeculationConfig(topk=2, draft_tokens=6)}, "chains of eagle3 only"),
+        ({"speculation": SpeculationConfig(rejection_sampling=True)}, "rejection_sampling=false"),
+        ({"steps_by_batch": {1: 3}}, "not both"),
+    ],
+)
+def test_an_engine_whose_steps_cannot_change_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        server_arguments(engine_settings(**changes))

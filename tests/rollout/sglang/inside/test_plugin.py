@@ -1,0 +1,80 @@
+"""rollout/sglang/inside/plugin.py: what the hooks do, with stand-ins for sglang's objects."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from respec_trainer.errors import EngineError
+from respec_trainer.rollout.sglang.inside.plugin import (
+    ORIGINS,
+    _note_prefill,
+    _with_distinct_drafts,
+    _with_origins,
+    read_origins,
+)
+
+
+def request(tokens: int, origins=None, finished=False, retracted=False):
+    info = None if origins is None else {ORIGINS: list(origins)}
+    return SimpleNamespace(
+        output_ids=[5] * tokens, customized_info=info, is_retracted=retracted, finished=lambda: finished
+    )
+
+
+def passed(requests, runs, width: int):
+    """The requests' lists after a pass of `width` tokens."""
+    result = SimpleNamespace(speculative_output_stride=None, speculative_num_draft_tokens=width)
+    assert _with_origins(lambda *_: runs, None, result, SimpleNamespace(reqs=requests)) is runs
+    return [request.customized_info and request.customized_info[ORIGINS] for request in requests]
+
+
+def test_a_pass_is_a_run_of_drafts_and_a_draw():
+    requests = [request(1), request(4, [0, 1, 1, 2]), request(3, [0, 2])]
+    assert passed(requests, [[7, 8, 9], [7], [7, 8]], width=4) == [[0, 1, 1, 2], [0, 1, 1, 2, 2], [0, 2, 0, 1, 2]]
+
+
+def test_a_pass_without_drafts_is_no_speculation():
+    assert passed([request(2, [0, 2]), request(1)], [[7], [7]], width=1) == [[0, 2, 0], [0, 0]]
+
+
+def test_tokens_that_sglang_throws_away_are_not_noted():
+    requests = [request(2, [0, 2], finished=True), request(2, [0, 2], retracted=True), request(1)]
+    assert passed(requests, [[7, 8], [7, 8], []], width=4) == [[0, 2], [0, 2], None]
+
+
+@pytest.mark.parametrize(("algorithm", "expected"), [("NGRAM", {ORIGINS: [0, 1, 2, 0]}), (None, None)])
+def test_a_token_without_a_verify_pass_is_noted_before_it_is_sent(monkeypatch, algorithm, expected):
+    """The first one, and the one that follows a retraction."""
+    context = ModuleType("sglang.srt.runtime_context")
+    context.get_spec = lambda: SimpleNamespace(speculative_algorithm=algorithm)
+    for name, module in (("sglang", None), ("sglang.srt", None), ("sglang.srt.runtime_context", context)):
+        monkeypatch.setitem(sys.modules, name, module or ModuleType(name))
+    drawn = request(4, algorithm and [0, 1, 2])
+    _note_prefill(drawn, 1)
+    assert drawn.customized_info == expected
+
+
+def test_origins_are_read_and_counted():
+    assert read_origins({ORIGINS: [None, 1, 2]}, 3, "k") == [0, 1, 2]
+    assert read_origins({}, 2, "k") == [0, 0]
+    with pytest.raises(EngineError, match="request k: 2 origins for 3 tokens"):
+        read_origins({ORIGINS: [0, 1]}, 3, "k")
+
+
+def test_padding_of_ngram_trees_becomes_different_tokens():
+    # Below the root: 9, with 0 below it, and three nodes of padding; in the second tree 0 was found, once.
+    parents = [[-1, 0, 1, 0, 0, 0], [-1, 0, 0, 0, 0, 0]]
+    drafts = np.array([7, 9, 0, 0, 0, 0, 7, 1, 0, 3, 0, 0])
+    mask = np.zeros((2, 6, 6), dtype=np.int64)
+    for tree, row in zip(mask, parents, strict=True):
+        for node, parent in enumerate(row):
+            tree[node] = tree[parent] * (parent >= 0)
+            tree[node, node] = 1
+    before = mask.copy()
+    tokens, same = _with_distinct_drafts((drafts, mask.ravel()), SimpleNamespace(draft_token_num=6), None)
+    assert tokens.tolist() == [7, 9, 0, 0, 1, 2, 7, 1, 0, 3, 2, 4]
+    assert (same == before.ravel()).all()

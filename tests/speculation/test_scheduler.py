@@ -1,0 +1,231 @@
+"""speculation/scheduler.py: near the best on skewed rollouts, safe when nothing is accepted, alert when it is again."""
+
+from __future__ import annotations
+
+import json
+import time
+import timeit
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from respec_trainer.errors import ConfigError
+from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.speculation.policy import FixedPolicy, OraclePolicy, StepTimes
+from respec_trainer.speculation.scheduler import DepthScheduler
+from respec_trainer.speculation.shape import chain
+from respec_trainer.speculation.simulation.simulator import Outcome, Setting, simulate
+from respec_trainer.speculation.simulation.trace import Trace
+from tests.support.speculation import CPU, GPU, skewed_trace
+
+STEPS = (0, 1, 2, 3, 5)
+NEUTRAL = (0.7,) * 5
+
+
+def settings_of(costs=CPU, **changes) -> DepthSettings:
+    found = {"costs": costs.to_tuples(), "prior": NEUTRAL, "max_batch": 64, "max_context": 3000}
+    return DepthSettings("adaptive", STEPS, **found | changes)
+
+
+def replay(trace: Trace, costs, policy) -> Outcome:
+    return simulate(trace, costs, lambda: policy, Setting())
+
+
+def test_it_is_made_of_plain_data():
+    """As they come through the engine's environment."""
+    found = DepthSettings.of_json(settings_of(explore=0.01).to_json())
+    scheduler = DepthScheduler.of(found)
+    assert scheduler.candidates == STEPS and scheduler.explore == 0.01
+    assert scheduler.times.at(8, 500) == pytest.approx(
+        [CPU.cycle_seconds(chain(steps), 8, 500) for steps in STEPS], rel=0.05
+    )
+    with pytest.raises(ConfigError, match="costs and a prior acceptance"):
+        DepthScheduler.of(settings_of(prior=()))
+
+
+def test_a_short_prior_goes_on_as_it_ends():
+    assert DepthScheduler.of(settings_of(prior=(0.8, 0.5))).estimate.by_depth == [0.8, 0.5, 0.5, 0.5, 0.5]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 5)), min_size=1, max_size=80), st.integers(0, 100))
+def test_ranks_choose_alike(batches, missed):
+    """And what they choose is a candidate, whatever comes of it."""
+    ranks = [DepthScheduler.of(settings_of()) for _ in range(2)]
+    for batch, kept in batches:
+        one, other = ([rank.choose(batch, 300.0, missed), rank.predicted()] for rank in ranks)
+        assert one == other and one[0] in STEPS
+        survivors = [batch if depth < kept else 0 for depth in range(one[0])]
+        for rank in ranks:
+            rank.observe(one[0], batch, survivors)
+
+
+def test_depths_that_were_never_drafted_are_like_the_last_that_was():
+    """And not like the prior, which knows nothing of this drafter."""
+    scheduler = DepthScheduler.of(settings_of(explore=0.0))
+    scheduler.observe(2, 64, [60, 30])
+    first, second, *deeper = scheduler.estimate.by_depth
+    assert first > 0.9 and 0.48 < second < 0.55 and deeper == [second] * 3
+    scheduler.observe(1, 64, [0])
+    assert scheduler.estimate.by_depth[1:] == [second] * 4
+
+
+def test_what_it_predicts():
+    scheduler = DepthScheduler.of(settings_of(prior=(0.8,) * 5, explore=0.0))
+    steps = scheduler.choose(2, 300.0, 0.0)
+    tokens = sum(0.8**depth for depth in range(steps + 1))
+    expected = tokens * CPU.step_seconds(2, 300) / CPU.cycle_seconds(chain(steps), 2, 300)
+    assert steps > 1 and scheduler.predicted() == pytest.approx(expected, rel=0.02)
+    off = DepthScheduler.of(settings_of(prior=(0.0,) * 5, explore=0.0))
+    assert off.choose(2, 300.0, 0.0) == 0 and off.predicted() == 1.0
+    unknown = DepthScheduler.of(DepthSettings("adaptive", (1, 2), 64, 3000, CPU.to_tuples(), (0.1, 0.1)))
+    assert unknown.choose(2, 300.0, 0.0) == 1 and unknown.predicted() == 0.0  # plain decoding is no candidate
+
+
+@pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("seed", range(3))
+def test_drafts_that_are_never_kept_cost_next_to_nothing(costs, seed):
+    """However good the drafter was before: at most 1 % on plain decoding."""
+    trace = skewed_trace(acceptance=[0.0], longest=1000, seed=seed)
+    plain = replay(trace, costs, FixedPolicy(0)).makespan
+    adaptive = replay(trace, costs, DepthScheduler.of(settings_of(costs))).makespan
+    assert adaptive <= plain / 0.99
+
+
+@pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
+def test_acceptance_that_recovers_is_noticed(costs):
+    """One rollout with a drafter that is always wrong, one after it was replaced: within 3 % of the oracle again."""
+    scheduler = DepthScheduler.of(settings_of(costs))
+    poor, good = (skewed_trace(acceptance=[share], longest=1000) for share in (0.0, 0.8))
+    assert replay(poor, costs, scheduler).off_fraction > 0.9
+    oracle = replay(good, costs, OraclePolicy(costs, STEPS))
+    assert replay(good, costs, scheduler).regret(oracle) < 0.03
+
+
+def test_acceptance_that_recovers_is_not_noticed_without_exploring():
+    scheduler = DepthScheduler.of(settings_of(explore=0.0))
+    replay(skewed_trace(acceptance=[0.0], longest=1000), CPU, scheduler)
+    assert replay(skewed_trace(acceptance=[0.8], longest=1000), CPU, scheduler).off_fraction == 1.0
+
+
+class Counting(DepthScheduler):
+    """Adds up what its tries cost by the cost model if they gained nothing."""
+
+    spent = elapsed = 0.0
+    within, base = False, 0
+
+    def choose(self, batch, context, missed):
+        self.within, steps = self.trying > 0, super().choose(batch, context, missed)
+        taken = self.times.at(batch, context)
+        self.elapsed += taken[self.policy.current]
+        if self.within:
+            self.spent += taken[self.policy.current] - taken[self.base]
+        return steps
+
+    def _try(self, place, batch, context, missed):
+        began = super()._try(place, batch, context, missed)
+        if began:
+            self.base, self.within = place, True
+            self.spent += 0.0 if self.candidates[place] else self.times.catch_up(batch, context, missed)
+        return began
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
+def test_tries_cost_no_more_than_their_share(share):
+    """By the cost model, as if none of the drafts tried were kept; batches change a little within a try."""
+    scheduler = Counting(StepTimes(CPU, STEPS, 64, 3000), NEUTRAL, 0.005)
+    replay(skewed_trace(acceptance=[share], longest=1000), CPU, scheduler)
+    assert 0 < scheduler.spent <= 0.0055 * scheduler.elapsed
+
+
+def test_a_try_waits_until_the_drafter_has_caught_up():
+    """Over several batches, in which the engine does not draft yet."""
+    scheduler = DepthScheduler.of(settings_of(prior=(0.0,) * 5))
+    for _ in range(2000):
+        assert scheduler.choose(1, 300.0, 0.0) == 0 or scheduler.trying
+        if scheduler.trying:
+            break
+    left = scheduler.trying
+    assert all(scheduler.choose(1, 300.0, 9.0) > 0 for _ in range(50)) and scheduler.trying == left
+    assert scheduler.choose(1, 300.0, 0.0) > 0 and scheduler.trying == left - 1
+
+
+def test_a_drafter_that_has_become_better_drafts_deeper():
+    """Its second draft was never kept, nor any behind it, which after that were not drafted."""
+    trace, outcomes = skewed_trace(acceptance=[0.9], longest=1000), []
+    for explore in (0.005, 0.0):
+        scheduler = DepthScheduler.of(settings_of(explore=explore))
+        for _ in range(20):
+            scheduler.observe(5, 64, [50, 0, 0, 0, 0])
+        outcomes.append(replay(trace, CPU, scheduler))
+    bold, timid = outcomes
+    assert bold.spans[0][-1].steps == 5 and timid.spans[0][-1].steps == 1
+    assert bold.makespan < 0.9 * timid.makespan
+
+
+@pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
+def test_responses_that_differ(costs, share):
+    """Each with an acceptance of its own, whose mean the batch's composition changes as responses end."""
+    trace = skewed_trace(longest=1000, seed=1)
+    generator = np.random.default_rng(5)
+    own = 1 / (1 + np.exp(-(np.log(share / (1 - share)) + 0.5 * generator.standard_normal(len(trace)))))
+    trace = Trace(trace.prompt, trace.length, trace.group, own[:, None])
+    oracle = replay(trace, costs, OraclePolicy(costs, STEPS))
+    assert replay(trace, costs, DepthScheduler.of(settings_of(costs))).regret(oracle) < 0.03
+
+
+def play(scheduler: DepthScheduler, batches: list, missed: int = 0) -> list:
+    """What it chooses and predicts of each batch of (sequences, drafts kept of each)."""
+    chosen = []
+    for batch, kept in batches:
+        steps = scheduler.choose(batch, 300.0, missed)
+        chosen.append((steps, scheduler.predicted()))
+        scheduler.observe(steps, batch, [batch if depth < kept else 0 for depth in range(steps)])
+    return chosen
+
+
+BATCHES = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 5)), min_size=1, max_size=60)
+
+
+@settings(max_examples=40, deadline=None)
+@given(BATCHES, BATCHES, st.integers(0, 100))
+def test_one_that_goes_on_from_another_s_state_chooses_alike(before, after, missed):
+    """To the bit, also in the middle of a try; the state goes through JSON."""
+    first, second = DepthScheduler.of(settings_of(explore=0.2)), DepthScheduler.of(settings_of(explore=0.2))
+    play(first, before, missed)
+    state = json.dumps(first.state())
+    assert len(state) < 1000
+    second.load_state(json.loads(state))
+    assert play(first, after, missed) == play(second, after, missed)
+    assert first.state() == second.state()
+
+
+@pytest.mark.parametrize("candidates", [(0, 1, 2), (0, 2, 4, 7)])
+def test_another_s_candidates_leave_what_was_learnt_of_acceptance(candidates):
+    first = DepthScheduler.of(settings_of(explore=0.2))
+    play(first, [(32, 3)] * 40)
+    prior = (0.1,) * candidates[-1]
+    second = DepthScheduler(StepTimes(CPU, candidates, 64, 3000), prior, 0.2)
+    second.load_state(first.state())
+    known = min(5, candidates[-1])
+    found = second.estimate.by_depth
+    assert found[:known] == pytest.approx(first.estimate.by_depth[:known])
+    assert found[known:] == [found[known - 1]] * (candidates[-1] - known)
+    assert {steps for steps, _ in play(second, [(8, 3)] * 100)} <= set(candidates)
+
+
+def test_decisions_take_less_than_50_us():
+    """With nine candidates and every batch another; in time of this process, the best of some rounds."""
+    times = StepTimes(CPU, list(range(9)), 256, 32_768)
+    scheduler = DepthScheduler(times, (0.8, 0.75, 0.7, 0.65, 0.6), 0.005)
+
+    def decide():
+        for batch in range(1, 257):
+            steps = scheduler.choose(batch, 100.0 * batch, 30.0)
+            scheduler.predicted()
+            scheduler.observe(steps, batch, [batch // 2] * steps)
+
+    assert min(timeit.repeat(decide, timer=time.process_time, number=1, repeat=10)) / 256 < 50e-6

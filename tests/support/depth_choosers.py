@@ -1,0 +1,45 @@
+"""Policies of draft steps that tests put into an engine, by DepthSettings.policy."""
+
+from __future__ import annotations
+
+from respec_trainer.rollout.decode_log import DepthSettings
+
+
+class Scripted:
+    """The numbers in `prior`, over and over."""
+
+    def __init__(self, script: tuple[int, ...]):
+        self.script, self.turn = script, -1
+
+    @classmethod
+    def of(cls, settings: DepthSettings) -> Scripted:
+        return cls(tuple(int(steps) for steps in settings.prior))
+
+    def choose(self, batch: int, context: float, missed: float) -> int:
+        self.turn += 1
+        return self.script[self.turn % len(self.script)]
+
+    def observe(self, steps: int, batch: int, survivors) -> None:
+        assert steps == len(survivors) and all(kept <= batch for kept in survivors)
+
+    def predicted(self) -> float:
+        return 1.5
+
+
+class Remembering(Scripted):
+    """Scripted, and goes on in its script where another was."""
+
+    def state(self) -> dict:
+        return {"turn": self.turn}
+
+    def load_state(self, state: dict) -> None:
+        self.turn = state["turn"]
+
+
+class Broken(Scripted):
+    """Raises at the fifth choice."""
+
+    def choose(self, batch: int, context: float, missed: float) -> int:
+        if self.turn == 3:
+            raise ZeroDivisionError("a policy's bug")
+        return super().choose(batch, context, missed)

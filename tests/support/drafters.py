@@ -1,0 +1,65 @@
+"""Tiny drafters and rollouts, for tests."""
+
+from __future__ import annotations
+
+import torch
+
+from respec_trainer.drafter.batch import DrafterBatch
+from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+from respec_trainer.drafter.online.buffer import Row, Snapshot
+from tests.support.models import tiny_config
+
+DRAFT_IDS = torch.arange(64) * 2 + 1  # of the tiny models' 131 tokens
+
+
+def target_config(family="qwen3", layers: int = 4, **changes):
+    return tiny_config(family, layers=layers, **changes)
+
+
+def tiny_drafter(hf_config=None, seed: int = 0, draft_vocab_size: int = 64) -> Eagle3Drafter:
+    """A random drafter whose norms are not at one, so that a norm mixed up or left out shows."""
+    drafter = Eagle3Drafter(DrafterShape.for_target(hf_config or target_config(), draft_vocab_size), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, weight in drafter.named_parameters():
+            if "norm" in name:
+                weight.copy_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
+    return drafter
+
+
+def random_rollouts(lengths, vocab_size: int = 131, seed: int = 0) -> DrafterBatch:
+    """One row for each (prompt length, response length), of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length):
+        return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
+
+    return DrafterBatch.collate([(draw(prompt), draw(response)) for prompt, response in lengths])
+
+
+def stored_snapshot(hidden: int = 64, vocab_size: int = 131, seed: int = 0) -> Snapshot:
+    """Random embeddings of all tokens, and output rows of DRAFT_IDS."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(vocab_size, hidden, generator=generator)
+    return Snapshot(torch.arange(vocab_size), embeddings, torch.randn(len(DRAFT_IDS), hidden, generator=generator))
+
+
+def stored_row(snapshot: Snapshot, step: int = 0, hidden: int = 64, prompt: int = 3, response: int = 7, seed=0) -> Row:
+    """A row of random numbers; every log-sum-exp is that of the whole vocabulary's draft columns."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(response, hidden, generator=generator)
+    fits = states.shape[1] == snapshot.output_rows.shape[1]
+    return Row(
+        tokens=torch.randint(3, 131, (prompt + response,), generator=generator),
+        features=torch.randn(prompt + response, 3 * hidden, generator=generator),
+        hidden=states,
+        logsumexp=(states @ snapshot.output_rows.t()).logsumexp(-1) if fits else torch.zeros(response),
+        sampler_logprobs=torch.full((response,), -1.0),
+        snapshot=snapshot,
+        weight=1.0,
+        reward=0.0,
+        actor_version=f"actor-{step}",
+        drafter_version="drafter-0",
+        step=step,
+        passes=4,
+    )

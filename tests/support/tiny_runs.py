@@ -1,0 +1,53 @@
+"""What a whole run needs, made in a second: a random actor with its tokenizer, and prompts."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+from tests.support.models import save_tiny_model, tiny_config, tiny_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+# In float32 with seeded draws, a run follows from its configuration; weight decay moves an actor that solves nothing.
+SMALL = [
+    "model.dtype=fp32", "run.device=cpu", "run.name=test", "speculation.algorithm=none", "drafter.path=null",
+    "telemetry.tensorboard=false", "telemetry.live='off'", "checkpoint.export_at_end=false", "data.template='{prompt}'",
+    "data.prompts_per_step=4", "rollout.samples_per_prompt=2", "rollout.sampling.max_new_tokens=8",
+    "rollout.sampling.seeded=true", "rollout.engine.max_total_tokens=4096", "actor.optim.weight_decay=10",
+    "actor.optim.lr=0.01",
+]  # fmt: skip
+
+
+def tiny_run(folder: Path) -> list[str]:
+    """Make actor and prompts in `folder`; what launch/train.py is given besides for a short run with them."""
+    actor, data = folder / "tiny_actor", folder / "prompts.jsonl"
+    save_tiny_model(actor, tiny_config("qwen3"))
+    tiny_tokenizer().save_pretrained(actor)
+    rows = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(32)]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    own = [f"model.path={actor}", f"data.path={data}", f"run.dir={folder / 'runs'}"]
+    return ["--config", str(REPOSITORY / "configs/quickstart.yaml"), *SMALL, *own]
+
+
+def train(config, watchdog=None) -> None:
+    """One rank's part in a run, as launch/train.py does it, in a process that lives on; a watchdog runs already."""
+    from respec_trainer.compat import prepare
+
+    prepare("cpu")
+    from respec_trainer.job import Job
+    from respec_trainer.trainer import Trainer
+
+    job = Job(config, watchdog)
+    Trainer(job).run()
+    if watchdog:
+        watchdog.stop()
+    job.actor.engine.destroy()
+    job.close()
+    del job
+    gc.collect()  # the process's next run must not meet what this one leaves
+
+
+def numbers(steps: list[dict]) -> list[dict]:
+    """Metrics without what is measured in seconds."""
+    return [{k: v for k, v in step.items() if not k.startswith("time/") and "per_second" not in k} for step in steps]
