@@ -37,8 +37,8 @@ import torch
 
 from respec_trainer.checkpoint.megatron_folder import WITH_OPTIMIZER, MegatronFolder
 from respec_trainer.checkpoint.new_folder import check_place, sync
+from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.convert.convert import checkpoint_to_hf, reshard, to_megatron, write_hf, write_meta, write_shards
-from respec_trainer.convert.progress import Silent
 from respec_trainer.weights.hf_map import hf_model_shapes
 from respec_trainer.weights.safetensors_io import Spec
 

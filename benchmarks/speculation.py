@@ -39,7 +39,7 @@ from respec_trainer.speculation.policy import tokens_by_steps
 from respec_trainer.speculation.profiling.fit import fit_costs
 from respec_trainer.speculation.profiling.machine import identity_of
 from respec_trainer.speculation.profiling.profile import Profile, load_profile
-from respec_trainer.speculation.settings import NEUTRAL, adaptive_settings, drafter_config, longest_sequence
+from respec_trainer.speculation.profiling.settings import NEUTRAL, adaptive_settings, drafter_config, longest_sequence
 from respec_trainer.speculation.shape import chain
 from respec_trainer.speculation.simulation.replay import candidates_of, policy_named
 from respec_trainer.speculation.simulation.simulator import Setting, simulate

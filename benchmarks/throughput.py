@@ -70,7 +70,7 @@ def shape_of(model: str):
     """The Hugging Face config of a file of MODELS, or of SMALL."""
     from transformers import Qwen2Config
 
-    from respec_trainer.preflight import read_model_config
+    from respec_trainer.preflight.checks import read_model_config
 
     if model != SMALL:
         return read_model_config(MODELS / f"{model}.json")

@@ -88,7 +88,7 @@ def _plan(config: Config, args: argparse.Namespace, rank: int) -> int:
     from respec_trainer.compat import prepare
 
     prepare(config.run.device)
-    from respec_trainer.plan.check import Question, check
+    from respec_trainer.preflight.show_plan import Question, check
 
     return check(config, Question(args.nodes, args.gpus_per_node, args.gpu_memory_gb, args.model_config))
 
@@ -97,7 +97,7 @@ def _check(config: Config, world: int, rank: int) -> None:
     from respec_trainer.compat import prepare
 
     prepare(config.run.device)
-    from respec_trainer.preflight import preflight
+    from respec_trainer.preflight.checks import preflight
 
     preflight(config, world, rank)
 

@@ -1,7 +1,7 @@
 """The schema of the configuration: typed sections, their defaults, and the combinations that cannot work.
 
-`config_file.py` reads a file into it. Only what the file itself decides is checked here; `preflight.py` checks it
-against files and machine.
+`config_file.py` reads a file into it. Only what the file itself decides is checked here; `preflight/` checks it against
+files and machine.
 """
 
 from __future__ import annotations

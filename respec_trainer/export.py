@@ -10,8 +10,8 @@ import torch
 
 from respec_trainer.checkpoint.files import write_tensors
 from respec_trainer.checkpoint.new_folder import beside, carry_over, check_place, new_folder, sync_folder
+from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.convert.convert import SHARD_BYTES, copy_drafter, set_dtype, write_index
-from respec_trainer.convert.progress import Silent
 from respec_trainer.resync.stream import ActorStream
 from respec_trainer.resync.workspace import Workspace
 from respec_trainer.weights.hf_map import hf_model_shapes

@@ -39,7 +39,7 @@ from respec_trainer.rollout.fleet.fleet import RolloutFleet
 from respec_trainer.rollout.remote.engine import RemoteEngine
 from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.settings import depth_settings
+from respec_trainer.speculation.profiling.settings import depth_settings
 from respec_trainer.telemetry.recorder import new_run_folder
 from respec_trainer.telemetry.report import Report
 from respec_trainer.telemetry.timeline import Timeline

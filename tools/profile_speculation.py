@@ -78,7 +78,7 @@ def measure_chains(args: argparse.Namespace, config, device: str):
     from respec_trainer.rollout.decode_log import DepthSettings
     from respec_trainer.speculation.profiling.machine import identity_of
     from respec_trainer.speculation.profiling.measure import Plan, measure
-    from respec_trainer.speculation.settings import check_can_adapt, drafter_config, longest_sequence
+    from respec_trainer.speculation.profiling.settings import check_can_adapt, drafter_config, longest_sequence
 
     check_can_adapt(config)
     model = AutoConfig.from_pretrained(config.model.path)
@@ -139,10 +139,10 @@ def report(found, out: Path, acceptance: list[float]) -> None:
 
     from respec_trainer.speculation.acceptance import ranks
     from respec_trainer.speculation.profiling.fit import held_out
+    from respec_trainer.speculation.profiling.solver import Solver, measured_table
+    from respec_trainer.speculation.profiling.table import write_engine_table
+    from respec_trainer.speculation.profiling.view import heat_map, render
     from respec_trainer.speculation.shape import OFF
-    from respec_trainer.speculation.solver import Solver, measured_table
-    from respec_trainer.speculation.table import write_engine_table
-    from respec_trainer.speculation.view import heat_map, render
 
     console = Console(width=120)
     spread = sorted(cell.times["plain"].spread for cell in found.cells if "plain" in cell.times)

@@ -87,7 +87,7 @@ def shape_of(model: str):
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 
     define_torchvision_operators()
-    from respec_trainer.preflight import read_model_config
+    from respec_trainer.preflight.checks import read_model_config
 
     return read_model_config(REPOSITORY / f"configs/models/qwen2.5-{model}.json")
 

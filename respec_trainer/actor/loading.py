@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from respec_trainer.actor.parallel import Topology
+from respec_trainer.checkpoint.tensors import check_contents, open_tensors
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.weights.hf_map import megatron_shard
-from respec_trainer.weights.tensors import check_contents, open_tensors
 
 
 def load_hf_config(folder: str | Path):

@@ -16,7 +16,7 @@ from respec_trainer.network import free_port
 def prepare_audit(path: str, overrides: Sequence[str]) -> Config:
     """The configuration as an audit needs it, checked; and this process made the only rank of a run."""
     from respec_trainer.compat import prepare
-    from respec_trainer.preflight import preflight
+    from respec_trainer.preflight.checks import preflight
 
     warnings.filterwarnings("ignore")  # of libraries, about hardware that is not there
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
-from respec_trainer.convert.progress import Progress, Silent
+from respec_trainer.checkpoint.progress import Progress, Silent
 from respec_trainer.errors import ConfigError
 from respec_trainer.weights.safetensors_io import MappedFile, file_digest
 

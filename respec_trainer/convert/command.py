@@ -78,8 +78,8 @@ def _from_checkpoint(command: argparse.ArgumentParser, out: str) -> None:
 
 
 def to_megatron(args: argparse.Namespace) -> int:
+    from respec_trainer.checkpoint.progress import Bar
     from respec_trainer.convert.convert import to_megatron as convert
-    from respec_trainer.convert.progress import Bar
 
     hf_config = read_config(args.hf, args.tp)
     with Bar() as bar:
@@ -89,8 +89,8 @@ def to_megatron(args: argparse.Namespace) -> int:
 
 
 def to_hf(args: argparse.Namespace) -> int:
+    from respec_trainer.checkpoint.progress import Bar
     from respec_trainer.convert.convert import checkpoint_to_hf
-    from respec_trainer.convert.progress import Bar
 
     checkpoint, hf_config = open_checkpoint(args.checkpoint)
     dtype = parse_dtype(args.dtype) if args.dtype else checkpoint.dtype
@@ -101,8 +101,8 @@ def to_hf(args: argparse.Namespace) -> int:
 
 
 def reshard(args: argparse.Namespace) -> int:
+    from respec_trainer.checkpoint.progress import Bar
     from respec_trainer.convert.convert import reshard as convert
-    from respec_trainer.convert.progress import Bar
 
     checkpoint, hf_config = open_checkpoint(args.checkpoint, args.tp)
     # Not step_N: what a run finds among its checkpoints under such a name, it takes for its own.
@@ -114,8 +114,8 @@ def reshard(args: argparse.Namespace) -> int:
 
 
 def drafter(args: argparse.Namespace) -> int:
+    from respec_trainer.checkpoint.progress import Bar
     from respec_trainer.convert.convert import copy_drafter
-    from respec_trainer.convert.progress import Bar
     from respec_trainer.drafter.format import check_drafter_folder
 
     checkpoint, hf_config = open_checkpoint(args.checkpoint)
@@ -133,10 +133,10 @@ def drafter(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from respec_trainer.convert.progress import Bar
+    from respec_trainer.checkpoint.progress import Bar
+    from respec_trainer.checkpoint.tensors import open_tensors
     from respec_trainer.convert.report import comparison_report, logits_line
     from respec_trainer.convert.verify import compare_folders, logits_of, sample_tokens
-    from respec_trainer.weights.tensors import open_tensors
 
     configs = [None if _is_drafter(folder) else config_of(folder) for folder in (args.first, args.second)]
     tied = all(config is not None and config.tie_word_embeddings for config in configs)
@@ -161,8 +161,8 @@ def inspect(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from respec_trainer.checkpoint.megatron_folder import MegatronFolder
+    from respec_trainer.checkpoint.progress import Bar
     from respec_trainer.convert.inspect import describe
-    from respec_trainer.convert.progress import Bar
     from respec_trainer.convert.report import facts_table
 
     facts = describe(args.folder)

@@ -21,12 +21,12 @@ import torch
 from respec_trainer.checkpoint.files import Facts, facts_of
 from respec_trainer.checkpoint.megatron_folder import DTYPE_NAMES, META, MegatronFolder, sealed
 from respec_trainer.checkpoint.new_folder import carry_over, check_place, new_folder
-from respec_trainer.convert.progress import Progress, Silent
+from respec_trainer.checkpoint.progress import Progress, Silent
+from respec_trainer.checkpoint.tensors import IGNORED, CheckpointTensors, Tensors, check_contents
 from respec_trainer.errors import ConfigError
 from respec_trainer.weights.hf_folder import INDEX, HFFolder
 from respec_trainer.weights.hf_map import megatron_shapes, megatron_shard
 from respec_trainer.weights.safetensors_io import SafetensorsWriter, Spec, file_names, plan_files
-from respec_trainer.weights.tensors import IGNORED, CheckpointTensors, Tensors, check_contents
 
 SHARD_BYTES = 4 << 30
 WRITERS = ("respec_trainer", "torch", "transformers", "safetensors")

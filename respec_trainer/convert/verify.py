@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from respec_trainer.convert.progress import Progress
+from respec_trainer.checkpoint.progress import Progress
+from respec_trainer.checkpoint.tensors import IGNORED, CheckpointTensors, Tensors
 from respec_trainer.weights.safetensors_io import Spec
-from respec_trainer.weights.tensors import IGNORED, CheckpointTensors, Tensors
 
 CHUNK = 1 << 24  # entries compared at one time, in float32
 

@@ -25,7 +25,7 @@ from respec_trainer.plan.part import PHASES, Part, Phase
 from respec_trainer.plan.places import Layout
 from respec_trainer.plan.sizes import DRAFT_VOCABULARY, FLOAT, ActorSizes, DrafterSizes, cache_bytes
 from respec_trainer.plan.zero import ZeroSizes
-from respec_trainer.speculation.settings import longest_sequence
+from respec_trainer.speculation.profiling.settings import longest_sequence
 
 GB = 1 << 30
 # Assumed, not measured: context, NCCL's buffers and workspaces of a trainer rank; those and CUDA graphs of an engine.

@@ -14,10 +14,11 @@ from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.speculation.profiling.profile import Part
 from respec_trainer.speculation.shape import OFF, Shape
 
 # rest: of a cycle, what is in none of its parts.
+# What a measured time is of: a part of a speculative cycle, or a whole pass.
+Part = Literal["plain", "draft", "verify", "extend", "catch_up", "resume", "prefill", "switch", "cycle"]
 Piece = Part | Literal["rest"]
 
 

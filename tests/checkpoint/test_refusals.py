@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from respec_trainer.checkpoint.megatron_folder import MegatronFolder, sealed
+from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.convert.command import main
 from respec_trainer.convert.convert import checkpoint_to_hf, reshard, to_megatron
-from respec_trainer.convert.progress import Silent
 from respec_trainer.drafter.format import save_drafter
 from respec_trainer.errors import ConfigError
 from respec_trainer.weights.safetensors_io import file_digest

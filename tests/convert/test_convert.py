@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from respec_trainer.checkpoint.megatron_folder import MegatronFolder
+from respec_trainer.checkpoint.progress import Silent
+from respec_trainer.checkpoint.tensors import CheckpointTensors
 from respec_trainer.convert import convert as conversion
 from respec_trainer.convert.convert import checkpoint_to_hf, copy_drafter, reshard, to_megatron
-from respec_trainer.convert.progress import Silent
 from respec_trainer.convert.verify import compare_folders
 from respec_trainer.drafter.format import load_drafter, save_drafter
 from respec_trainer.errors import ConfigError, RespecError
-from respec_trainer.weights.tensors import CheckpointTensors
 from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
 from tests.support.saved_models import random_state, read_all, same, save_checkpoint, save_hf
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from respec_trainer.checkpoint.progress import Silent
+from respec_trainer.checkpoint.tensors import open_tensors
 from respec_trainer.convert.convert import to_megatron
-from respec_trainer.convert.progress import Silent
 from respec_trainer.convert.report import comparison_report, logits_line
 from respec_trainer.convert.verify import compare, largest_difference, logits_of, sample_tokens
 from respec_trainer.weights.hf_folder import HFFolder
-from respec_trainer.weights.tensors import open_tensors
 from tests.support.models import tiny_model
 from tests.support.saved_models import save_hf
 

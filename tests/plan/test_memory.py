@@ -13,7 +13,7 @@ from respec_trainer.plan import GB, Cluster, plan_layout, plan_memory
 from respec_trainer.plan.memory import MOVED
 from respec_trainer.plan.sizes import ActorSizes, cache_bytes
 from respec_trainer.plan.zero import ZeroSizes
-from respec_trainer.preflight import read_model_config
+from respec_trainer.preflight.checks import read_model_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -14,8 +14,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from respec_trainer.actor import check, loading  # noqa: F401 - see above, as are the next two
+from respec_trainer.checkpoint import progress  # noqa: F401
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
-from respec_trainer.convert import convert, progress  # noqa: F401
+from respec_trainer.convert import convert  # noqa: F401
 from respec_trainer.drafter import format  # noqa: A004, F401
 
 define_torchvision_operators()

@@ -11,12 +11,13 @@ import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from respec_trainer.config import DType, PositiveFloat, PositiveInt, Section
 from respec_trainer.errors import ConfigError
+from respec_trainer.speculation.cost import Part
 from respec_trainer.speculation.shape import OFF, Shape
 
 # plain: a decode step of the target. draft: all draft steps of a cycle. verify: the target's pass over the drafts.
@@ -25,7 +26,6 @@ from respec_trainer.speculation.shape import OFF, Shape
 # goes on after one step without. prefill: prompts, through both models.
 # switch: changing the engine's state to other steps. cycle: a whole speculative cycle, what lies between its parts
 # included.
-Part = Literal["plain", "draft", "verify", "extend", "catch_up", "resume", "prefill", "switch", "cycle"]
 WITHOUT = ("plain", "extend", "catch_up", "resume", "prefill", "switch")
 WITHIN = ("draft", "verify", "extend", "cycle")
 CYCLE = ("draft", "verify", "extend")

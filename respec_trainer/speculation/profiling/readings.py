@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from respec_trainer.rollout.decode_log import DecodeLog
-from respec_trainer.speculation.profiling.profile import Cell, Part, Timing
+from respec_trainer.speculation.cost import Part
+from respec_trainer.speculation.profiling.profile import Cell, Timing
 from respec_trainer.speculation.shape import chain
 
 # What one visit to a place measured: seconds by steps and part, and under CONTEXT what contexts were.

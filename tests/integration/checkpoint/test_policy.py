@@ -29,7 +29,7 @@ def train(config) -> None:
 
     prepare("cpu")
     from respec_trainer import job as module
-    from respec_trainer.speculation.settings import adaptive_settings
+    from respec_trainer.speculation.profiling.settings import adaptive_settings
     from respec_trainer.trainer import Trainer
     from tests.support.speculation import CPU
 
@@ -70,7 +70,7 @@ def test_an_adaptive_run_taken_up_again_is_the_uninterrupted_one(run):
     whole = run("whole")
     resumed = run("resumed", f"checkpoint.resume={whole}/checkpoints/step_1")
     assert [step["step"] for step in read_metrics(resumed)] == [0, 1]
-    (first,), (second,) = (load_timelines(folder / "steps/step_2.npz") for folder in (whole, resumed))
+    (first,), (second,) = (load_timelines(folder / "decode/step_2.npz") for folder in (whole, resumed))
     for column in ("prefill", "batch", "steps", "survivors", "predicted"):
         assert getattr(first.log, column).tolist() == getattr(second.log, column).tolist(), column
     assert first.log.steps.any() and not first.log.steps[:4].any(), "it has learnt that drafts are not kept"

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from respec_trainer.config_file import load_config
 from respec_trainer.speculation.profiling.profile import load_profile
+from respec_trainer.speculation.profiling.settings import depth_settings
 from respec_trainer.speculation.scheduler import DepthScheduler
-from respec_trainer.speculation.settings import depth_settings
 from respec_trainer.speculation.shape import OFF, Shape, chain
 from tests.support.rollout_models import VOCAB, save_drafter, save_target
 

@@ -17,7 +17,7 @@ from respec_trainer.plan.learner import learner_problems
 from respec_trainer.plan.memory import GB, MemoryPlan, drafter_sizes, plan_memory
 from respec_trainer.plan.places import Cluster, Layout, plan_layout
 from respec_trainer.plan.show import show
-from respec_trainer.preflight import check_shapes, every_problem, read_model_config
+from respec_trainer.preflight.checks import check_shapes, every_problem, read_model_config
 
 WIDTH = 150  # columns, where the output goes to a file
 GPU_GB = 80.0  # where no GPU can be asked: an H100's

@@ -1,4 +1,4 @@
-"""plan/check.py: shipped configurations pass, and every problem is found, without a GPU, weights or network."""
+"""preflight/show_plan.py: shipped configurations pass, every problem is found, without GPU, weights or network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from respec_trainer.config_file import load_config
-from respec_trainer.plan.check import Question, check
+from respec_trainer.preflight.show_plan import Question, check
 from tests.support.configs import smallest_config
 from tests.support.models import save_tiny_model, tiny_config, tiny_tokenizer
 

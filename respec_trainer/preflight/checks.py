@@ -152,7 +152,7 @@ def check_drafter(config: Config, hf_config) -> None:
 
 def check_profile(config: Config, hf_config) -> None:
     """An adaptive run's profile is of this run."""
-    from respec_trainer.speculation.settings import depth_settings
+    from respec_trainer.speculation.profiling.settings import depth_settings
 
     depth_settings(config, hf_config, resolve_device(config.run.device))
 

@@ -1,4 +1,4 @@
-"""speculation/settings.py and machine.py: the profile that a run names reaches its engines, or is refused by field."""
+"""profiling/settings.py and machine.py: the profile that a run names reaches its engines, or is refused by field."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from respec_trainer.errors import ConfigError
 from respec_trainer.speculation.profiling.fit import fit_costs
 from respec_trainer.speculation.profiling.machine import identity_of, processor
 from respec_trainer.speculation.profiling.profile import Profile
+from respec_trainer.speculation.profiling.settings import check_can_adapt, depth_settings
 from respec_trainer.speculation.scheduler import DepthScheduler
-from respec_trainer.speculation.settings import check_can_adapt, depth_settings
 from tests.support.configs import smallest_config
 from tests.support.speculation import CPU, profile_of
 

@@ -1,4 +1,4 @@
-"""speculation/table.py, solver.py and view.py: the paper's Fig 7, and tables predicted and measured."""
+"""speculation/profiling/table.py, solver.py and view.py: the paper's Fig 7, and tables predicted and measured."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from respec_trainer.errors import ConfigError
+from respec_trainer.speculation.profiling.solver import Solver, measured_table
+from respec_trainer.speculation.profiling.table import SpeedupTable, load_speedups, steps_by_batch, write_engine_table
+from respec_trainer.speculation.profiling.view import heat_map, render
 from respec_trainer.speculation.shape import OFF, Shape, chain
-from respec_trainer.speculation.solver import Solver, measured_table
-from respec_trainer.speculation.table import SpeedupTable, load_speedups, steps_by_batch, write_engine_table
-from respec_trainer.speculation.view import heat_map, render
 from tests.support.speculation import BATCHES, CHAINS, CPU, GPU, profile_of
 
-FIG7 = Path(__file__).parents[1] / "support/speedups_fig7.json"
+FIG7 = Path(__file__).parents[2] / "support/speedups_fig7.json"
 ACCEPTANCE = [0.7, 0.6, 0.5]
 
 

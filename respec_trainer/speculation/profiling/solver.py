@@ -10,8 +10,8 @@ from respec_trainer.speculation.acceptance import Acceptance, tokens_per_cycle
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.profiling.fit import fit_costs
 from respec_trainer.speculation.profiling.profile import Profile
+from respec_trainer.speculation.profiling.table import SpeedupTable
 from respec_trainer.speculation.shape import OFF, Shape
-from respec_trainer.speculation.table import SpeedupTable
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""preflight.py: what is wrong with files and machine is said before any process group is made."""
+"""preflight/checks.py: what is wrong with files and machine is said before any process group is made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from respec_trainer.drafter.format import save_drafter
 from respec_trainer.errors import ConfigError, DataError
-from respec_trainer.preflight import check_rejection_sampling, every_problem, preflight
+from respec_trainer.preflight.checks import check_rejection_sampling, every_problem, preflight
 from tests.support.configs import smallest_config
 from tests.support.drafters import DRAFT_IDS, tiny_drafter
 from tests.support.models import save_tiny_model, tiny_config, tiny_tokenizer

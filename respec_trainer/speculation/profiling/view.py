@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from respec_trainer.speculation.profiling.table import SpeedupTable
 from respec_trainer.speculation.shape import OFF
-from respec_trainer.speculation.table import SpeedupTable
 
 
 def render(table: SpeedupTable) -> Table:

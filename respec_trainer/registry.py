@@ -1,0 +1,44 @@
+"""Registry: the entries of one kind that a key of the configuration chooses among by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from respec_trainer.errors import ConfigError
+
+Entry = TypeVar("Entry")
+
+
+class Registry(Generic[Entry]):
+    """Entries by name, in the order added. `key` is the configuration's key that chooses one, for error messages."""
+
+    def __init__(self, key: str, entries: dict[str, Entry] | None = None):
+        self.key = key
+        self._entries: dict[str, Entry] = dict(entries or {})
+
+    def add(self, name: str, entry: Entry) -> Entry:
+        """Add `entry` under `name`, and return it. Raises ValueError for a name that is taken."""
+        if name in self._entries:
+            raise ValueError(f"{self.key}: the name {name!r} is taken")
+        self._entries[name] = entry
+        return entry
+
+    def __getitem__(self, name: str) -> Entry:
+        """The entry of that name. Raises ConfigError for an unknown name, offering the nearest one."""
+        if name not in self._entries:
+            nearest = max(self._entries, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
+            raise ConfigError(
+                f"{self.key}={name}: there is no {name!r}; did you mean {nearest!r}? Known: {', '.join(self)}"
+            )
+        return self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
