@@ -289,7 +289,7 @@ class ActorConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    kind: Literal["grpo"] = "grpo"
+    kind: str = "grpo"  # a name in respec_trainer/objective/registry.py
     advantage: Literal["group_norm", "group_mean"] = "group_norm"  # with or without dividing by the group's std
     aggregation: Literal["token", "sequence"] = "token"  # mean over all tokens, or over each response's own mean
     clip_low: PositiveFloat = 0.2

@@ -68,6 +68,7 @@ class Job:
         self.sequence_multiple = self.topology.tp if config.actor.parallel.sequence_parallel else 1
         self.report.phase("loading the actor")
         self.actor = Actor(config, self.topology, total_updates=config.run.steps * config.objective.minibatches)
+        self.objective = self.actor.objective
         self.audit = StepAudit(config, self.actor)
         prompts = load_prompts(config.data, self.tokenizer, context_limit(config, self.actor.hf_config))
         self.report.loaded(prompts)

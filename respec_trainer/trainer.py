@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from respec_trainer.actor.advantages import group_advantages
 from respec_trainer.actor.engine import NonFiniteStep
 from respec_trainer.data.prompts import Prompt
 from respec_trainer.errors import AuditError, EngineLostError, TrainingError
@@ -65,7 +64,7 @@ class Trainer:
         with clock("learn"):
             job.learner.observe(samples, old, rewards, clock.seconds["generate"])
         with clock("train"):
-            advantages = group_advantages(rewards, self.config.objective.advantage).flatten()
+            advantages = job.objective.advantages(rewards).flatten()
             stats = self.update(step, batch, old.logprobs, advantages[job.my_rows(len(samples))])
         self.resync()
         generation = rollout_metrics(samples, clock.seconds["generate"])

@@ -16,9 +16,7 @@ from respec_trainer.actor.capture import captured_rows, to_host, vocabulary_rows
 from respec_trainer.actor.finite import step_if_finite
 from respec_trainer.actor.loading import load_hf_config, load_weights
 from respec_trainer.actor.microbatch import micro_batches
-from respec_trainer.actor.mismatch import EXTREMES, Sums
 from respec_trainer.actor.model import build_model
-from respec_trainer.actor.objective import finish_metrics, merge_sums, policy_loss, token_weights
 from respec_trainer.actor.offload import Offload, Part
 from respec_trainer.actor.optim import learning_rate_factor, setup_optimizer
 from respec_trainer.actor.parallel import DeepSpeedMpu, Topology
@@ -27,6 +25,9 @@ from respec_trainer.capture import Captured, CapturedRow, Wanted
 from respec_trainer.checkpoint.fragments import SavedActor
 from respec_trainer.config import Config
 from respec_trainer.errors import TrainingError
+from respec_trainer.objective.inputs import LossInputs
+from respec_trainer.objective.metrics import Metrics, PerUpdate, finish, merge, pack, unpack
+from respec_trainer.objective.registry import setup_objective
 from respec_trainer.rollout.batch import Batch
 
 
@@ -53,6 +54,7 @@ class Actor:
             total_updates: optimizer updates of the whole run, over which the learning rate falls.
         """
         self.config, self.topology = config, topology
+        self.objective = setup_objective(config.objective)
         self.hf_config = load_hf_config(config.model.path)
         self.multiple_of = topology.tp if config.actor.parallel.sequence_parallel else 1
         dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
@@ -144,11 +146,11 @@ class Actor:
         Args:
             batch: B rows, the same number on every data-parallel rank, divisible by objective.minibatches. The first
                 rows make the first minibatch.
-            old_logprobs: [B, S] from `infer`, before the first update. advantages: [B].
+            old_logprobs: [B, S] from `infer`, before the first update. advantages: [B], from `objective`.
 
-        Returns policy/* and mismatch/* metrics over all data-parallel ranks: means over the step's tokens, of loss,
-        gradient norm and learning rate over its updates. Raises NonFiniteStep at the first minibatch whose loss or
-        gradient is not finite anywhere: it changes nothing and the later ones are not tried, but the ones before it
+        Returns the objective's metrics over all data-parallel ranks and the step's tokens, and policy/loss,
+        policy/grad_norm and policy/lr, means over its updates. Raises NonFiniteStep at the first minibatch whose loss
+        or gradient is not finite anywhere: it changes nothing and the later ones are not tried, but the ones before it
         stay applied.
         """
         self.engine.train()
@@ -157,44 +159,51 @@ class Actor:
             raise ValueError(f"{len(batch)} rows do not split into objective.minibatches={count}")
         results = []
         for number, rows in enumerate(torch.arange(len(batch)).chunk(count), 1):
-            sums = self._update_minibatch(batch.rows(rows), old_logprobs[rows], advantages[rows])
-            if sums is None:
+            metrics = self._update_minibatch(batch.rows(rows), old_logprobs[rows], advantages[rows])
+            if metrics is None:
                 raise NonFiniteStep(
                     f"loss or gradient is not finite in minibatch {number} of {count}; it changed nothing"
                 )
-            results.append(sums)
-        return finish_metrics(merge_sums(results), count)
+            results.append(metrics)
+        return finish(merge(results), count)
 
-    def _update_minibatch(self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> Sums | None:
-        """One optimizer update; its sums over all data-parallel ranks, None if it was refused."""
-        objective, device = self.config.objective, self.topology.device
+    def _update_minibatch(self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> Metrics | None:
+        """One optimizer update; its metrics over all data-parallel ranks, None if it was refused."""
         tokens, sequences = self._count(batch)
         lr = self.engine.get_lr()[0]
-        sums: list[Sums] = []
+        parts: list[Metrics] = []
         micros = list(self._micro_batches(batch))
         for number, (rows, micro) in enumerate(micros, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(micros))
-            width = micro.tokens.shape[1]
-            logprobs, entropy = self.engine(micro.tokens, micro.response_mask)
-            loss, part = policy_loss(
-                logprobs,
-                entropy,
-                old_logprobs[rows, :width].to(device),
-                micro.sampler_logprobs,
-                advantages[rows].to(device),
-                micro.response_mask,
-                token_weights(micro.response_mask, objective.aggregation, tokens, sequences),
-                micro.origins,
-                objective,
-            )
+            weights = self.objective.token_weights(micro.response_mask, tokens, sequences)
+            loss, metrics = self.objective.loss(self._inputs(micro, old_logprobs[rows], advantages[rows], weights))
             # The weights sum to 1 over all ranks and micro-batches, but DeepSpeed averages gradients over the ranks.
             self.engine.backward(loss * self.topology.dp)
-            sums.append(part)
-        merged = merge_sums(sums)
-        if not step_if_finite(self.engine, merged["policy/loss"].isfinite()):
+            parts.append({**metrics, "policy/loss": PerUpdate.of(loss)})
+        merged = merge(parts)
+        loss = merged["policy/loss"].total
+        if not step_if_finite(self.engine, loss.isfinite()):
             return None
         update = {"policy/grad_norm": float(self.engine.get_global_grad_norm()), "policy/lr": lr}
-        return self._over_copies(merged) | {name: merged["tokens"].new_tensor(value) for name, value in update.items()}
+        alike = {name: PerUpdate(loss.new_tensor(value)) for name, value in update.items()}  # on every rank
+        return {**self._over_copies(merged), **alike}
+
+    def _inputs(
+        self, micro: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor
+    ) -> LossInputs:
+        """A forward pass over a micro-batch, beside what is known of its rows."""
+        device, width = self.topology.device, micro.tokens.shape[1]
+        logprobs, entropies = self.engine(micro.tokens, micro.response_mask)
+        return LossInputs(
+            logprobs=logprobs,
+            entropies=entropies,
+            old=old_logprobs[:, :width].to(device),
+            sampler=micro.sampler_logprobs,
+            advantages=advantages.to(device),
+            mask=micro.response_mask,
+            weights=weights,
+            origins=micro.origins,
+        )
 
     def _count(self, batch: Batch) -> tuple[float, float]:
         """Response tokens and non-empty responses of the minibatch over all data-parallel ranks."""
@@ -204,15 +213,13 @@ class Actor:
         tokens, sequences = here.clamp(min=1).tolist()
         return tokens, sequences
 
-    def _over_copies(self, sums: Sums) -> Sums:
-        """Sums over all data-parallel ranks."""
-        names = [name for name in sums if name not in EXTREMES]
-        added = torch.stack([sums[name] for name in names])
-        largest = torch.stack([sign * sums[name] for name, sign in EXTREMES.items()])
+    def _over_copies(self, metrics: Metrics) -> Metrics:
+        """Metrics over all data-parallel ranks."""
+        added, compared = pack(metrics)
         dist.all_reduce(added, group=self.topology.dp_group)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.topology.dp_group)
-        extremes = {name: sign * value for (name, sign), value in zip(EXTREMES.items(), largest, strict=True)}
-        return dict(zip(names, added, strict=True)) | extremes
+        if len(compared):  # an objective may have no extremes
+            dist.all_reduce(compared, dist.ReduceOp.MAX, group=self.topology.dp_group)
+        return unpack(metrics, added, compared)
 
     def _micro_batches(self, batch: Batch):
         for rows, micro in micro_batches(batch, self.config.actor.micro_batch_size, self.multiple_of):

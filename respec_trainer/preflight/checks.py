@@ -18,6 +18,7 @@ from respec_trainer.config import Config
 from respec_trainer.data.prompts import check_tokenizer_fits, read_rows
 from respec_trainer.errors import ConfigError
 from respec_trainer.network import is_free
+from respec_trainer.objective.registry import setup_objective
 from respec_trainer.plan.places import Cluster, plan_layout
 from respec_trainer.rewards import setup_reward
 
@@ -55,6 +56,7 @@ def checks(config: Config, hf_config, rank: int) -> Iterator[Callable[[], None]]
     if hf_config is not None:
         yield partial(check_tokenizer, config, hf_config)
     yield partial(setup_reward, config.reward)
+    yield partial(setup_objective, config.objective)
     if hf_config is not None:
         yield partial(check_drafter, config, hf_config)
     yield partial(check_resume, config)

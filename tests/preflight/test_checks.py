@@ -46,6 +46,7 @@ def test_a_good_configuration_passes(check):
         (["rollout.sampling.max_new_tokens=256"], 1, "no room for a prompt"),
         (["actor.parallel.tp=3"], 3, "tp=3"),
         (["speculation.algorithm=eagle3", "drafter.path=absent"], 1, "absent"),
+        (["objective.kind=grp0"], 1, "objective.kind=grp0: .*did you mean 'grpo'"),
     ],
 )
 def test_bad_settings_name_the_key(check, overrides, world, words):

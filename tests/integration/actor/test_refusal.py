@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from respec_trainer.config import ObjectiveConfig
+from respec_trainer.objective.grpo import GRPO
+from respec_trainer.objective.inputs import LossInputs
+from respec_trainer.objective.registry import RunObjective
 from tests.integration.actor.test_engine import build_actor, hf_weights, make_batch, my_rows, rebuild_actor, variant
 from tests.support.models import save_tiny_model, tiny_config
 from tests.support.processes.ranks import run_ranks
@@ -31,18 +36,15 @@ def nan_gradient_of_a_replica(actor, batch, advantages):
 
 def infinite_loss_with_a_finite_gradient(actor, batch, advantages):
     """The mismatch between sampler and actor is without bound where it is not truncated, and has no gradient."""
-    import respec_trainer.actor.engine as engine
+    whole = actor.objective
 
-    whole = engine.policy_loss
+    def poisoned(inputs: LossInputs, config: ObjectiveConfig):
+        loss, metrics = whole.loss(inputs)
+        last = actor.topology.rank == actor.topology.world_size - 1
+        return loss + (float("inf") if last else 0.0), metrics
 
-    def poisoned(*args):
-        loss, sums = whole(*args)
-        if actor.topology.rank == actor.topology.world_size - 1:
-            sums["policy/loss"] = sums["policy/loss"] + float("inf")
-        return loss, sums
-
-    engine.policy_loss = poisoned
-    return lambda: setattr(engine, "policy_loss", whole)
+    actor.objective = RunObjective(replace(GRPO, loss=poisoned), actor.config.objective)
+    return lambda: setattr(actor, "objective", whole)
 
 
 def hook(actor, name: str, value: float):

@@ -26,16 +26,15 @@ def settings(folder, tp: int, **drafter):
 
 def train(configs: list, steps: int, lengths=LENGTHS) -> list[tuple]:
     """For each configuration: the actor's shards and gradient norms; the drafter's weights, metrics, last gradient."""
-    from respec_trainer.actor.advantages import group_advantages
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
     from respec_trainer.drafter.online.learner import setup_learner
-    from respec_trainer.drafter.online.record import Place
+    from respec_trainer.drafter.online.record import LearnerRank
 
     topology, results = init_parallel(configs[0]), []
     for config in configs:
         actor = Actor(config, topology, total_updates=steps)
-        learner = setup_learner(config, actor.hf_config, Place.of(topology))
+        learner = setup_learner(config, actor.hf_config, LearnerRank.of(topology))
         share = len(lengths) // topology.dp
         rows = slice(topology.dp_rank * share, (topology.dp_rank + 1) * share)
         norms, metrics = [], []
@@ -46,7 +45,7 @@ def train(configs: list, steps: int, lengths=LENGTHS) -> list[tuple]:
             batch = collate(samples, 0).rows(rows)
             old = actor.infer(batch, learner.wants)
             learner.observe(samples, old, rewards, 1.0)
-            advantages = group_advantages(rewards, "group_norm").flatten()[rows]
+            advantages = actor.objective.advantages(rewards).flatten()[rows]
             norms.append(actor.update(batch, old.logprobs, advantages)["policy/grad_norm"])
             metrics.append(learner.metrics())
         shards = [parameter.detach().clone() for parameter in actor.engine.module.parameters()]

@@ -1,8 +1,8 @@
 """The mismatch between sampler and actor: what is measured of it, and how the loss is corrected for it.
 
-The engine computes the same model's log-probs with other kernels, so its law is not quite the actor's. With the actor's
-log-prob before the step's updates (old) and the engine's when it drew the token (sampler), rho_t = exp(old - sampler)
-is the importance ratio of token t. It has no gradient. A token's loss is multiplied by
+The engine computes the same model's log-probs with other kernels, so its distribution is not quite the actor's. With
+the actor's log-prob before the step's updates (old) and the engine's when it drew the token (sampler),
+rho_t = exp(old - sampler) is the importance ratio of token t. It has no gradient. A token's loss is multiplied by
 
     none            1
     tis             min(rho_t, tis_clip)                          truncated importance sampling (Ionides 2008, as Yao
@@ -23,18 +23,17 @@ and does not make the others count more, so a step that is mostly masked is a sm
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from respec_trainer.config import ObjectiveConfig
+from respec_trainer.objective.kl import k3
+from respec_trainer.objective.metrics import Metrics, Tokens
 from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
-
-Sums = dict[str, torch.Tensor]
 
 ORIGINS = {"plain": UNDRAFTED, "accepted": ACCEPTED, "bonus": BONUS}  # by their names in metrics
 THRESHOLDS = (1.1, 1.5, 2)  # of max(rho, 1 / rho), above which a token is counted
-# Not added up but compared; the sign makes the smallest a largest, so that one reduction does for both.
-EXTREMES = {"mismatch/ratio_max": 1.0, "mismatch/ratio_min": -1.0}
 
 
 def correction_weights(
@@ -45,7 +44,7 @@ def correction_weights(
     Args:
         log_ratio: [B, S], old - sampler, 0 outside the response. mask: [B, S] bool, the response tokens of whole rows.
 
-    A ratio that is not a number gets a factor that is none, never 0: then the loss is not finite, which is noticed.
+    A ratio that is NaN gets a factor of NaN, never 0: then the loss is not finite, and the step is refused.
     """
     ratio = log_ratio.exp()
     if config.correction == "tis":
@@ -66,32 +65,29 @@ def _outside(ratio: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
 
 
 @torch.no_grad()
-def mismatch_sums(log_ratio: torch.Tensor, mask: torch.Tensor, changed: torch.Tensor, origins: torch.Tensor) -> Sums:
-    """Sums over tokens and extremes, float64; the divergence also by the token's origin, with the counts it needs.
+def mismatch_metrics(
+    log_ratio: torch.Tensor,
+    mask: torch.Tensor,
+    changed: torch.Tensor,
+    origins: torch.Tensor,
+    names: Mapping[str, int] = ORIGINS,
+) -> Metrics:
+    """`mismatch/*`: divergence, extremes and shares over tokens, and the divergence of the tokens of each origin.
 
-    Only the whole is a divergence: origins depend on the token drawn, so they split its sum by how easy tokens are.
+    Only the divergence over all tokens is one: the origin depends on the token drawn, so the origins divide its sum by
+    how easy tokens are to draft.
 
     Args:
-        log_ratio, mask: as for `correction_weights`, which says `changed`. origins: [B, S] int8, see Sample.origins.
+        log_ratio, mask: as for `correction_weights`, which returns `changed`.
+        origins: [B, S] int8, as Sample.origins. names: the origins to report, by their names.
     """
     # In float64, because where sampler and actor nearly agree k3 is the small difference of two like numbers.
     log_ratio = log_ratio.double()
-    ratio, divergence, distance = log_ratio.exp(), torch.where(mask, k3(log_ratio), 0.0), log_ratio.abs()
-    sums = {
-        "mismatch/kl": divergence.sum(),
-        "mismatch/clipped": changed.sum(),
-        "mismatch/ratio_max": torch.where(mask, ratio, -torch.inf).max(),
-        "mismatch/ratio_min": torch.where(mask, ratio, torch.inf).min(),
-    }
+    ratio, divergence, distance, tokens = log_ratio.exp(), k3(log_ratio), log_ratio.abs(), Tokens(mask)
+    metrics = {"mismatch/kl": tokens.mean(divergence), "mismatch/clipped": tokens.mean(changed)}
     for threshold in THRESHOLDS:
-        sums[f"mismatch/above_{threshold}"] = (mask & (distance > math.log(threshold))).sum()
-    for origin, value in ORIGINS.items():
-        chosen = mask & (origins == value)
-        sums[f"tokens_{origin}"] = chosen.sum()
-        sums[f"mismatch/kl_{origin}"] = torch.where(chosen, divergence, 0.0).sum()
-    return {name: value.double() for name, value in sums.items()}
-
-
-def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Schulman's k3 of log(p/q) at samples from q; its mean is KL(q || p)."""
-    return log_ratio.expm1() - log_ratio
+        metrics[f"mismatch/above_{threshold}"] = tokens.mean(distance > math.log(threshold))
+    for name, origin in names.items():
+        metrics[f"mismatch/kl_{name}"] = Tokens(mask & (origins == origin), empty=None).mean(divergence)
+    extremes = {"mismatch/ratio_max": tokens.largest(ratio), "mismatch/ratio_min": tokens.smallest(ratio)}
+    return metrics | extremes

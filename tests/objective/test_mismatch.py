@@ -1,4 +1,4 @@
-"""actor/mismatch.py and the corrected loss, against the formulas written out with NumPy in float64."""
+"""objective/mismatch.py and the corrected loss, against the formulas written out with NumPy in float64."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from respec_trainer.actor.mismatch import ORIGINS, correction_weights, mismatch_sums
-from respec_trainer.actor.objective import finish_metrics, policy_loss, token_weights
 from respec_trainer.config import ObjectiveConfig
+from respec_trainer.objective.inputs import LossInputs
+from respec_trainer.objective.metrics import finish
+from respec_trainer.objective.mismatch import correction_weights, mismatch_metrics
+from respec_trainer.objective.registry import setup_objective
+from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
 
 CORRECTIONS = ("none", "tis", "token_mask", "sequence_mask")
 MASK = np.arange(40) < np.array([[40], [17], [1], [0], [33], [25]])
 
 
 def random_inputs(seed: int) -> dict[str, np.ndarray]:
-    """Six responses in float32, some of them drawn from another law than the actor's throughout."""
+    """Six responses in float32, some of them drawn from another distribution than the actor's throughout."""
     generator = np.random.default_rng(seed)
     shift = np.array([0.0, 1.0, 0.0, 0.0, -1.0, 0.3])[:, None]
     old = -generator.exponential(2.0, MASK.shape)
     inputs = {
-        "new": old + generator.normal(0, 0.3, MASK.shape),
+        "logprobs": old + generator.normal(0, 0.3, MASK.shape),
         "old": old,
         "sampler": old - shift + generator.normal(0, 0.5, MASK.shape),
         "advantages": generator.normal(0, 1, len(MASK)),
@@ -46,12 +49,11 @@ def reference_weights(log_ratio: np.ndarray, config: ObjectiveConfig) -> np.ndar
 
 def run(inputs: dict[str, np.ndarray], config: ObjectiveConfig) -> tuple[float, dict[str, float]]:
     tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
-    mask = torch.from_numpy(MASK)
-    weights = token_weights(mask, config.aggregation, float(MASK.sum()), float(MASK.any(1).sum()))
-    new, old, sampler = tensors["new"], tensors["old"], tensors["sampler"]
-    advantages, origins = tensors["advantages"], tensors["origins"]
-    loss, sums = policy_loss(new, torch.zeros_like(new), old, sampler, advantages, mask, weights, origins, config)
-    return loss.item(), finish_metrics(sums)
+    mask, objective = torch.from_numpy(MASK), setup_objective(config)
+    weights = objective.token_weights(mask, float(MASK.sum()), float(MASK.any(1).sum()))
+    entropies = torch.zeros_like(tensors["logprobs"])
+    loss, metrics = objective.loss(LossInputs(**tensors, entropies=entropies, mask=mask, weights=weights))
+    return loss.item(), finish(metrics)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -60,7 +62,7 @@ def run(inputs: dict[str, np.ndarray], config: ObjectiveConfig) -> tuple[float, 
 def test_the_corrected_loss_is_the_formula(correction, bounds, seed):
     config = ObjectiveConfig(correction=correction, mask_low=bounds[0], mask_high=bounds[1], tis_clip=bounds[1])
     inputs = random_inputs(seed)
-    new, old, sampler = (inputs[name].astype(np.float64) for name in ("new", "old", "sampler"))
+    new, old, sampler = (inputs[name].astype(np.float64) for name in ("logprobs", "old", "sampler"))
     weights, advantages = reference_weights(old - sampler, config), inputs["advantages"].astype(np.float64)[:, None]
     ratio = np.exp(new - old)
     gains = weights * np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages)
@@ -86,7 +88,7 @@ def test_the_metrics_are_the_formulas(seed):
     for threshold in (1.1, 1.5, 2):
         share = (np.maximum(ratio, 1 / ratio) > threshold).mean()
         assert metrics[f"mismatch/above_{threshold}"] == pytest.approx(share)
-    for origin, value in ORIGINS.items():
+    for origin, value in (("plain", UNDRAFTED), ("accepted", ACCEPTED), ("bonus", BONUS)):
         assert metrics[f"mismatch/kl_{origin}"] == pytest.approx(divergence[origins == value].mean())
 
 
@@ -99,8 +101,8 @@ def test_an_origin_without_tokens_has_no_divergence():
 def test_a_divergence_of_rounding_errors_is_still_a_divergence():
     log_ratio = torch.full((1, 4), 1e-6)
     everything = torch.ones(1, 4, dtype=torch.bool)
-    sums = mismatch_sums(log_ratio, everything, ~everything, torch.zeros(1, 4))
-    assert sums["mismatch/kl"].item() == pytest.approx(4 * 0.5e-12, rel=1e-3)
+    metrics = finish(mismatch_metrics(log_ratio, everything, ~everything, torch.zeros(1, 4)))
+    assert metrics["mismatch/kl"] == pytest.approx(0.5e-12, rel=1e-3)
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS[1:])

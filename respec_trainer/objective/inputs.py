@@ -1,0 +1,38 @@
+"""LossInputs: what an objective's loss may look at, for some rows of a minibatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """B rows (whole responses) of S positions, on one device. Entry [b, t] belongs to token t of row b.
+
+    Log-probs and entropies are in nats, at the sampling temperature, given the tokens before t. Outside `mask` they may
+    be anything, NaN too, and must not reach the loss: `log_ratio` and `log_mismatch` are 0 there.
+    """
+
+    logprobs: torch.Tensor  # [B, S] float32, of the actor as it is now; the only entry with a gradient
+    entropies: torch.Tensor  # [B, S] float32, of the actor's distribution at t as it is now
+    old: torch.Tensor  # [B, S] float32, log-probs of the actor before the step's first update
+    sampler: torch.Tensor  # [B, S] float32, log-probs of the engine when it drew the token
+    advantages: torch.Tensor  # [B] float32, from the objective's `advantages`
+    mask: torch.Tensor  # [B, S] bool, True on response tokens; all False in the row of a skipped sample
+    weights: torch.Tensor  # [B, S] float32, from the objective's `token_weights`
+    origins: torch.Tensor  # [B, S] int8, as Sample.origins
+
+    @property
+    def log_ratio(self) -> torch.Tensor:
+        """logprobs - old, [B, S]: the log of how much likelier the updates so far have made each token."""
+        return self._masked(self.logprobs) - self._masked(self.old)
+
+    @property
+    def log_mismatch(self) -> torch.Tensor:
+        """old - sampler, [B, S]: the log of the importance ratio of actor to engine."""
+        return self._masked(self.old) - self._masked(self.sampler)
+
+    def _masked(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.mask, values, 0.0)

@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+import torch
+
+from respec_trainer.objective.kl import k3
+
+
+def test_k3_is_never_negative_and_its_mean_is_the_divergence():
+    q, p = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.2, 0.6]).double()
+    estimates = k3(p.log() - q.log())
+    assert (estimates >= 0).all()
+    torch.testing.assert_close((q * estimates).sum(), (q * (q.log() - p.log())).sum())
