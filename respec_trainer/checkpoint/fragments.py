@@ -18,8 +18,7 @@ import torch
 from safetensors import safe_open
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.models.layout import Layout
-from respec_trainer.weights.hf_map import parameter_layout
+from respec_trainer.weights.hf_map import Layout, parameter_layout
 from respec_trainer.weights.safetensors_io import open_safetensors
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")  # float32 weights and AdamW's two moments

@@ -27,6 +27,14 @@ class Names:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
 
+    @property
+    def embedding_weight(self) -> str:
+        return f"{self.embedding}.weight"
+
+    @property
+    def head_weight(self) -> str:
+        return f"{self.head}.weight"
+
 
 def fused_modules(names: Names) -> dict[str, tuple[str, ...]]:
     """For each module in which SGLang holds several of a layer's matrices, theirs, in its order."""

@@ -14,6 +14,11 @@ FAMILIES: Registry[Family] = Registry(
 )
 
 
+def head_weights() -> tuple[str, ...]:
+    """The names that the families give the output layer's weight, each once."""
+    return tuple(dict.fromkeys(FAMILIES[name].names.head_weight for name in FAMILIES))
+
+
 def family_named(model_type: str | None, key: str = "model.path") -> Family:
     """The family of that model_type. `key` is what named the model, for errors.
 

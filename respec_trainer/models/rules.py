@@ -24,8 +24,8 @@ def padded_vocab_size(hf_config, tp: int) -> int:
 def outside_layers(names: Names) -> dict[str, Rule]:
     """Rules for the parameters outside the layers."""
     return {
-        "embedding.word_embeddings.weight": vocabulary(f"{names.embedding}.weight"),
-        "output_layer.weight": vocabulary(f"{names.head}.weight"),
+        "embedding.word_embeddings.weight": vocabulary(names.embedding_weight),
+        "output_layer.weight": vocabulary(names.head_weight),
         "decoder.final_layernorm.weight": replicated(f"{names.final_norm}.weight"),
     }
 
