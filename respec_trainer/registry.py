@@ -28,11 +28,13 @@ class Registry(Generic[Entry]):
     def __getitem__(self, name: str) -> Entry:
         """The entry of that name. Raises ConfigError for an unknown name, offering the nearest one."""
         if name not in self._entries:
-            nearest = max(self._entries, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
-            raise ConfigError(
-                f"{self.key}={name}: there is no {name!r}; did you mean {nearest!r}? Known: {', '.join(self)}"
-            )
+            nearest, known = self.nearest(name), ", ".join(self)
+            raise ConfigError(f"{self.key}={name}: there is no {name!r}; did you mean {nearest!r}? Known: {known}")
         return self._entries[name]
+
+    def nearest(self, name: str) -> str:
+        """The entry's name that looks most like `name`."""
+        return max(self._entries, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries

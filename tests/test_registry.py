@@ -21,6 +21,12 @@ def test_an_unknown_name_is_refused_with_key_nearest_name_and_all_names():
         registry["grp0"]
 
 
+def test_the_nearest_name_is_the_one_that_looks_most_like_it():
+    registry = Registry("model_type", {"qwen2": 1, "qwen3": 2, "llama": 3})
+    nearest = [registry.nearest(name) for name in ("qwen2_moe", "qwen3_5", "mllama", "gemma")]
+    assert nearest == ["qwen2", "qwen3", "llama", "llama"]
+
+
 def test_a_name_is_given_once():
     registry = Registry("objective.kind", {"grpo": 1})
     with pytest.raises(ValueError, match="'grpo' is taken"):

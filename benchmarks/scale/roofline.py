@@ -8,9 +8,9 @@ be measured, measure it: this knows nothing of kernels.
 from __future__ import annotations
 
 from benchmarks.scale.hardware import Hardware
+from respec_trainer.models.rules import head_dim
 from respec_trainer.plan.sizes import ActorSizes, DrafterSizes, cache_bytes
 from respec_trainer.speculation.cost import CostModel, Piece, Terms
-from respec_trainer.weights.hf_map import head_dim
 
 WIDTH = 2  # bytes of bf16
 OVERLAP = 8.0  # reading and computing hide each other nearly wholly

@@ -45,7 +45,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class HeadRMSNorm(RMSNorm):
-    """Qwen3's norm of queries and keys: one weight for all heads, of which a rank has only its own."""
+    """The norm of queries and keys: one weight for all heads, of which a rank has only its own."""
 
     sees_part = True
 

@@ -24,7 +24,8 @@ from respec_trainer.actor.layers import decoder_spec, tag_sharded_parameters
 from respec_trainer.actor.logprob import chunked_logprobs, mask_padding
 from respec_trainer.capture import LayerOutputs
 from respec_trainer.config import ActorConfig
-from respec_trainer.weights.hf_map import head_dim, padded_vocab_size
+from respec_trainer.models.registry import family_of
+from respec_trainer.models.rules import head_dim, padded_vocab_size
 
 __all__ = ["PolicyModel", "build_model", "check_model", "megatron_config"]
 
@@ -132,13 +133,8 @@ def megatron_config(hf_config, actor: ActorConfig, dtype: torch.dtype, device: t
         num_query_groups=hf_config.num_key_value_heads,
         kv_channels=head_dim(hf_config),
         ffn_hidden_size=hf_config.intermediate_size,
-        normalization="RMSNorm",
         layernorm_epsilon=hf_config.rms_norm_eps,
-        gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=hf_config.model_type == "qwen2",
-        qk_layernorm=hf_config.model_type == "qwen3",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=actor.parallel.tp,
@@ -154,6 +150,7 @@ def megatron_config(hf_config, actor: ActorConfig, dtype: torch.dtype, device: t
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **family_of(hf_config).megatron,
         **(recompute if actor.recompute else {}),
     )
 

@@ -10,11 +10,12 @@ import torch
 
 from respec_trainer.checkpoint.megatron_folder import MegatronFolder, is_checkpoint
 from respec_trainer.errors import ConfigError
+from respec_trainer.models.registry import head_weights
 from respec_trainer.weights import hf_map
 from respec_trainer.weights.hf_folder import HFFolder, some
 
 # Tensors some exporters add: RoPE's frequencies, which the config says, and the head that is the embedding.
-IGNORED = ("rotary_emb.inv_freq", "lm_head.weight")
+IGNORED = ("rotary_emb.inv_freq", *head_weights())
 
 
 class Tensors(Protocol):

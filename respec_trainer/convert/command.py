@@ -190,13 +190,11 @@ def config_of(folder: Path):
 
 def read_config(folder: Path, tp: int = 1):
     """The Hugging Face config in `folder`. Raises ConfigError unless `tp` ranks can share the model, which is known."""
-    from respec_trainer.actor.check import FAMILIES, check_model
+    from respec_trainer.actor.check import check_model
     from respec_trainer.actor.loading import load_hf_config
+    from respec_trainer.models.registry import family_named
 
-    kind = _config_json(folder).get("model_type")
-    if kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ConfigError(f"{folder / 'config.json'}: model_type {kind!r} is not supported, only {known} are")
+    family_named(_config_json(folder).get("model_type"), str(folder / "config.json"))
     if tp < 1:
         raise ConfigError(f"--tp must be 1 or more, not {tp}")
     hf_config = load_hf_config(folder)

@@ -24,6 +24,7 @@ from respec_trainer.checkpoint.new_folder import carry_over, check_place, new_fo
 from respec_trainer.checkpoint.progress import Progress, Silent
 from respec_trainer.checkpoint.tensors import IGNORED, CheckpointTensors, Tensors, check_contents
 from respec_trainer.errors import ConfigError
+from respec_trainer.models.registry import family_of
 from respec_trainer.weights.hf_folder import INDEX, HFFolder
 from respec_trainer.weights.hf_map import megatron_shapes, megatron_shard
 from respec_trainer.weights.safetensors_io import SafetensorsWriter, Spec, file_names, plan_files
@@ -228,10 +229,12 @@ def _one_dtype(files: HFFolder) -> torch.dtype:
 
 def _check_tied(files: HFFolder, hf_config) -> None:
     """A head beside tied embeddings is left out, as transformers does; one of other weights would be lost by that."""
-    if not hf_config.tie_word_embeddings or "lm_head.weight" not in files.names():
+    names = family_of(hf_config).names
+    head, embedding = names.head_weight, names.embedding_weight
+    if not hf_config.tie_word_embeddings or head not in files.names():
         return
-    if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+    if not torch.equal(files.read(head), files.read(embedding)):
         raise ConfigError(
-            f"{files.folder} holds an lm_head.weight unlike model.embed_tokens.weight, but config.json ties them; set "
-            f"tie_word_embeddings=false, or remove lm_head.weight"
+            f"{files.folder} holds {head} unlike {embedding}, but config.json ties them; set "
+            f"tie_word_embeddings=false, or remove {head}"
         )

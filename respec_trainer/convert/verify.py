@@ -10,6 +10,7 @@ import torch
 
 from respec_trainer.checkpoint.progress import Progress
 from respec_trainer.checkpoint.tensors import IGNORED, CheckpointTensors, Tensors
+from respec_trainer.models.registry import family_of
 from respec_trainer.weights.safetensors_io import Spec
 
 CHUNK = 1 << 24  # entries compared at one time, in float32
@@ -106,12 +107,13 @@ def _names(first: Tensors, second: Tensors, ignored: tuple[str, ...]) -> list[st
 class WeightsInFloat32(Mapping):
     """A model's tensors as accelerate asks for them, one at a time: read when asked for, in float32."""
 
-    def __init__(self, tensors: Tensors, tied: bool):
-        self.tensors, self.tied = tensors, tied
+    def __init__(self, tensors: Tensors, hf_config):
+        names = family_of(hf_config).names
+        self.tensors = tensors
+        self._stored_as = {names.head_weight: names.embedding_weight} if hf_config.tie_word_embeddings else {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tied = self.tied and name == "lm_head.weight"
-        return self.tensors.read("model.embed_tokens.weight" if tied else name).float()
+        return self.tensors.read(self._stored_as.get(name, name)).float()
 
     def __iter__(self):
         return iter(self.tensors.names())
@@ -128,7 +130,7 @@ def logits_of(tensors: Tensors, hf_config, tokens: torch.Tensor) -> torch.Tensor
 
     with init_empty_weights(include_buffers=False):  # RoPE's frequencies come from the config, not from files
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager")
-    weights = WeightsInFloat32(tensors, hf_config.tie_word_embeddings)
+    weights = WeightsInFloat32(tensors, hf_config)
     cpu_offload(model.eval(), execution_device=torch.device("cpu"), state_dict=weights)
     return model(tokens, use_cache=False).logits
 

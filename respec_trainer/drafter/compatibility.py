@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from respec_trainer.drafter.shape import DrafterShape, default_feature_layers
+from respec_trainer.drafter.shape import DrafterShape
 from respec_trainer.drafter.vocabulary import ids_from_d2t, t2d
 from respec_trainer.errors import ConfigError
+from respec_trainer.models.feature_layers import default_feature_layers
+from respec_trainer.models.rules import head_dim
 from respec_trainer.weights.hf_folder import HFFolder
-from respec_trainer.weights.hf_map import head_dim
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 REMEDY = "train a drafter for this actor with tools/train_drafter.py"

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from respec_trainer.drafter.shape import DrafterShape, feature_layers, inverse_frequencies
+from respec_trainer.drafter.shape import DrafterShape, inverse_frequencies
 
-__all__ = ["DrafterShape", "Eagle3Drafter", "feature_layers", "shift_left"]
+__all__ = ["DrafterShape", "Eagle3Drafter", "shift_left"]
 
 QUERY_BLOCK = 512  # queries whose attention scores exist at one time: [B, heads, 512, S]
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.weights.hf_map import head_dim
+from respec_trainer.models.registry import family_of
+from respec_trainer.models.rules import head_dim
 
 VOCABULARY_MULTIPLE = 64  # of the draft vocabulary: SGLang pads the head's rows to it
 
@@ -47,10 +48,11 @@ class DrafterShape:
 
     @classmethod
     def for_target(cls, hf_config, draft_vocab_size: int, intermediate_size: int | None = None) -> DrafterShape:
-        """The shape of a drafter for the target of `hf_config`; its MLP is as wide as the target's unless said."""
+        """The shape of a drafter for the target of `hf_config`; its family chooses an `intermediate_size` of None."""
+        family = family_of(hf_config)
         return cls(
             hidden_size=hf_config.hidden_size,
-            intermediate_size=intermediate_size or hf_config.intermediate_size,
+            intermediate_size=intermediate_size or family.drafter_width(hf_config),
             num_attention_heads=hf_config.num_attention_heads,
             num_key_value_heads=hf_config.num_key_value_heads,
             head_dim=head_dim(hf_config),
@@ -59,30 +61,11 @@ class DrafterShape:
             draft_vocab_size=draft_vocab_size,
             max_position_embeddings=hf_config.max_position_embeddings,
             rope=dict(hf_config.rope_parameters),
-            feature_layers=feature_layers(hf_config.num_hidden_layers),
+            feature_layers=family.feature_layers(hf_config.num_hidden_layers),
             target_layers=hf_config.num_hidden_layers,
             bos_token_id=hf_config.bos_token_id,
             eos_token_id=hf_config.eos_token_id,
         )
-
-
-def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """The layers SGLang 0.5.21 captures where the drafter's config names none."""
-    return (1, num_layers // 2 - 1, num_layers - 4)
-
-
-def feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """Layers whose outputs the drafter reads: SGLang's choice, or for a shallow target three that differ.
-
-    Never the last layer: SGLang captures a layer's output at the start of the next one. Raises ConfigError for a
-    target of fewer than four layers.
-    """
-    low, middle, high = default_feature_layers(num_layers)
-    if 0 <= low < middle < high:
-        return (low, middle, high)
-    if num_layers < 4:
-        raise ConfigError(f"EAGLE-3 reads three layers below the last one; the target has only {num_layers} layers")
-    return (0, (num_layers - 2) // 2, num_layers - 2)
 
 
 def inverse_frequencies(rope: dict[str, Any], size: int) -> torch.Tensor:

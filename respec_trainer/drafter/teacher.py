@@ -16,6 +16,7 @@ import torch
 from respec_trainer.capture import LayerOutputs
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.drafter.batch import DrafterBatch
+from respec_trainer.models.registry import family_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class HFTeacher:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+        self.layers = self.model.get_submodule(family_of(self.model.config).names.layers)
         last = self.model.config.num_hidden_layers - 1
         if not all(0 <= layer < last for layer in feature_layers):
             raise ValueError(f"feature layers {list(feature_layers)} must be among layers 0 to {last - 1}")
@@ -66,10 +68,10 @@ class HFTeacher:
     @torch.no_grad()
     def __call__(self, batch: DrafterBatch) -> TeacherOutput:
         # Rows are right-padded and attention is causal, so no position that counts sees padding: no mask is needed.
-        with LayerOutputs(self.model.model.layers, self.feature_layers) as outputs:
-            hidden = self.model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        with LayerOutputs(self.layers, self.feature_layers) as outputs:
+            hidden = self.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
         rows = hidden[:, :-1][batch.response_mask[:, 1:]]  # what stands before a token predicts it
-        logits, logsumexp = draft_scores(rows, self.model.lm_head.weight, self.draft_ids, self.chunk)
+        logits, logsumexp = draft_scores(rows, self.model.get_output_embeddings().weight, self.draft_ids, self.chunk)
         embeddings = self.model.get_input_embeddings()(batch.tokens)
         return TeacherOutput(torch.cat(outputs, -1), embeddings, logits, logsumexp, self.draft_ids)
 

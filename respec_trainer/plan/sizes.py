@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from respec_trainer.drafter.shape import DrafterShape
-from respec_trainer.weights.hf_map import head_dim, hf_model_shapes, megatron_shapes, padded_vocab_size
+from respec_trainer.models.rules import head_dim, padded_vocab_size
+from respec_trainer.weights.hf_map import hf_model_shapes, megatron_shapes
 
 FLOAT = 4  # bytes of float32
 DRAFT_VOCABULARY = 32000  # as published EAGLE-3 drafters have it; taken where no drafter is there to be asked

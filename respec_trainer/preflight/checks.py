@@ -102,10 +102,7 @@ def check_shapes(config: Config, hf_config) -> None:
 
 def check_engine_split(config: Config, hf_config) -> None:
     """An engine cuts the model as the actor does."""
-    try:
-        check_model(hf_config, config.rollout.engine.tp)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("actor.parallel.tp", "rollout.engine.tp")) from error
+    check_model(hf_config, config.rollout.engine.tp, tp_key="rollout.engine.tp")
 
 
 def check_context(config: Config, hf_config) -> None:
@@ -146,10 +143,7 @@ def check_drafter(config: Config, hf_config) -> None:
 
         device = resolve_device(config.run.device)
         drafter = check_standalone(config.drafter.path, config.model.path, hf_config, device)
-        try:
-            check_model(drafter, tp=1)  # what the actor can be, the engine can load
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("model.path", "drafter.path")) from error
+        check_model(drafter, tp=1, model_key="drafter.path")  # what the actor can be, the engine can load
 
 
 def check_profile(config: Config, hf_config) -> None:

@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from respec_trainer.actor.check import check_model
 from respec_trainer.errors import ConfigError
+from respec_trainer.models.registry import FAMILIES
 from tests.support.models import tiny_config
 
 LLAMA3 = {
@@ -17,7 +18,7 @@ LLAMA3 = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_supported_models_pass_without_any_process_group(family, tp):
     check_model(tiny_config(family), tp)
@@ -55,9 +56,26 @@ def test_a_sliding_window_that_no_layer_uses_passes():
 
 def test_an_unknown_family_is_refused_with_those_supported():
     config = tiny_config("llama")
-    config.model_type = "gpt2"
-    with pytest.raises(ConfigError, match="'gpt2' is not supported; use one of qwen2, qwen3, llama"):
+    config.model_type = "qwen2_moe"
+    with pytest.raises(ConfigError, match="'qwen2_moe' is not supported; use one of qwen2, qwen3, llama .*'qwen2'?"):
         check_model(config, 1)
+
+
+def test_a_model_that_is_no_language_model_is_refused():
+    config = tiny_config("qwen2", architectures=["Qwen2ForSequenceClassification"])
+    with pytest.raises(ConfigError, match="architectures Qwen2ForSequenceClassification, but only Qwen2ForCausalLM is"):
+        check_model(config, 1)
+
+
+def test_errors_name_the_keys_that_were_asked_about():
+    config = tiny_config("qwen2", hidden_act="gelu")
+    with pytest.raises(ConfigError, match="^drafter.path: config.json of this qwen2 model has hidden_act"):
+        check_model(config, 1, model_key="drafter.path")
+    with pytest.raises(ConfigError, match=r"^rollout\.engine\.tp=3 .*; set rollout\.engine\.tp to one of 1, 2, 4$"):
+        check_model(tiny_config("qwen2"), 3, tp_key="rollout.engine.tp")
+    config.model_type = "gpt2"
+    with pytest.raises(ConfigError, match="^drafter.path: model_type 'gpt2'"):
+        check_model(config, 1, model_key="drafter.path")
 
 
 def test_tp_must_divide_the_heads():

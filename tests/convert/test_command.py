@@ -105,7 +105,8 @@ def test_an_unknown_architecture_is_refused(tmp_path, capsys):
     config = json.loads((source / "config.json").read_text()) | {"model_type": "mamba9"}
     (source / "config.json").write_text(json.dumps(config))
     assert run("to-megatron", "--hf", source, "--out", tmp_path / "out") == 2
-    assert "model_type 'mamba9' is not supported, only qwen2, qwen3, llama are" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "hf/config.json: model_type 'mamba9' is not supported; use one of qwen2, qwen3, llama" in printed
     (source / "config.json").unlink()
     assert run("verify", source, source) == 2
     assert "config.json cannot be read" in capsys.readouterr().err

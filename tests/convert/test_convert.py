@@ -20,6 +20,7 @@ from respec_trainer.convert.convert import checkpoint_to_hf, copy_drafter, resha
 from respec_trainer.convert.verify import compare_folders
 from respec_trainer.drafter.format import load_drafter, save_drafter
 from respec_trainer.errors import ConfigError, RespecError
+from respec_trainer.models.registry import FAMILIES
 from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
 from tests.support.saved_models import random_state, read_all, same, save_checkpoint, save_hf
 
@@ -31,7 +32,7 @@ def hf(tmp_path):
     return save_hf(tmp_path / "hf")
 
 
-@pytest.mark.parametrize(("family", "tied"), itertools.product(("qwen2", "qwen3", "llama"), (False, True)))
+@pytest.mark.parametrize(("family", "tied"), itertools.product(FAMILIES, (False, True)))
 @pytest.mark.parametrize("tp", [1, 2, 4])  # two key/value heads, a vocabulary of 131
 def test_round_trip_is_bit_equal(tmp_path, family, tied, tp):
     source, config = save_hf(tmp_path / "hf", family, tied, torch.bfloat16)

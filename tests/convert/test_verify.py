@@ -15,6 +15,7 @@ from respec_trainer.checkpoint.tensors import open_tensors
 from respec_trainer.convert.convert import to_megatron
 from respec_trainer.convert.report import comparison_report, logits_line
 from respec_trainer.convert.verify import compare, largest_difference, logits_of, sample_tokens
+from respec_trainer.models.registry import FAMILIES
 from respec_trainer.weights.hf_folder import HFFolder
 from tests.support.models import tiny_model
 from tests.support.saved_models import save_hf
@@ -113,7 +114,7 @@ def test_a_head_beside_tied_embeddings_is_not_missed(tmp_path):
         assert not compare(a, b, QUIET).within(0)
 
 
-@pytest.mark.parametrize(("family", "tied"), itertools.product(("qwen2", "qwen3", "llama"), (False, True)))
+@pytest.mark.parametrize(("family", "tied"), itertools.product(FAMILIES, (False, True)))
 def test_logits_are_transformers_own_from_either_kind_of_folder(tmp_path, family, tied):
     source, config = save_hf(tmp_path / "hf", family, tied)
     to_megatron(source, config, tmp_path / "megatron", 4, None, QUIET)

@@ -1,11 +1,11 @@
-"""drafter/shape.py: feature layers and RoPE frequencies."""
+"""drafter/shape.py: what a drafter takes from its target, and RoPE frequencies."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from respec_trainer.drafter.shape import DrafterShape, feature_layers, inverse_frequencies
+from respec_trainer.drafter.shape import DrafterShape, inverse_frequencies
 from respec_trainer.errors import ConfigError
 from tests.support.drafters import target_config
 
@@ -18,33 +18,6 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
-
-
-@pytest.mark.parametrize(
-    ("layers", "chosen"),
-    [
-        (4, (0, 1, 2)),
-        (5, (0, 1, 3)),
-        (6, (0, 2, 4)),
-        (7, (1, 2, 3)),
-        (24, (1, 11, 20)),
-        (28, (1, 13, 24)),
-        (36, (1, 17, 32)),
-    ],
-)
-def test_feature_layers(layers, chosen):
-    assert feature_layers(layers) == chosen
-
-
-def test_feature_layers_are_always_three_below_the_last():
-    for layers in range(4, 100):
-        low, middle, high = feature_layers(layers)
-        assert 0 <= low < middle < high < layers - 1
-
-
-def test_too_few_layers():
-    with pytest.raises(ConfigError, match="only 3 layers"):
-        feature_layers(3)
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, LINEAR])

@@ -136,7 +136,7 @@ def capture(folder: Path, rows: list[tuple[int, ...]], layers: tuple[int, ...]) 
 @pytest.mark.point(1)
 def test_point_1_captured_features_are_the_engines(small, record, monkeypatch):
     """Of prompts: what the drafter learns from in training is what the engine's drafter reads."""
-    from respec_trainer.drafter.shape import feature_layers
+    from respec_trainer.models.feature_layers import feature_layers
 
     rows = prompts(12, small.size.vocab, seed=5)
     (ours,) = run_ranks(1, capture, small.target, rows, feature_layers(small.size.layers))

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.config import Config
 
-Family = Literal["qwen2", "qwen3", "llama"]
 
-
-def tiny_config(family: Family, tied: bool = False, vocab_size: int = 131, layers: int = 2, **changes):
-    """A config of `family`: hidden size 64, 4 query and 2 key/value heads; Qwen3's heads are wider than hidden / 4."""
+def tiny_config(family: str, tied: bool = False, vocab_size: int = 131, layers: int = 2, **changes):
+    """A config of a family, by its model_type: hidden size 64, 4 query and 2 key/value heads, Qwen3's of size 32."""
     define_torchvision_operators()
-    import transformers
+    from transformers import AutoConfig
 
-    classes = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}
     settings = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
@@ -37,7 +33,7 @@ def tiny_config(family: Family, tied: bool = False, vocab_size: int = 131, layer
     }
     if family == "qwen3":
         settings["head_dim"] = 32
-    return getattr(transformers, classes[family])(**(settings | changes))
+    return AutoConfig.for_model(family, **(settings | changes))
 
 
 def tiny_model(config, seed: int = 0, dtype: torch.dtype = torch.float32):

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from respec_trainer.weights.hf_map import hf_views, megatron_shard, padded_vocab_size, parameter_layout, to_hf
+from respec_trainer.models.rules import padded_vocab_size
+from respec_trainer.weights.hf_map import (
+    hf_shapes,
+    hf_views,
+    megatron_shapes,
+    megatron_shard,
+    parameter_layout,
+    to_hf,
+)
 
 LAYER = "decoder.layers.3."
 NAMES = {
@@ -17,13 +25,23 @@ NAMES = {
     LAYER + "input_layernorm.weight": ["model.layers.3.input_layernorm.weight"],
     LAYER + "pre_mlp_layernorm.weight": ["model.layers.3.post_attention_layernorm.weight"],
     LAYER + "self_attention.linear_qkv.weight": [f"model.layers.3.self_attn.{x}_proj.weight" for x in "qkv"],
-    LAYER + "self_attention.linear_qkv.bias": [f"model.layers.3.self_attn.{x}_proj.bias" for x in "qkv"],
     LAYER + "self_attention.linear_proj.weight": ["model.layers.3.self_attn.o_proj.weight"],
-    LAYER + "self_attention.q_layernorm.weight": ["model.layers.3.self_attn.q_norm.weight"],
-    LAYER + "self_attention.k_layernorm.weight": ["model.layers.3.self_attn.k_norm.weight"],
     LAYER + "mlp.linear_fc1.weight": [f"model.layers.3.mlp.{x}_proj.weight" for x in ("gate", "up")],
     LAYER + "mlp.linear_fc2.weight": ["model.layers.3.mlp.down_proj.weight"],
 }
+OWN = {
+    "qwen2": {LAYER + "self_attention.linear_qkv.bias": [f"model.layers.3.self_attn.{x}_proj.bias" for x in "qkv"]},
+    "qwen3": {
+        LAYER + "self_attention.q_layernorm.weight": ["model.layers.3.self_attn.q_norm.weight"],
+        LAYER + "self_attention.k_layernorm.weight": ["model.layers.3.self_attn.k_norm.weight"],
+    },
+    "llama": {},
+}
+
+
+def names_of(config) -> dict[str, list[str]]:
+    """Megatron's parameters of one layer and outside the layers, with the Hugging Face tensors each is made of."""
+    return NAMES | OWN[config.model_type]
 
 
 def hf_shape(name: str, config) -> tuple[int, ...]:
@@ -42,7 +60,7 @@ def hf_shape(name: str, config) -> tuple[int, ...]:
 def make_weights(config) -> dict[str, torch.Tensor]:
     """Every tensor with entries unlike all others'."""
     weights, start = {}, 1
-    for names in NAMES.values():
+    for names in names_of(config).values():
         for name in names:
             shape = hf_shape(name, config)
             size = int(torch.Size(shape).numel())
@@ -52,8 +70,13 @@ def make_weights(config) -> dict[str, torch.Tensor]:
 
 
 def make_config(**changes) -> SimpleNamespace:
-    shape = {"hidden_size": 6, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return SimpleNamespace(**(shape | {"head_dim": 2, "vocab_size": 7} | changes))
+    shape = {
+        "hidden_size": 6,
+        "intermediate_size": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return SimpleNamespace(**({"model_type": "qwen2", "head_dim": 2, "vocab_size": 7} | shape | changes))
 
 
 @st.composite
@@ -65,6 +88,7 @@ def configs(draw) -> tuple[SimpleNamespace, int]:
     if heads % tp or (heads + 2 * groups) * head_dim % tp:
         heads, groups = 8, 4
     config = make_config(
+        model_type=draw(st.sampled_from(sorted(OWN))),
         hidden_size=draw(st.integers(1, 5)),
         intermediate_size=tp * draw(st.integers(1, 3)),
         num_attention_heads=heads,
@@ -80,7 +104,7 @@ def configs(draw) -> tuple[SimpleNamespace, int]:
 def test_shards_of_all_ranks_give_back_every_tensor(case):
     config, tp = case
     weights = make_weights(config)
-    for name, sources in NAMES.items():
+    for name, sources in names_of(config).items():
         shards = [megatron_shard(name, lambda n, i: weights[n][i], config, rank, tp) for rank in range(tp)]
         assert len({shard.shape for shard in shards}) == 1
         returned = to_hf(name, shards, config)
@@ -94,7 +118,7 @@ def test_shards_of_all_ranks_give_back_every_tensor(case):
 def test_a_shard_reads_no_more_than_it_holds(case):
     config, tp = case
     weights = make_weights(config)
-    for name in NAMES:
+    for name in names_of(config):
         for rank in range(tp):
             taken = 0
 
@@ -112,7 +136,7 @@ def test_a_shard_reads_no_more_than_it_holds(case):
 def test_views_are_what_a_copy_is(case):
     config, _ = case
     weights = make_weights(config)
-    for name in NAMES:
+    for name in names_of(config):
         whole = megatron_shard(name, lambda n, i: weights[n][i], config, 0, 1)
         views = hf_views(name, whole, config)
         assert (views is None) == ("linear_qkv" in name and config.num_key_value_heads > 1)
@@ -161,7 +185,30 @@ def test_head_size_is_derived_where_the_config_does_not_name_it():
     assert layout.extents() == {"model.layers.3.self_attn.o_proj.weight": 8}
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.0.mlp.router.weight", "rotary.inv_freq", "decoder.layers.x.y"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.0.mlp.router.weight",
+        "rotary.inv_freq",
+        "decoder.layers.x.y",
+        "decoder.layers.0.self_attention.q_layernorm.weight",  # of another family
+    ],
+)
 def test_unknown_parameters_are_refused(name):
-    with pytest.raises(KeyError, match="counterpart"):
+    with pytest.raises(KeyError, match="counterpart.*in qwen2"):
         parameter_layout(name, make_config(), 1)
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_the_shards_of_a_family_are_its_own_parameters_in_the_order_of_its_tensors(family):
+    config = make_config(model_type=family, num_hidden_layers=4, tie_word_embeddings=False)
+    held = megatron_shapes(config, 1)
+    kinds = [name.removeprefix(LAYER) for name in held if name.startswith(LAYER)]
+    own = [name.removeprefix(LAYER) for name in OWN[family]]
+    norm, attention = ["input_layernorm.weight"], ["self_attention.linear_qkv.weight", *own]
+    mlp = ["pre_mlp_layernorm.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+    assert kinds == [*norm, *attention, "self_attention.linear_proj.weight", *mlp]
+    shapes = {
+        source: shape for name, shape in held.items() for source, shape in hf_shapes(name, shape, config, 1).items()
+    }
+    assert all(shapes[source] == hf_shape(source, config) for names in names_of(config).values() for source in names)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from respec_trainer.errors import EngineError
+from respec_trainer.models.registry import family_named
 from respec_trainer.rollout.engine import Role, TensorSpec
 from respec_trainer.rollout.sglang.process import SGLangProcess
 from respec_trainer.rollout.sglang.settings import EngineSettings
@@ -33,8 +34,8 @@ class WeightUpdater:
         self._missing: set[str] = set()  # of the open update
         self._groups: set[str] = set()
         self._shapes = {"target": weight_shapes(settings.model_path)}
-        if _is_tied(settings.model_path):
-            self._shapes["target"].pop("lm_head.weight", None)  # some folders hold a copy of it
+        if (head := _tied_head(settings.model_path)) is not None:
+            self._shapes["target"].pop(head, None)  # some folders hold a copy of it
         if settings.speculation.algorithm == "eagle3":  # the only drafter that changes
             self._shapes["draft"] = weight_shapes(settings.drafter_path)
 
@@ -155,9 +156,11 @@ class WeightUpdater:
         return self.process.call(_checked, doing, getattr(self.process.manager, method), request)
 
 
-def _is_tied(folder: str) -> bool:
+def _tied_head(folder: str) -> str | None:
+    """The name of the output layer's weight where the folder's config.json ties it to the embedding."""
     path = Path(folder) / "config.json"
-    return path.is_file() and bool(json.loads(path.read_text()).get("tie_word_embeddings", False))
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return family_named(config.get("model_type")).names.head_weight if config.get("tie_word_embeddings") else None
 
 
 def weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:

@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 
+from respec_trainer.models.base import Family
+from respec_trainer.models.llama import LLAMA
+from respec_trainer.models.names import Names, leaf
+from respec_trainer.models.registry import family_of
 from respec_trainer.rollout.digest import digest
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+DRAFTER = "LlamaForCausalLMEagle3"  # sglang's class of EAGLE-3 drafters: a Llama, whatever its config's model_type
 
 
 def digest_hooks() -> dict[str, tuple[Any, str]]:
-    """For `sglang_plugin`: target -> (function, kind of hook)."""
+    """For the plugin: target -> (function, kind of hook)."""
     return {"sglang.srt.utils.weight_checker.WeightChecker._compute_checksum": (_checksums, "REPLACE")}
 
 
@@ -27,38 +31,48 @@ def named_parts(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
     With tensor parallelism every rank has to go through them, all in step: shards are gathered as they are reached.
     """
-    config = getattr(model, "config", None)
+    family = _family(model)
+    names, config = family.names, model.config
     for path, module in model.named_modules():
-        parent, _, leaf = path.rpartition(".")
+        parent, _, last = path.rpartition(".")
         for name, parameter in module.named_parameters(recurse=False):
-            if leaf in FUSED:
-                for part, rows in zip(FUSED[leaf], _split(module, leaf, parameter), strict=True):
+            if last in family.fused:
+                parts = family.fused[last]
+                for part, rows in zip(parts, _split(module, parameter, len(parts)), strict=True):
                     # Fewer key and value heads than ranks: neighbors hold the same one.
-                    copies = getattr(module, "num_kv_head_replicas", 1) if part in ("k_proj", "v_proj") else 1
+                    copies = getattr(module, "num_kv_head_replicas", 1) if part in _keys_and_values(names) else 1
                     whole = _whole(module, name, rows, copies)
-                    yield f"{parent}.{part}.{name}", whole[: _true_size(part, config, module)]
+                    yield f"{parent}.{part}.{name}", whole[: _true_size(part, names, config, module)]
             else:
                 rows = getattr(module, "org_vocab_size", None)  # a vocabulary is padded, at its end
                 whole = _whole(module, name, parameter)[:rows]
-                columns = _true_size(leaf, config, module) if whole.dim() == 2 else None
+                columns = _true_size(last, names, config, module) if whole.dim() == 2 else None
                 yield f"{path}.{name}", whole if columns is None else whole[:, :columns]
 
 
-def _split(module: torch.nn.Module, leaf: str, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    if leaf == "qkv_proj":
+def _family(model: torch.nn.Module) -> Family:
+    return LLAMA if type(model).__name__ == DRAFTER else family_of(model.config)
+
+
+def _split(module: torch.nn.Module, parameter: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    if hasattr(module, "q_proj_shard_size"):  # sglang's QKVParallelLinear, whatever the family calls its parts
         return parameter.split([module.q_proj_shard_size, module.kv_proj_shard_size, module.v_proj_shard_size])
-    return parameter.chunk(2)
+    return parameter.chunk(parts)
 
 
-def _true_size(leaf: str, config: Any, module: torch.nn.Module) -> int | None:
+def _keys_and_values(names: Names) -> tuple[str, ...]:
+    return leaf(names.key), leaf(names.value)
+
+
+def _true_size(part: str, names: Names, config: Any, module: torch.nn.Module) -> int | None:
     """Without what sglang adds at the end on a CPU, so that its ranks have equal shares of heads and hidden units."""
-    if leaf in ("gate_proj", "up_proj", "down_proj"):
+    if part in map(leaf, (names.gate, names.up, names.down)):
         return getattr(config, "original_intermediate_size", None)
-    kind = "total_num_kv_heads" if leaf in ("k_proj", "v_proj") else "num_attention_heads"
-    heads = getattr(config, f"original_{kind}", None)
-    if heads is None or leaf not in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    kind = "total_num_kv_heads" if part in _keys_and_values(names) else "num_attention_heads"
+    heads, output = getattr(config, f"original_{kind}", None), leaf(names.attention_output)
+    if heads is None or part not in (leaf(names.query), *_keys_and_values(names), output):
         return None
-    return heads * (module.input_size // config.num_attention_heads if leaf == "o_proj" else module.head_size)
+    return heads * (module.input_size // config.num_attention_heads if part == output else module.head_size)
 
 
 def _whole(module: torch.nn.Module, name: str, shard: torch.Tensor, copies: int = 1) -> torch.Tensor:

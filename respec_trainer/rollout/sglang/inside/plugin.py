@@ -23,6 +23,7 @@ from typing import Any
 
 from respec_trainer.compat.versions import require_version
 from respec_trainer.errors import EngineError
+from respec_trainer.models.registry import FAMILIES
 from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
 
@@ -118,14 +119,17 @@ def _cpu_hooks() -> Hooks:
         f"{srt}.speculative.eagle_utils._verify_uses_greedy": (_verify_uses_greedy, "REPLACE"),
         rejection: (chain_speculative_sampling, "REPLACE"),
         f"{srt}.model_executor.forward_batch_info.compute_position_torch": (_compute_position, "REPLACE"),
-        f"{srt}.models.qwen2.Qwen2Model.forward": (target_forward, "AROUND"),
-        f"{srt}.models.qwen3.Qwen3Model.forward": (target_forward, "AROUND"),
-        f"{srt}.models.llama.LlamaModel.forward": (target_forward, "AROUND"),
+        **{f"{model}.forward": (target_forward, "AROUND") for model in _target_models()},
         f"{srt}.models.llama_eagle3.LlamaModel.forward": (drafter_forward, "AROUND"),
         f"{worker}.draft_forward": (draft_chain, "AROUND"),
         f"{worker}._draft_extend_for_prefill": (read_prompts, "AROUND"),
         f"{worker}._draft_extend_for_decode": (read_verified, "AROUND"),
     }
+
+
+def _target_models() -> list[str]:
+    """The classes of sglang's that a target may be of."""
+    return [model for name in FAMILIES for model in FAMILIES[name].engine_models]
 
 
 def _verify_uses_greedy(*, is_all_greedy: bool, **_kwargs) -> bool:

@@ -1,7 +1,7 @@
 """Forward passes of the decoder families without a GPU, with little between the matrix products.
 
 sglang's layers are built for every model, device and parallelism, and that generality costs ten times the arithmetic of
-a small model: 0.5 ms a layer on one core. A plain dense decoder (Qwen2, Qwen3, Llama, and the EAGLE-3 drafter) needs
+a small model: 0.5 ms a layer on one core. A plain dense decoder (the families of models/ and the EAGLE-3 drafter) needs
 none of it. These functions stand before sglang's own, use the same modules, parameters, caches and metadata, and hand
 everything that is not plain to sglang's. Rounding is that of transformers: the residual stream is kept in the model's
 dtype, and rotary factors are applied in it. Importable in the engine's processes only, where `sgl_kernel` is.
@@ -63,7 +63,7 @@ def current_context(model, positions, forward_batch) -> Context:
 
 
 def target_forward(original, model, input_ids, positions, forward_batch, input_embeds=None, pp_proxy_tensors=None):
-    """Stands for the forward of sglang's Qwen2Model, Qwen3Model and LlamaModel: the final hidden states [T, H].
+    """Stands for the forward of the families' `engine_models`: the final hidden states [T, H].
 
     With layers to capture for the drafter, also the list of their inputs.
     """

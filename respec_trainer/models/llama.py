@@ -1,0 +1,23 @@
+"""Llama 2 and 3: no biases, and no norms but the layers' own."""
+
+from __future__ import annotations
+
+from respec_trainer.models.base import MEGATRON, Family
+from respec_trainer.models.feature_layers import feature_layers
+from respec_trainer.models.limits import DECODER_LIMITS
+from respec_trainer.models.names import Names, fused_modules
+from respec_trainer.models.rules import decoder_layer, outside_layers
+
+NAMES = Names()
+LLAMA = Family(
+    model_type="llama",
+    architectures=("LlamaForCausalLM",),
+    names=NAMES,
+    limits=DECODER_LIMITS,
+    megatron=MEGATRON,
+    in_layer=decoder_layer(NAMES),
+    outside=outside_layers(NAMES),
+    fused=fused_modules(NAMES),
+    engine_models=("sglang.srt.models.llama.LlamaModel",),
+    feature_layers=feature_layers,
+)
