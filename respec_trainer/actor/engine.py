@@ -26,6 +26,7 @@ from respec_trainer.actor.state import ActorState, ReadFragment
 from respec_trainer.capture import Captured, CapturedRow, Wanted
 from respec_trainer.checkpoint.fragments import SavedActor
 from respec_trainer.config import Config
+from respec_trainer.dtypes import DTYPES
 from respec_trainer.errors import TrainingError
 from respec_trainer.rollout.batch import Batch
 
@@ -55,7 +56,7 @@ class Actor:
         self.config, self.topology = config, topology
         self.hf_config = load_hf_config(config.model.path)
         self.multiple_of = topology.tp if config.actor.parallel.sequence_parallel else 1
-        dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        dtype = DTYPES[config.model.dtype]
         temperature = config.rollout.sampling.temperature
         model = build_model(self.hf_config, config.actor, dtype, topology.device, temperature)
         load_weights(model, self.hf_config, config.model.path, topology)
