@@ -33,8 +33,8 @@ import psutil
 from runs import QUICKSTART, REPOSITORY, run_command
 from told_phases import PHASE_FILE
 
-from respec_trainer.checkpoint.megatron_folder import read_meta
-from respec_trainer.checkpoint.store import check_files, checkpoints_in, latest, step_of
+from respec_trainer.checkpoint.meta import check_files, read_meta
+from respec_trainer.checkpoint.store import checkpoints_in, latest, step_of
 from respec_trainer.convert.command import main as convert
 from respec_trainer.telemetry.recorder import read_metrics
 

@@ -35,7 +35,8 @@ from statistics import median
 
 import torch
 
-from respec_trainer.checkpoint.megatron_folder import WITH_OPTIMIZER, MegatronFolder
+from respec_trainer.checkpoint.fragments import KINDS
+from respec_trainer.checkpoint.megatron_folder import MegatronFolder
 from respec_trainer.checkpoint.new_folder import check_place, sync
 from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.convert.convert import checkpoint_to_hf, reshard, to_megatron, write_hf, write_meta, write_shards
@@ -89,7 +90,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     size = sum(Spec(DTYPE, shape).nbytes for shape in hf_model_shapes(config).values())
     dtype = torch.float32 if args.reshard else DTYPE
     if args.reshard:
-        size *= len(WITH_OPTIMIZER) * dtype.itemsize // DTYPE.itemsize
+        size *= len(KINDS) * dtype.itemsize // DTYPE.itemsize
         check_place(folder / "hf", 2 * size)
         rounds = [resharded(folder, config, args) for _ in range(args.rounds)]
     else:
@@ -187,7 +188,7 @@ def make_checkpoint(folder: Path, config, tp: int) -> None:
     """As a run saves it: weights and moments in float32."""
     config.save_pretrained(folder / "hf")
     source = RandomTensors(folder, config)
-    sources, dtypes = dict.fromkeys(WITH_OPTIMIZER, source), dict.fromkeys(WITH_OPTIMIZER, torch.float32)
+    sources, dtypes = dict.fromkeys(KINDS, source), dict.fromkeys(KINDS, torch.float32)
     written = write_shards(folder, sources, dtypes, config, tp, Silent())
     meta = {"step": 0, "tp": tp, "dp": 1, "zero": 1, "dtype": "bf16", "optimizer": True, "model": config.to_dict()}
     write_meta(folder, meta, config, written)

@@ -105,12 +105,13 @@ def setup_transformers(_name: str, folder: Path, args: argparse.Namespace):
     import torch
 
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
+    from respec_trainer.dtypes import DTYPES
 
     define_torchvision_operators()
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    dtype = DTYPES[args.dtype]
     model = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=dtype).eval()
 
     how = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}

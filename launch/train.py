@@ -11,7 +11,6 @@ it shows which rank would do what where, estimates the memory it takes, and list
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import sys
@@ -24,6 +23,7 @@ from respec_trainer.config import Config
 from respec_trainer.config_file import load_config
 from respec_trainer.errors import ConfigError, RespecError
 from respec_trainer.launchers import adopt_place
+from respec_trainer.processes import collect_garbage_again, collect_no_garbage, free_all_garbage
 
 # The launcher ends all ranks as soon as one ends: the others wait this long, so that the first can say what is wrong.
 OTHERS_WAIT_SECONDS = 20.0
@@ -43,7 +43,7 @@ def main() -> int:
     except ConfigError as error:
         return _refuse(error, rank)
     status = _train(config, rank, world)
-    gc.unfreeze()  # or what the libraries made is never collected, and they complain of leaks as the process ends
+    free_all_garbage()
     return status
 
 
@@ -71,7 +71,7 @@ def _arguments() -> argparse.Namespace:
 
 def _settle_process() -> None:
     """Settings that must stand before torch is imported, which happens once the configuration has been read."""
-    gc.disable()  # a tenth of the start would go into looking for garbage among what imports make
+    collect_no_garbage()
     # Ranks share the machine's cores, and the engine has processes of its own.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -120,12 +120,12 @@ def _train(config: Config, rank: int, world: int) -> int:
     try:
         watchdog.start()
         if not placement.trains(rank):
-            _collect_garbage()
+            collect_garbage_again()
             host_engine(config, rank, world)
             watchdog.stop()
             return 0
         job = Job(config, watchdog)
-        _collect_garbage()
+        collect_garbage_again()
         Trainer(job).run()
         job.finish()
         watchdog.stop()
@@ -135,12 +135,6 @@ def _train(config: Config, rank: int, world: int) -> int:
         # Not sys.exit: leaving in order would wait in the process groups for ranks that are stuck or gone.
         end_process(2 if isinstance(error, ConfigError) else 1)
     return 0
-
-
-def _collect_garbage() -> None:
-    """From now on, but not among what there is, which stays."""
-    gc.freeze()
-    gc.enable()
 
 
 def _refuse(error: RespecError, rank: int) -> int:

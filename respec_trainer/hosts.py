@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 import time
@@ -16,7 +15,9 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from respec_trainer.collectives import from_first, gather
 from respec_trainer.errors import ConfigError
+from respec_trainer.processes import local_size
 
 LIBRARIES = ("torch", "sglang", "transformers", "deepspeed", "megatron-core")
 NAMES = {"code": "respec_trainer's files (digest)", "gpus": "GPUs seen", "ranks": "ranks of a host"}  # in messages
@@ -37,14 +38,13 @@ class HostFacts:
 
     @classmethod
     def here(cls) -> HostFacts:
-        ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
         return cls(
             host=socket.gethostname(),
             python=platform.python_version(),
             libraries=tuple((name, _version(name)) for name in LIBRARIES),
             code=code_digest(),
             gpus=torch.cuda.device_count(),
-            ranks=int(ranks),
+            ranks=local_size(),
         )
 
 
@@ -53,9 +53,7 @@ def check_hosts(control: dist.ProcessGroup | None, facts: HostFacts | None = Non
 
     Every rank calls it. `facts` are this rank's; None: looked up.
     """
-    told: list[HostFacts] = [None] * dist.get_world_size(control)
-    dist.all_gather_object(told, facts or HostFacts.here(), group=control)
-    problems = differences(told)
+    problems = differences(gather(facts or HostFacts.here(), control))
     if problems:
         raise ConfigError(
             "the hosts of this run are not alike:\n" + "\n".join(f"  {text}" for text in problems) + "\n"
@@ -91,17 +89,9 @@ def check_shared_folder(folder: Path, control: dist.ProcessGroup | None, seconds
 
     Every rank calls it, each with its own path to the folder; rank 0 makes it if it is missing.
     """
-    rank, message = dist.get_rank(control), [None, None]
-    if rank == 0:
-        token = uuid.uuid4().hex
-        message = [token, _write(folder, token)]
-    dist.broadcast_object_list(message, src=0, group=control)
-    token, error = message
-    if error is not None:
-        raise ConfigError(f"run.dir: rank 0 cannot write in {folder.absolute()}: {error}")
-    told: list[tuple[str, bool]] = [None] * dist.get_world_size(control)
-    dist.all_gather_object(told, (socket.gethostname(), _appears(folder / f".{token}", seconds)), group=control)
-    if rank == 0:
+    token = from_first(lambda: _leave_token(folder), control)
+    told = gather((socket.gethostname(), _appears(folder / f".{token}", seconds)), control)
+    if dist.get_rank(control) == 0:
         (folder / f".{token}").unlink(missing_ok=True)
     blind = [f"rank {number} on {host}" for number, (host, saw) in enumerate(told) if not saw]
     if blind:
@@ -147,14 +137,15 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _write(folder: Path, token: str) -> str | None:
-    """Leave a file named after the token; what went wrong, if anything did."""
+def _leave_token(folder: Path) -> str:
+    """Leave a file .TOKEN in the folder; returns the token, a random one."""
+    token = uuid.uuid4().hex
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f".{token}").touch()
     except OSError as error:
-        return str(error)
-    return None
+        raise ConfigError(f"run.dir: rank 0 cannot write in {folder.absolute()}: {error}") from error
+    return token
 
 
 def _appears(path: Path, seconds: float) -> bool:

@@ -6,7 +6,6 @@ interpreter's wake-up pipe is written from the C handler, so a thread that reads
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -15,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
+
+from respec_trainer.processes import descendants, kill
 
 POLL_SECONDS = 1.0
 
@@ -33,27 +34,10 @@ def end_on_signal(before: Callable[[int], None] = lambda number: None) -> None:
     threading.Thread(target=_watch, args=arguments, daemon=True, name="respec-interrupt").start()
 
 
-def end_children() -> None:
-    """Kill every descendant of this process."""
-    _kill(psutil.Process().children(recursive=True))
-
-
-def end_tree(process: psutil.Process) -> None:
-    """Kill a process and every descendant of it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        _kill([*process.children(recursive=True), process])
-
-
 def end_process(status: int) -> None:
     """End this process now with exit code `status`, its descendants first."""
-    end_children()
+    kill(descendants(os.getpid()))
     os._exit(status)
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def _watch(pipe: int, launcher: Launcher, before: Callable[[int], None]) -> None:

@@ -17,7 +17,6 @@ from respec_trainer.actor.engine import Actor
 from respec_trainer.actor.parallel import Topology, init_parallel, shutdown_parallel
 from respec_trainer.audit.rollouts import StepAudit
 from respec_trainer.checkpoint.checkpoints import Checkpoints, Parts, Stateful
-from respec_trainer.checkpoint.megatron_folder import DTYPE_NAMES
 from respec_trainer.checkpoint.resume import run_to_continue
 from respec_trainer.compat.precision import slow_dtype
 from respec_trainer.config import Config
@@ -26,6 +25,7 @@ from respec_trainer.drafter.format import save_drafter
 from respec_trainer.drafter.online.learner import setup_learner
 from respec_trainer.drafter.online.online import OnlineDrafter
 from respec_trainer.drafter.online.record import LearnerRank
+from respec_trainer.dtypes import DTYPES
 from respec_trainer.export import export_actor, export_drafter, set_aside
 from respec_trainer.generation import Generation
 from respec_trainer.hosts import check_hosts, check_shared_folder
@@ -169,7 +169,7 @@ class Job:
                 self.report.message(f"what this run had exported before is now in {earlier}")
         export_actor(self.actor, Path(self.config.model.path), actor)
         if first and self.config.speculation.algorithm == "eagle3":
-            export_drafter(self._drafter_copy(), drafter, DTYPE_NAMES[self.config.model.dtype])
+            export_drafter(self._drafter_copy(), drafter, DTYPES[self.config.model.dtype])
         return actor
 
     def close(self) -> None:

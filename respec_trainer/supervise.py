@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,8 +12,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from respec_trainer.processes import descendants, kill, parent_death_signal
+
 CONFIGURATION = 2  # exit code of launch/train.py for what starting again would not mend
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 POLL_SECONDS = 0.2
 
 
@@ -82,11 +81,12 @@ class Supervisor:
 
     def _live(self) -> int:
         """One life of the command; what it leaves behind is killed. Negative: the signal that ended it."""
-        process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=_end_with(os.getpid()))  # noqa: PLW1509
+        tied = parent_death_signal(signal.SIGTERM, os.getpid())
+        process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=tied)  # noqa: PLW1509
         family = {psutil.Process(process.pid)}
         until: float | None = None
         while process.poll() is None:
-            family |= _descendants(process.pid)
+            family |= set(descendants(process.pid))
             time.sleep(POLL_SECONDS)
             if self.received is not None and until is None:
                 self.say(f"signal {self.received}: ending the run")
@@ -94,7 +94,7 @@ class Supervisor:
                 until = time.monotonic() + self.limits.grace
             if until is not None and time.monotonic() > until:
                 break
-        _kill(family)
+        kill(family)  # also those whose own parents are gone
         return process.wait()
 
     def _receive(self, number: int, frame: object) -> None:
@@ -104,29 +104,3 @@ class Supervisor:
         until = time.monotonic() + seconds
         while self.received is None and time.monotonic() < until:
             time.sleep(min(POLL_SECONDS, max(0.0, until - time.monotonic())))
-
-
-def _descendants(pid: int) -> set[psutil.Process]:
-    try:
-        return set(psutil.Process(pid).children(recursive=True))
-    except psutil.NoSuchProcess:
-        return set()
-
-
-def _kill(family: set[psutil.Process]) -> None:
-    """Kill those that still live, also where their own parents are gone; psutil knows a process from its successor."""
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def _end_with(parent: int) -> Callable[[], None]:
-    """What a child does to end by SIGTERM when its parent dies, however it dies."""
-    prctl = ctypes.CDLL(None).prctl
-
-    def prepare() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it has died already
-            os._exit(1)
-
-    return prepare

@@ -24,6 +24,7 @@ from respec_trainer.actor.state import ActorState, ReadFragment
 from respec_trainer.capture import Captured, CapturedRow, Wanted
 from respec_trainer.checkpoint.fragments import SavedActor
 from respec_trainer.config import Config
+from respec_trainer.dtypes import DTYPES
 from respec_trainer.errors import TrainingError
 from respec_trainer.objective.inputs import LossInputs
 from respec_trainer.objective.metrics import Metrics, PerUpdate, finish, merge, pack, unpack
@@ -57,7 +58,7 @@ class Actor:
         self.objective = setup_objective(config.objective)
         self.hf_config = load_hf_config(config.model.path)
         self.multiple_of = topology.tp if config.actor.parallel.sequence_parallel else 1
-        dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        dtype = DTYPES[config.model.dtype]
         temperature = config.rollout.sampling.temperature
         model = build_model(self.hf_config, config.actor, dtype, topology.device, temperature)
         load_weights(model, self.hf_config, config.model.path, topology)

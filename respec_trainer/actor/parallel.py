@@ -17,6 +17,7 @@ from respec_trainer.compat.megatron_cpu import prepare_megatron
 from respec_trainer.config import Config
 from respec_trainer.errors import ConfigError
 from respec_trainer.placement import Placement, check_world
+from respec_trainer.processes import local_size
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,7 @@ def _limit_threads(device: torch.device) -> None:
     """Share the cores between the ranks of this host: by default every rank would start a thread on each."""
     if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return
-    # DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-    ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
 
 
 def _parallel_state():

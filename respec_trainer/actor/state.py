@@ -18,6 +18,7 @@ from respec_trainer.actor.offload import PIECE, Offload
 from respec_trainer.actor.parallel import Topology
 from respec_trainer.checkpoint.fragments import KINDS, SavedActor, fragment_key
 from respec_trainer.compat.versions import require_version
+from respec_trainer.dtypes import dtype_name
 
 # read(kind, name, shape, start, length) gives entries start .. start + length of this rank's flattened shard `name`.
 ReadFragment = Callable[[str, str, tuple[int, ...], int, int], torch.Tensor]
@@ -99,7 +100,7 @@ class ActorState:
     def _layout(self) -> dict[str, Any]:
         stage = self.engine.zero_optimization_stage()
         parameters = list(self.engine.module.named_parameters())
-        dtype = "bf16" if parameters[0][1].dtype == torch.bfloat16 else "fp32"
+        dtype = dtype_name(parameters[0][1].dtype)
         place = {"tp": self.topology.tp, "dp": self.topology.dp, "zero": stage, "dtype": dtype, "optimizer": True}
         return place | {"parameters": {name: list(shape_of(p)) for name, p in parameters}}
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from respec_trainer.actor.engine import Actor
 from respec_trainer.audit.law import shaped
 from respec_trainer.audit.statistics import ClassSums
+from respec_trainer.collectives import sum_over
 from respec_trainer.config import Config
 from respec_trainer.errors import AuditError
 from respec_trainer.rollout.batch import Batch
@@ -85,13 +85,10 @@ class StepAudit:
         return ClassSums.of(torch.cat(drawn).numpy(), torch.cat(masses).numpy())
 
     def _over_copies(self, sums: ClassSums) -> ClassSums:
-        classes = len(sums.seen)
-        parts = [sums.seen, sums.expected, sums.products.ravel(), [sums.draws]]
-        flat = torch.cat([torch.as_tensor(part, dtype=torch.float64) for part in parts])
-        flat = flat.to(self.actor.topology.device)
-        dist.all_reduce(flat, group=self.actor.topology.dp_group)
-        seen, expected, products, draws = flat.cpu().split([classes, classes, classes**2, 1])
-        return ClassSums(seen.numpy(), expected.numpy(), products.view(classes, classes).numpy(), int(draws))
+        parts = [torch.as_tensor(part) for part in (sums.seen, sums.expected, sums.products, sums.draws)]
+        topology = self.actor.topology
+        *arrays, draws = sum_over(parts, topology.device, topology.dp_group)
+        return ClassSums(*(array.numpy() for array in arrays), int(draws))
 
 
 def rank_classes(probs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

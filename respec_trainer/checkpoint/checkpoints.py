@@ -18,14 +18,16 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from respec_trainer.checkpoint.files import write_tensors, write_text
-from respec_trainer.checkpoint.fragments import FragmentReader, SavedActor, file_name
-from respec_trainer.checkpoint.megatron_folder import read_meta
+from respec_trainer.checkpoint.fragments import SavedActor, file_name
+from respec_trainer.checkpoint.meta import check_files, read_meta
 from respec_trainer.checkpoint.new_folder import carry_over, sync_folder
+from respec_trainer.checkpoint.reader import FragmentReader
 from respec_trainer.checkpoint.resume import candidates, check_compatible, restore_logs
 from respec_trainer.checkpoint.rng import RandomStates
-from respec_trainer.checkpoint.store import begin, check_files, publish, read_state, retain, tidy
+from respec_trainer.checkpoint.store import begin, publish, read_state, retain, tidy
 from respec_trainer.checkpoint.tree import copy_tree, load_tree, save_tree
 from respec_trainer.checkpoint.writer import SaveTask, Writer
+from respec_trainer.collectives import from_first, gather
 from respec_trainer.config import Config
 from respec_trainer.config_file import dump_config
 from respec_trainer.errors import CheckpointError, ConfigError
@@ -192,7 +194,7 @@ class Checkpoints:
         except ConfigError as error:
             return {}, str(error)
         share = sorted(meta["files"])[self.rank :: self.world_size]
-        problems = self._gather(check_files(checkpoint, meta["files"], share))
+        problems = gather(check_files(checkpoint, meta["files"], share), self.control)
         return meta, next(filter(None, problems), None)
 
     def _load(self, checkpoint: Path, meta: Mapping[str, Any], parts: Parts) -> None:
@@ -229,26 +231,15 @@ class Checkpoints:
         return said
 
     def _from_first(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns on rank 0, on every rank; or its error."""
-        outcome: tuple[Any, Exception | None] = (None, None)
-        if self.rank == 0:
-            try:
-                outcome = action(), None
-            except ConfigError as error:
-                outcome = None, error
-            except OSError as error:
-                outcome = None, CheckpointError(f"{error.filename or self.root}: {error.strerror or error}")
-        value, error = self._gather(outcome)[0]
-        if error is not None:
-            raise error
-        return value
+        """What `action` returns on rank 0, on every rank; or its error, an OSError as a CheckpointError."""
 
-    def _gather(self, value: Any) -> list[Any]:
-        if self.world_size == 1:
-            return [value]
-        told: list[Any] = [None] * self.world_size
-        dist.all_gather_object(told, value, group=self.control)
-        return told
+        def attempt() -> Any:
+            try:
+                return action()
+            except OSError as error:
+                raise CheckpointError(f"{error.filename or self.root}: {error.strerror or error}") from error
+
+        return from_first(attempt, self.control)
 
 
 def _write_state(path: Path, text: str, logs: list[Path]):

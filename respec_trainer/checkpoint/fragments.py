@@ -1,27 +1,32 @@
-"""Fragments: what each rank owns of the actor's weights and moments, and any part of them read back, at any layout.
+"""Fragments: how a checkpoint's files hold an actor's weights and moments, and where in them each entry is found.
 
-A fragment is a stretch of one flattened Megatron parameter, as tensor-parallel rank t holds it. Its key is
-"KIND/NAME/START". The files actor/tpT_dpD.safetensors of one T cover every parameter exactly once, whatever the ZeRO
-stage was, so that another number of data-parallel ranks or another stage reads other stretches of the same thing.
-Another tensor parallelism goes by way of `hf_map`: moments lie as their weights do.
+A fragment is some entries, from START on, of one flattened Megatron parameter, as tensor-parallel rank t holds it. Its
+key is "KIND/NAME/START", it lies in one of the files actor/tpT_dpD.safetensors of T = t, and together these cover every
+parameter exactly once, whatever the ZeRO stage was. Kinds are "master" (float32 weights), "exp_avg" and "exp_avg_sq"
+(AdamW's moments) where the optimizer was saved, and "weight" (in the model's dtype) where it was not.
+
+There are two views of the index: `reader.FragmentReader`, the stretches of one rank of any layout, and
+`megatron_folder.MegatronFolder`, whole shards.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.weights.hf_map import Layout, parameter_layout
-from respec_trainer.weights.safetensors_io import open_safetensors
+from respec_trainer.weights.safetensors_io import MappedFile
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")  # float32 weights and AdamW's two moments
+ACTOR = "actor/"  # the folder of the files with fragments
+KINDS = ("master", "exp_avg", "exp_avg_sq")  # where the optimizer was saved
+WEIGHT = "weight"  # the only kind where it was not
+
+Shard = tuple[str, str, int]  # kind, parameter, tensor-parallel rank
 
 
 @dataclass(frozen=True)
@@ -36,135 +41,89 @@ class SavedActor:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Entries start .. stop of a flattened parameter, in tensor `key` of `file`."""
+class Fragment:
+    """Entries start .. start + length of a flattened shard: the tensor `key` of `file`."""
 
     start: int
-    stop: int
-    file: safe_open
+    length: int
+    dtype: torch.dtype
+    file: MappedFile
     key: str
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
 
-@dataclass(frozen=True)
-class Run:
-    """Rows, or columns, `first` .. first + length of what is wanted are those from `place` on of source rank `rank`."""
-
-    first: int
-    length: int
-    rank: int
-    place: int
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Entries start .. stop of the shard, which must lie in it; mapped from the file, not copied."""
+        whole = (start, stop) == (self.start, self.stop)
+        return self.file.read(self.key, () if whole else (slice(start - self.start, stop - self.start),))
 
 
-def fragment_key(kind: str, name: str, start: int) -> str:
+class FragmentIndex:
+    """The fragments in the files `names` of a checkpoint's `folder`. Opens the files; reads what is asked for.
+
+    Raises ConfigError for a file that cannot be read, and for names and keys that are not of this format.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]):
+        self.folder = folder
+        self.shards: dict[Shard, list[Fragment]] = {}  # in the order of the entries
+        for name in names:
+            self._add(folder / name)
+        for fragments in self.shards.values():
+            fragments.sort(key=lambda fragment: (fragment.start, fragment.length))
+
+    def read(self, kind: str, name: str, tp_rank: int, start: int, stop: int) -> torch.Tensor:
+        """Entries start .. stop, at least one, of a flattened shard, [stop - start]; mapped where one fragment has all.
+
+        Raises ConfigError where the checkpoint lacks some of them.
+        """
+        parts: list[tuple[Fragment, int, int]] = []
+        at = start
+        for fragment in self.shards.get((kind, name, tp_rank), ()):
+            end = min(fragment.stop, stop)
+            if fragment.start <= at < end:
+                parts.append((fragment, at, end))
+                at = end
+        if at < stop:
+            raise ConfigError(f"{self.folder} lacks {kind} of {name} from entry {at} on, of tp rank {tp_rank}")
+        if len(parts) == 1:
+            return parts[0][0].read(start, stop)
+        # Copied one after the other: what was mapped for one need not stay in memory for the next.
+        out = torch.empty(stop - start, dtype=parts[0][0].dtype)
+        for fragment, low, high in parts:
+            out[low - start : high - start] = fragment.read(low, high)
+        return out
+
+    def _add(self, path: Path) -> None:
+        file, tp_rank = MappedFile(path), _tp_rank(path)
+        for key in file.names():
+            kind, name, start = parse_key(key, path)
+            length = torch.Size(file.shape(key)).numel()
+            found = Fragment(start, length, file.dtype(key), file, key)
+            self.shards.setdefault((kind, name, tp_rank), []).append(found)
+
+
+def fragment_key(kind: str, name: str, start: int = 0) -> str:
     return f"{kind}/{name}/{start}"
 
 
+def parse_key(key: str, path: Path) -> tuple[str, str, int]:
+    """Kind, parameter and start of a key in the file `path`. Raises ConfigError where it is none."""
+    kind, _, rest = key.partition("/")
+    name, _, start = rest.rpartition("/")
+    if not name or not start.isdigit():
+        raise ConfigError(f"{path}: {key} is not a fragment's key, such as weight/decoder.final_layernorm.weight/0")
+    return kind, name, int(start)
+
+
 def file_name(tp_rank: int, dp_rank: int) -> str:
-    return f"actor/tp{tp_rank}_dp{dp_rank}.safetensors"
+    return f"{ACTOR}tp{tp_rank}_dp{dp_rank}.safetensors"
 
 
-class FragmentReader:
-    """Reads stretches of an actor's parameters out of a checkpoint; only the bytes that are asked for.
-
-    Args:
-        meta: the checkpoint's meta.json. hf_config: the Hugging Face config that both layouts follow.
-        tp_rank, tp: of the reader.
-    """
-
-    def __init__(self, folder: Path, meta: Mapping[str, Any], hf_config, tp_rank: int, tp: int):
-        self.folder, self.hf_config, self.tp_rank, self.tp = folder, hf_config, tp_rank, tp
-        self.saved_tp, self.shapes = meta["tp"], meta["parameters"]
-        self._stretches: dict[tuple[int, str, str], list[Stretch]] = {}
-        wanted = range(self.saved_tp) if self.saved_tp != tp else [tp_rank]
-        for saved_rank in wanted:
-            self._index(saved_rank, meta["dp"])
-
-    def read(self, kind: str, name: str, shape: Sequence[int], start: int, length: int) -> torch.Tensor:
-        """Entries start .. start + length of the flattened shard `name` of `shape`; [length].
-
-        Raises ConfigError where the checkpoint lacks some of them, or has the parameter in another shape.
-        """
-        if self.saved_tp == self.tp:
-            self._check_shape(name, shape)
-            return self._stretch(self.tp_rank, kind, name, start, start + length)
-        return self._reshard(kind, name, shape, start, start + length)
-
-    def _index(self, saved_rank: int, dp: int) -> None:
-        for dp_rank in range(dp):
-            file = open_safetensors(self.folder / file_name(saved_rank, dp_rank))
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                kind, name, start = key.split("/")
-                (size,) = file.get_slice(key).get_shape()
-                found = Stretch(int(start), int(start) + size, file, key)
-                self._stretches.setdefault((saved_rank, kind, name), []).append(found)
-        for found in self._stretches.values():
-            found.sort(key=lambda stretch: stretch.start)
-
-    def _check_shape(self, name: str, shape: Sequence[int]) -> None:
-        if self.shapes.get(name) != list(shape):
-            raise ConfigError(
-                f"{self.folder}: {name} is of shape {self.shapes.get(name)} there, but {list(shape)} in this model"
-            )
-
-    def _stretch(self, saved_rank: int, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Entries start .. stop as saved by tensor-parallel rank `saved_rank`."""
-        parts, at = [], start
-        for found in self._stretches.get((saved_rank, kind, name), []):
-            low, high = max(at, found.start), min(stop, found.stop)
-            if low == at and low < high:
-                parts.append(found.file.get_slice(found.key)[low - found.start : high - found.start])
-                at = high
-        if at < stop:
-            raise ConfigError(f"{self.folder} lacks {kind} of {name} from entry {at} on, of tp rank {saved_rank}")
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
-
-    def _reshard(self, kind: str, name: str, shape: Sequence[int], start: int, stop: int) -> torch.Tensor:
-        """The same from shards of another tensor parallelism: the rows that hold the stretch are put together."""
-        mine, theirs = (parameter_layout(name, self.hf_config, tp) for tp in (self.tp, self.saved_tp))
-        if mine.dim is None:
-            self._check_shape(name, shape)
-            return self._stretch(0, kind, name, start, stop)
-        width = math.prod(shape[1:])
-        first, last = start // width, -(-stop // width)
-        runs = list(_runs(mine, self.tp_rank, self.tp, theirs, self.saved_tp))
-        block = torch.zeros(last - first, width, dtype=torch.float32)  # padded rows are zero, and so are their moments
-        fill = self._fill_rows if mine.dim == 0 else self._fill_columns
-        fill(block, runs, kind, name, first)
-        return block.flatten()[start - first * width : stop - first * width]
-
-    def _fill_rows(self, block: torch.Tensor, runs: list[Run], kind: str, name: str, first: int) -> None:
-        """Rows first .. of the wanted shard into `block` [rows, width], from shards that were cut by rows too."""
-        rows, width = block.shape
-        for run in runs:
-            low, high = max(run.first, first), min(run.first + run.length, first + rows)
-            if low < high:
-                place = run.place + low - run.first
-                part = self._stretch(run.rank, kind, name, place * width, (place + high - low) * width)
-                block[low - first : high - first] = part.view(-1, width)
-
-    def _fill_columns(self, block: torch.Tensor, runs: list[Run], kind: str, name: str, first: int) -> None:
-        """Rows first .. of the wanted shard into `block`, from the same rows of shards that hold other columns."""
-        rows, width = len(block), self.shapes[name][1]
-        for run in runs:
-            part = self._stretch(run.rank, kind, name, first * width, (first + rows) * width).view(rows, width)
-            block[:, run.first : run.first + run.length] = part[:, run.place : run.place + run.length]
-
-
-def _runs(mine: Layout, rank: int, tp: int, theirs: Layout, saved_tp: int) -> Iterator[Run]:
-    """Where each row (column) of the `rank`-th of `tp` cuts lies in `saved_tp` cuts, by way of Hugging Face's rows."""
-    places = [(part, r, place) for r in range(saved_tp) for part, place in _placed(theirs, r, saved_tp)]
-    for wanted, offset in _placed(mine, rank, tp):
-        for part, saved_rank, place in places:
-            low = max(wanted.start, part.start)
-            high = min(wanted.start + wanted.length, part.start + part.length)
-            if part.source == wanted.source and low < high:
-                yield Run(offset + low - wanted.start, high - low, saved_rank, place + low - part.start)
-
-
-def _placed(layout: Layout, rank: int, tp: int):
-    """(segment, where it begins in the shard) of a cut, without padding."""
-    offset = 0
-    for part in layout.cut(rank, tp):
-        if part.source is not None:
-            yield part, offset
-        offset += part.length
+def _tp_rank(path: Path) -> int:
+    match = re.fullmatch(r"tp(\d+)_dp\d+", path.stem)
+    if match is None:
+        raise ConfigError(f"{path} is not named tp0_dp0.safetensors or the like; remove it")
+    return int(match[1])

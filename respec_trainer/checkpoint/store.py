@@ -11,12 +11,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from respec_trainer.checkpoint.files import Facts, facts_of, write_text
-from respec_trainer.checkpoint.megatron_folder import META, sealed
+from respec_trainer.checkpoint.meta import META, sealed
 from respec_trainer.checkpoint.new_folder import sync, sync_folder
 from respec_trainer.errors import ConfigError
 
@@ -76,20 +76,6 @@ def latest(root: Path) -> Path | None:
     """What `latest` names; None where there is none yet."""
     pointer = root / "latest"
     return root / pointer.read_text().strip() if pointer.is_file() else None
-
-
-def check_files(folder: Path, files: Mapping[str, Facts], names: Iterable[str]) -> str | None:
-    """What is wrong with the first of `names` that is not as meta.json says; None if all are. Reads them to the end."""
-    for name in names:
-        path, facts = folder / name, files[name]
-        if not path.is_file():
-            return f"{path} is missing"
-        found = facts_of(path)
-        if found["bytes"] != facts["bytes"]:
-            return f"{path} holds {found['bytes']:,} bytes instead of {facts['bytes']:,}"
-        if found != facts:
-            return f"{path} is corrupted: its XXH3-128 is {found['xxh3_128']} instead of {facts['xxh3_128']}"
-    return None
 
 
 def retain(root: Path, newest: int, best: int, score: Callable[[Path], float | None]) -> None:

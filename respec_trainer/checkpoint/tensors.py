@@ -8,7 +8,8 @@ from typing import Protocol
 
 import torch
 
-from respec_trainer.checkpoint.megatron_folder import MegatronFolder, is_checkpoint
+from respec_trainer.checkpoint.megatron_folder import MegatronFolder
+from respec_trainer.checkpoint.meta import is_checkpoint
 from respec_trainer.errors import ConfigError
 from respec_trainer.models.registry import head_weights
 from respec_trainer.weights import hf_map

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from respec_trainer.checkpoint.files import Facts
+from respec_trainer.collectives import gather
 from respec_trainer.errors import CheckpointError
 
 PATIENCE = timedelta(hours=2)  # of a rank that has written, for one that still writes
@@ -78,7 +79,7 @@ class Writer:
     def _write(self, job: SaveTask) -> list[str]:
         """What went wrong, on any rank."""
         written, error = self._attempt(lambda: self._fill(job))
-        told = self._gather((written, error))
+        told = gather((written, error), self.group)
         errors = [error for _, error in told if error]
         if self.rank == 0 and not errors:
             merged = {name: facts for files, _ in told for name, facts in files.items()}
@@ -86,7 +87,7 @@ class Writer:
             errors = [error] if error else []
         if self.rank == 0 and errors:
             shutil.rmtree(job.partial, ignore_errors=True)  # it may be what fills the disk
-        return self._gather(errors)[0]
+        return gather(errors, self.group)[0]
 
     def _fill(self, job: SaveTask) -> dict[str, Facts]:
         for name, make in job.folders.items():
@@ -100,10 +101,3 @@ class Writer:
             return None, f"rank {self.rank}: {error.filename or 'a file'}: {error.strerror or error}"
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             return None, f"rank {self.rank}: {type(error).__name__}: {error}"
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self.world_size == 1:
-            return [value]
-        told: list[Any] = [None] * self.world_size
-        dist.all_gather_object(told, value, group=self.group)
-        return told

@@ -183,7 +183,7 @@ def open_checkpoint(folder: Path, tp: int = 1):
 
 def config_of(folder: Path):
     """The Hugging Face config of a checkpoint or a Hugging Face folder."""
-    from respec_trainer.checkpoint.megatron_folder import is_checkpoint
+    from respec_trainer.checkpoint.meta import is_checkpoint
 
     return read_config(folder / "hf" if is_checkpoint(folder) else folder)
 
@@ -222,8 +222,8 @@ def _is_drafter(folder: Path) -> bool:
 
 def parse_dtype(name: str):
     """The torch.dtype of a name as in the trainer's configuration. Raises ConfigError for any other."""
-    from respec_trainer.checkpoint.megatron_folder import DTYPE_NAMES
+    from respec_trainer.dtypes import DTYPES
 
-    if name not in DTYPE_NAMES:
-        raise ConfigError(f"--dtype must be {' or '.join(DTYPE_NAMES)}, not {name!r}")
-    return DTYPE_NAMES[name]
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype must be {' or '.join(DTYPES)}, not {name!r}")
+    return DTYPES[name]

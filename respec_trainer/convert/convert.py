@@ -19,10 +19,13 @@ from typing import Any
 import torch
 
 from respec_trainer.checkpoint.files import Facts, facts_of
-from respec_trainer.checkpoint.megatron_folder import DTYPE_NAMES, META, MegatronFolder, sealed
+from respec_trainer.checkpoint.fragments import ACTOR, WEIGHT, file_name, fragment_key
+from respec_trainer.checkpoint.megatron_folder import MegatronFolder
+from respec_trainer.checkpoint.meta import META, sealed
 from respec_trainer.checkpoint.new_folder import carry_over, check_place, new_folder
 from respec_trainer.checkpoint.progress import Progress, Silent
 from respec_trainer.checkpoint.tensors import IGNORED, CheckpointTensors, Tensors, check_contents
+from respec_trainer.dtypes import DTYPES, dtype_name, long_name
 from respec_trainer.errors import ConfigError
 from respec_trainer.models.registry import family_of
 from respec_trainer.weights.hf_folder import INDEX, HFFolder
@@ -46,14 +49,13 @@ def to_megatron(source: Path, hf_config, out: Path, tp: int, dtype: torch.dtype 
         check_contents(files, hf_config)
         _check_tied(files, hf_config)
         dtype = dtype or _one_dtype(files)
-        kinds = {"weight": dtype}
+        kinds = {WEIGHT: dtype}
         check_place(out, _shards_size(kinds, hf_config, tp))
         with new_folder(out) as folder:
             carry_over(source, folder / "hf")
             set_dtype(folder / "hf" / "config.json", dtype)
-            written = write_shards(folder, {"weight": files}, kinds, hf_config, tp, progress)
-            name = next(name for name, known in DTYPE_NAMES.items() if known == dtype)
-            meta = {"step": 0, "tp": tp, "dp": 1, "zero": 0, "dtype": name, "optimizer": False}
+            written = write_shards(folder, {WEIGHT: files}, kinds, hf_config, tp, progress)
+            meta = {"step": 0, "tp": tp, "dp": 1, "zero": 0, "dtype": dtype_name(dtype), "optimizer": False}
             meta["model"] = json.loads((folder / "hf" / "config.json").read_text())
             write_meta(folder, meta, hf_config, written)
 
@@ -160,21 +162,21 @@ def write_shards(
     """
     shapes = megatron_shapes(hf_config, tp)
     specs = {
-        _key(kind, name): Spec(dtypes[kind], (torch.Size(shape).numel(),))
+        fragment_key(kind, name): Spec(dtypes[kind], (torch.Size(shape).numel(),))
         for kind in sources
         for name, shape in shapes.items()
     }
     progress.begin("Megatron", _shards_size(dtypes, hf_config, tp))
-    (folder / "actor").mkdir()
-    names = [f"actor/tp{rank}_dp0.safetensors" for rank in range(tp)]
+    (folder / ACTOR).mkdir()
+    names = [file_name(rank, 0) for rank in range(tp)]  # whole shards: nothing is cut over data-parallel ranks
     with ExitStack() as files:
         writers = [files.enter_context(SafetensorsWriter(folder / name, specs)) for name in names]
         for kind, source in sources.items():
             for name in shapes:
                 for rank, writer in enumerate(writers):
                     shard = megatron_shard(name, source.read, hf_config, rank, tp).view(-1)
-                    writer.write(_key(kind, name), shard.to(dtypes[kind]))
-                    progress.advance(specs[_key(kind, name)].nbytes)
+                    writer.write(fragment_key(kind, name), shard.to(dtypes[kind]))
+                    progress.advance(specs[fragment_key(kind, name)].nbytes)
     return {name: {"bytes": w.size, "xxh3_128": w.digest} for name, w in zip(names, writers, strict=True)}
 
 
@@ -199,12 +201,8 @@ def set_dtype(path: Path, dtype: torch.dtype, key: str = "dtype") -> None:
     config = json.loads(path.read_text())
     for known in ("torch_dtype", "dtype"):
         config.pop(known, None)
-    config[key] = str(dtype).removeprefix("torch.")
+    config[key] = long_name(dtype)
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _key(kind: str, name: str) -> str:
-    return f"{kind}/{name}/0"  # the whole shard: nothing is cut over data-parallel ranks
 
 
 def _shards_size(dtypes: Mapping[str, torch.dtype], hf_config, tp: int) -> int:
@@ -219,8 +217,8 @@ def _but_actor(root: Path):
 
 def _one_dtype(files: HFFolder) -> torch.dtype:
     found = {files.dtype(name) for name in files.names() if not name.endswith(IGNORED)}
-    if len(found) > 1 or not found <= set(DTYPE_NAMES.values()):
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    if len(found) > 1 or not found <= set(DTYPES.values()):
+        names = ", ".join(sorted(map(long_name, found)))
         raise ConfigError(
             f"the weights in {files.folder} are of {names}; a checkpoint has one of bf16 and fp32: choose with --dtype"
         )

@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from rich.filesize import decimal
 
-from respec_trainer.checkpoint.megatron_folder import MegatronFolder, is_checkpoint
+from respec_trainer.checkpoint.fragments import ACTOR
+from respec_trainer.checkpoint.megatron_folder import MegatronFolder
+from respec_trainer.checkpoint.meta import is_checkpoint
+from respec_trainer.dtypes import long_name
 from respec_trainer.weights.hf_folder import HFFolder
 
 Facts = dict[str, str]  # what it is: what it is like
@@ -22,7 +25,7 @@ def describe(folder: Path) -> Facts:
 
 def _checkpoint(checkpoint: MegatronFolder) -> Facts:
     meta, files = checkpoint.meta, checkpoint.meta["files"]
-    actor = [facts["bytes"] for name, facts in files.items() if name.startswith("actor/")]
+    actor = [facts["bytes"] for name, facts in files.items() if name.startswith(ACTOR)]
     return {
         "format": f"checkpoint, format {meta['format']}",
         "step": str(meta.get("step", 0)),
@@ -40,7 +43,7 @@ def _hf_folder(folder: Path) -> Facts:
     with HFFolder(folder) as files:
         files.check_index()
         shapes = {name: files.shape(name) for name in files.names()}
-        dtypes = Counter(str(files.dtype(name)).removeprefix("torch.") for name in shapes)
+        dtypes = Counter(long_name(files.dtype(name)) for name in shapes)
         sizes = [(folder / file).stat().st_size for file in files.files()]
     config = folder / "config.json"
     return {

@@ -10,6 +10,7 @@ import torch
 
 from respec_trainer.checkpoint.progress import Progress
 from respec_trainer.checkpoint.tensors import IGNORED, CheckpointTensors, Tensors
+from respec_trainer.dtypes import long_name
 from respec_trainer.models.registry import family_of
 from respec_trainer.weights.safetensors_io import Spec
 
@@ -78,7 +79,7 @@ def compare_tensor(name: str, first: Tensors, second: Tensors) -> Difference | N
     """None, where shape, dtype and every bit are equal."""
     if first.shape(name) != second.shape(name):
         return Difference(name, f"shape: {list(first.shape(name))} and {list(second.shape(name))}", None)
-    dtypes = [str(tensors.dtype(name)).removeprefix("torch.") for tensors in (first, second)]
+    dtypes = [long_name(tensors.dtype(name)) for tensors in (first, second)]
     a, b = (tensors.read(name).contiguous().view(-1) for tensors in (first, second))
     if dtypes[0] != dtypes[1]:
         return Difference(name, f"dtype: {dtypes[0]} and {dtypes[1]}", largest_difference(a, b))

@@ -15,13 +15,12 @@ from safetensors.torch import save_file
 
 from respec_trainer.drafter.compatibility import ARCHITECTURE, check_maps, check_tensors, shape_for_target
 from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
-from respec_trainer.drafter.vocabulary import d2t, ids_from_d2t, t2d
+from respec_trainer.drafter.vocabulary import FIXED, d2t, ids_from_d2t, t2d
+from respec_trainer.dtypes import long_name
 from respec_trainer.errors import ConfigError, RespecError
 from respec_trainer.models.feature_layers import default_feature_layers
 from respec_trainer.models.llama import LLAMA
 from respec_trainer.weights.hf_folder import HFFolder
-
-FIXED = ("d2t", "t2d", "embed_tokens.weight")  # not learned: the vocabulary's maps, and the target's embedding
 
 
 def drafter_config(shape: DrafterShape, dtype: torch.dtype = torch.bfloat16) -> dict:
@@ -32,7 +31,7 @@ def drafter_config(shape: DrafterShape, dtype: torch.dtype = torch.bfloat16) -> 
     config = {
         "architectures": [ARCHITECTURE],
         "model_type": LLAMA.model_type,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": long_name(dtype),
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": 1,
         "intermediate_size": shape.intermediate_size,

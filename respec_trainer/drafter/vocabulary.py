@@ -10,6 +10,10 @@ import torch
 from respec_trainer.drafter.shape import VOCABULARY_MULTIPLE
 from respec_trainer.errors import ConfigError
 
+# Tensors of a drafter's folder that are not learned: the vocabulary's maps, and the target's embedding.
+FIXED = ("d2t", "t2d", "embed_tokens.weight")
+LEAST_COVERAGE = 0.9  # of response tokens by the draft vocabulary: of less the user is told, the rest is never drafted
+
 
 def draft_vocabulary(counts: torch.Tensor, size: int) -> torch.Tensor:
     """The `size` most frequent target ids, ascending, [size] int64; of equally frequent ones the lowest.

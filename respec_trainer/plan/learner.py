@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from respec_trainer.config import Config
 from respec_trainer.drafter.online.buffer import MB
+from respec_trainer.dtypes import DTYPES
 from respec_trainer.plan.part import PHASES, Part, Phase
 from respec_trainer.plan.places import Layout
 from respec_trainer.plan.sizes import DrafterSizes
@@ -33,7 +34,7 @@ def learner_problems(config: Config, drafter: DrafterSizes | None, layout: Layou
     """Whether `drafter.memory_mb` holds the learner's models and, at their longest, the responses of one update."""
     if drafter is None or not learns(config):
         return []
-    settings, width = config.drafter, 2 if config.model.dtype == "bf16" else 4
+    settings, width = config.drafter, DTYPES[config.model.dtype].itemsize
     rows = min(-(-settings.batch_size // layout.placement.trainers), config.samples_per_step)
     fixed = drafter.learning(settings.matrix_lr is not None, settings.compare_frozen)
     needed = -(-(fixed + rows * drafter.row(longest, width) + drafter.snapshot(rows * longest, width)) // MB)

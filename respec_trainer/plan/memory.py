@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from respec_trainer.config import Config
 from respec_trainer.drafter.online.buffer import MB
 from respec_trainer.drafter.shape import DrafterShape
+from respec_trainer.dtypes import DTYPES
 from respec_trainer.plan.learner import learner_parts, learns
 from respec_trainer.plan.part import PHASES, Part, Phase
 from respec_trainer.plan.places import Layout
@@ -83,7 +84,7 @@ def plan_memory(
     Args:
         draft_vocab: the drafter's; None: it is not known, and DRAFT_VOCABULARY is taken.
     """
-    width = 2 if config.model.dtype == "bf16" else FLOAT
+    width = DTYPES[config.model.dtype].itemsize
     longest = longest_sequence(config, hf_config)
     drafter = drafter_sizes(config, hf_config, draft_vocab)
     trainer = [

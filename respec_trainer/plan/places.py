@@ -12,6 +12,7 @@ from typing import Literal
 from respec_trainer.config import Config
 from respec_trainer.errors import ConfigError
 from respec_trainer.placement import Placement, check_world
+from respec_trainer.processes import local_size
 from respec_trainer.resync.transport import choose
 
 Device = Literal["cpu", "cuda"]
@@ -33,13 +34,11 @@ class Cluster:
     def of_launcher(cls, device: Device) -> Cluster | None:
         """As a launcher's variables tell this rank; None where no launcher started it.
 
-        DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE. Raises ConfigError where hosts cannot have
-        the same number of ranks each.
+        Raises ConfigError where hosts cannot have the same number of ranks each.
         """
         if "WORLD_SIZE" not in os.environ:
             return None
-        world = int(os.environ["WORLD_SIZE"])
-        here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world)
+        world, here = int(os.environ["WORLD_SIZE"]), local_size()
         if world % here:
             raise ConfigError(
                 f"{here} ranks on this host are no even share of all {world}: give every host the same number "

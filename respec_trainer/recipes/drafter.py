@@ -34,16 +34,13 @@ from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
 from respec_trainer.drafter.format import load_drafter, save_drafter
 from respec_trainer.drafter.shape import inverse_frequencies
 from respec_trainer.drafter.teacher import HFTeacher
-from respec_trainer.drafter.vocabulary import coverage, draft_vocabulary
+from respec_trainer.drafter.vocabulary import LEAST_COVERAGE, coverage, draft_vocabulary
 from respec_trainer.errors import ConfigError, DataError
 from respec_trainer.recipes.folder import fingerprint, make_once
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
 # Raise it whenever the code makes something else of an equal recipe: folders made before are then made anew.
 REVISION = 3
-
-# Below this share of response tokens a draft vocabulary is warned of: what it lacks can never be drafted.
-LEAST_COVERAGE = 0.9
 
 Log = Callable[[str], None]
 Sampler = Callable[[Sequence[Request]], list[Sample]]

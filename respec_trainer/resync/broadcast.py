@@ -9,7 +9,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from respec_trainer.collectives import broadcast
 from respec_trainer.config import Config
+from respec_trainer.dtypes import DTYPES, long_name
 from respec_trainer.errors import TransferError
 from respec_trainer.resync.stream import NamedTensors, Shapes
 from respec_trainer.resync.transport import Sending, Transport, attempt
@@ -27,7 +29,7 @@ class BroadcastTransport(Transport):
     def __init__(self, backend: str, engine: RolloutEngine | None, engine_ranks: list[int], config: Config, control):
         self.backend, self.engine, self.engine_ranks, self.control = backend, engine, engine_ranks, control
         self.engine_tp, self.settings = config.rollout.engine.tp, config.resync
-        self.dtype = {"bf16": "bfloat16", "fp32": "float32"}[config.model.dtype]
+        self.dtype = long_name(DTYPES[config.model.dtype])
         self.receivers = [0]
         self.rank = dist.get_rank()
         self.group, self.generation = None, 0
@@ -46,19 +48,18 @@ class BroadcastTransport(Transport):
 
     def connect(self) -> None:
         self.generation += 1
-        place = [None]
-        store = None
+        place, store = None, None
         world = 1 + len(self.engine_ranks) * self.engine_tp
         timeout = timedelta(seconds=self.settings.timeout)
         if self.rank == 0:
             address = _own_address()
             store = dist.TCPStore(address, self.settings.port or 0, world, True, timeout, wait_for_workers=False)
-            place = [(address, store.port)]
-        dist.broadcast_object_list(place, src=0, group=self.control)
+            place = address, store.port
+        place = broadcast(place, group=self.control)
         joined: Sequence[Future] = []
         if self.engine is not None:
             offset = 1 + self.engine_ranks.index(self.rank) * self.engine_tp
-            joined = [self.engine.join_group(self.name, *place[0], world, offset, self.backend)]
+            joined = [self.engine.join_group(self.name, *place, world, offset, self.backend)]
         if self.rank == 0:
             try:
                 self.group = _make_group(self.name, store, world, self.backend, timeout)

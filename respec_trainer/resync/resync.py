@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from respec_trainer.agreement import agree
+from respec_trainer.collectives import agree, broadcast
 from respec_trainer.config import Config
+from respec_trainer.dtypes import DTYPES
 from respec_trainer.errors import ResyncError, TransferError
 from respec_trainer.resync import proof
 from respec_trainer.resync.finite import first_non_finite, local_weights
@@ -62,7 +62,7 @@ class Resync:
         """
         self.settings, self.actor, self.drafter, self.engine = config.resync, actor, drafter, engine
         self.transport, self.control = transport, control
-        self.dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        self.dtype = DTYPES[config.model.dtype]
         self.workspace = Workspace(actor.topology.device)
         self.held: dict[Role, Held] = {}  # what the engines hold, as far as it was pushed
         self.doubtful = False  # whether the last push failed
@@ -202,9 +202,7 @@ class Resync:
 
     def _prove(self, pushed: Sequence[Role]) -> None:
         for role in self.held:
-            sent = [self.held[role]]
-            dist.broadcast_object_list(sent, src=self.transport.receivers[0], group=self.control)
-            self.held[role] = sent[0]
+            self.held[role] = broadcast(self.held[role], self.transport.receivers[0], self.control)
             check = functools.partial(self._check_digests, role, role in pushed)
             self._together(check if self.engine else None)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 
@@ -17,6 +18,12 @@ from respec_trainer.errors import ConfigError
 STEPS_MESSAGE = "respec_steps"  # by this name a request for an engine's log, or for other settings, is known in it
 BUSY = "steps cannot be set anew while requests run: collect them first"
 DEFAULT_POLICY = "respec_trainer.speculation.scheduler:DepthScheduler"
+
+
+def check_candidates(candidates: Sequence[int]) -> None:
+    """Raise ConfigError unless there are candidate draft steps, rising from 0 or more."""
+    if not candidates or sorted(set(candidates)) != list(candidates) or candidates[0] < 0:
+        raise ConfigError(f"candidate steps must rise from 0 or more, not {list(candidates)}")
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,7 @@ class DepthSettings:
     policy: str = DEFAULT_POLICY  # of mode "adaptive": module:class, made by its `of(settings)` in the engine
 
     def __post_init__(self) -> None:
-        if not self.candidates or sorted(set(self.candidates)) != list(self.candidates) or self.candidates[0] < 0:
-            raise ConfigError(f"candidate steps must rise from 0 or more, not {list(self.candidates)}")
+        check_candidates(self.candidates)
         if self.candidates[-1] == 0:
             raise ConfigError("the only candidate is 0: start the engine without speculation instead")
         if self.mode == "fixed" and self.fixed not in self.candidates:

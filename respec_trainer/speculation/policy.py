@@ -11,8 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from respec_trainer.errors import ConfigError
-from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.rollout.decode_log import DepthSettings, check_candidates
 from respec_trainer.speculation.cost import CostModel, Work, seconds
 from respec_trainer.speculation.shape import chain
 
@@ -97,8 +96,7 @@ class StepTimes:
     """
 
     def __init__(self, costs: CostModel, candidates: Sequence[int], max_batch: int, max_context: int):
-        if not candidates or sorted(set(candidates)) != list(candidates) or candidates[0] < 0:
-            raise ConfigError(f"candidate steps must rise from 0 or more, not {list(candidates)}")
+        check_candidates(candidates)
         self.candidates = tuple(candidates)
         self.max_batch, self.max_context = max_batch, max_context
         places = range(place_of(max_context) + 1)

@@ -29,13 +29,18 @@ class Shape(NamedTuple):
             return None if self == OFF else f"steps=0 is plain decoding, which is {tuple(OFF)}, not {tuple(self)}"
         if steps < 0 or topk < 1 or draft_tokens < 2:
             return f"{tuple(self)} needs steps >= 0, topk >= 1 and draft_tokens >= 2"
-        drafted = topk + (steps - 1) * topk**2  # every step tries topk continuations of the topk best branches
+        drafted = drafted_tokens(steps, topk)
         if draft_tokens > 1 + drafted:
             return f"{tuple(self)} drafts only {drafted} tokens, and cannot verify {draft_tokens - 1} of them"
         return None
 
 
 OFF = Shape(0, 1, 1)
+
+
+def drafted_tokens(steps: int, topk: int) -> int:
+    """Tokens in a tree: each step but the first tries topk continuations of the topk best branches."""
+    return topk + (steps - 1) * topk**2
 
 
 def chain(steps: int) -> Shape:

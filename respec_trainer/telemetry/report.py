@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from respec_trainer.collectives import broadcast
 from respec_trainer.config import Config
 from respec_trainer.rollout.sample import Sample
 from respec_trainer.telemetry.live import Progress
@@ -31,9 +32,7 @@ class Report:
         """`folder` is asked on the first rank for the run's; `enter` hears of each phase, with its step from 1."""
         self.first = rank == 0
         self.enter, self.done = enter, 0  # steps
-        place = [str(folder(config).resolve())] if self.first else [None]
-        dist.broadcast_object_list(place, src=0, group=control)
-        self.folder = Path(place[0])
+        self.folder = broadcast(folder(config).resolve() if self.first else None, group=control)
         self.steps: list[dict] = []
         self.recorder = Recorder(self.folder, config) if self.first else None
         self.progress = Progress(config.run.steps, config.telemetry.live if self.first else "off")

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from respec_trainer.interrupt import end_tree
+from respec_trainer.processes import kill_tree
 from respec_trainer.watchdog.messages import MOST_CHARACTERS, Process
 
 FRAMES_SHOWN = 30
@@ -55,7 +55,7 @@ def kill_lost(lost: Sequence[Process], me: Process) -> None:
     for process in lost:
         found = process.here() if process.home == me.home and process != me else None
         if found is not None:
-            end_tree(found)
+            kill_tree(found)
 
 
 def main_stack() -> tuple[str, bool]:

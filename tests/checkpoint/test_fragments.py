@@ -1,86 +1,86 @@
-"""FragmentReader: any stretch of any shard, from whatever layout it was saved at, against the Hugging Face weights."""
+"""FragmentIndex: entries of a shard are found in whatever files and fragments hold them, and no others are read."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from respec_trainer.checkpoint.files import write_tensors
-from respec_trainer.checkpoint.fragments import FragmentReader, file_name, fragment_key
+from respec_trainer.checkpoint.fragments import FragmentIndex, file_name, fragment_key, parse_key
 from respec_trainer.errors import ConfigError
-from respec_trainer.weights.hf_map import megatron_shapes, megatron_shard
-from tests.support.models import tiny_config, tiny_model
+from respec_trainer.weights.safetensors_io import MappedFile
 
-FAMILIES = [("qwen2", True), ("qwen3", False), ("llama", False)]
-
-
-@pytest.fixture(scope="module", params=FAMILIES, ids=["qwen2-tied", "qwen3", "llama"])
-def model(request):
-    """The config of a tiny model and a reader of its weights."""
-    family, tied = request.param
-    config = tiny_config(family, tied)
-    weights = {name: weight.detach() for name, weight in tiny_model(config).named_parameters()}
-    return config, lambda name, index: weights[name][index] if index else weights[name]
+NAME = "decoder.layers.0.mlp.linear_fc1.weight"
+WHOLE = torch.arange(100, dtype=torch.float32)
+FILES = ["actor/tp1_dp0.safetensors", "actor/tp1_dp1.safetensors"]
 
 
-def save(folder: Path, model, tp: int, dp: int, seed: int = 0) -> dict:
-    """Every shard, cut at random places over `dp` files; returns the part of meta.json that a reader needs."""
-    config, read = model
-    draws = random.Random(seed)
+def save(folder: Path, *files: dict[str, torch.Tensor]) -> FragmentIndex:
+    """An index of files of tensor-parallel rank 1, one a data-parallel rank."""
     (folder / "actor").mkdir()
-    shapes = megatron_shapes(config, tp)
-    for tp_rank in range(tp):
-        files: list[dict] = [{} for _ in range(dp)]
-        for name in shapes:
-            flat = megatron_shard(name, read, config, tp_rank, tp).flatten()
-            cuts = [0, *sorted(draws.randint(0, len(flat)) for _ in range(dp - 1)), len(flat)]
-            for file, start, stop in zip(files, cuts, cuts[1:], strict=False):
-                if stop > start:  # a rank may own nothing of a parameter
-                    file[fragment_key("master", name, start)] = flat[start:stop]
-        for dp_rank, tensors in enumerate(files):
-            write_tensors(folder / file_name(tp_rank, dp_rank), tensors)
-    return {"tp": tp, "dp": dp, "parameters": {name: list(shape) for name, shape in shapes.items()}}
+    for file, tensors in zip(FILES, files, strict=False):
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / file)
+    return FragmentIndex(folder, FILES[: len(files)])
 
 
-@pytest.mark.parametrize(("saved", "dp"), [(1, 1), (1, 3), (2, 2), (4, 1)])
-def test_every_stretch_is_that_of_the_hugging_face_weights(tmp_path, model, saved, dp):
-    config, read = model
-    meta, draws = save(tmp_path, model, saved, dp), random.Random(1)
-    for tp in (1, 2, 4):
-        for rank in range(tp):
-            reader = FragmentReader(tmp_path, meta, config, rank, tp)
-            for name, shape in megatron_shapes(config, tp).items():
-                expected = megatron_shard(name, read, config, rank, tp).flatten()
-                size = len(expected)
-                places = [(0, size), *(sorted(draws.sample(range(size + 1), k=2)) for _ in range(4))]
-                for start, stop in places:
-                    found = reader.read("master", name, shape, start, stop - start)
-                    assert torch.equal(found, expected[start:stop]), (name, tp, rank, start, stop)
+@pytest.fixture
+def index(tmp_path) -> FragmentIndex:
+    """Entries 0 to 40 in one file, 40 to 70 and 70 to 100 in another; an empty fragment at a place of its own."""
+    first = {f"master/{NAME}/0": WHOLE[:40], f"master/{NAME}/70": WHOLE[70:]}
+    return save(tmp_path, first, {f"master/{NAME}/40": WHOLE[40:70], f"exp_avg/{NAME}/0": -WHOLE, "weight/n/7": WHOLE})
 
 
-def test_what_is_not_there_is_named(tmp_path, model):
-    config, _ = model
-    meta = save(tmp_path, model, 1, 2)
-    reader = FragmentReader(tmp_path, meta, config, 0, 1)
-    name, shape = "decoder.final_layernorm.weight", (64,)
-    with pytest.raises(ConfigError, match=f"lacks exp_avg of {name} from entry 3 on, of tp rank 0"):
-        reader.read("exp_avg", name, shape, 3, 2)
-    with pytest.raises(ConfigError, match=f"lacks master of {name} from entry 64 on"):
-        reader.read("master", name, shape, 60, 10)
-    with pytest.raises(ConfigError, match=rf"{name} is of shape \[64\] there, but \[65\]"):
-        reader.read("master", name, (65,), 0, 5)
+def test_a_key_is_read_as_it_was_made():
+    assert fragment_key("exp_avg", "a/b", 12) == "exp_avg/a/b/12"
+    assert parse_key(fragment_key("exp_avg", "a/b", 12), Path("file")) == ("exp_avg", "a/b", 12)
+    assert file_name(1, 0) == FILES[0]
 
 
-def test_a_gap_between_fragments_is_named(tmp_path):
-    name = "decoder.final_layernorm.weight"
-    (tmp_path / "actor").mkdir()
-    parts = {fragment_key("master", name, start): torch.zeros(20) for start in (0, 44)}
-    write_tensors(tmp_path / file_name(0, 0), parts)
-    meta = {"tp": 1, "dp": 1, "parameters": {name: [64]}}
-    reader = FragmentReader(tmp_path, meta, tiny_config("llama"), 0, 1)
-    assert len(reader.read("master", name, (64,), 44, 20)) == 20
-    with pytest.raises(ConfigError, match="from entry 20 on"):
-        reader.read("master", name, (64,), 0, 64)
+@pytest.mark.parametrize(("start", "stop"), [(0, 100), (0, 40), (5, 39), (39, 41), (30, 80), (70, 100), (99, 100)])
+def test_entries_are_put_together_across_fragments_and_files(index, start, stop):
+    assert torch.equal(index.read("master", NAME, 1, start, stop), WHOLE[start:stop])
+
+
+def test_another_kind_is_another_shard(index):
+    assert torch.equal(index.read("exp_avg", NAME, 1, 3, 9), -WHOLE[3:9])
+
+
+def test_only_what_is_asked_for_is_read(index, monkeypatch):
+    read, sizes = MappedFile.read, []
+
+    def counting(file, name, part=()):
+        tensor = read(file, name, part)
+        sizes.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(MappedFile, "read", counting)
+    index.read("master", NAME, 1, 38, 43)
+    assert sizes == [2, 3]
+
+
+def test_an_empty_fragment_hides_no_other(tmp_path):
+    parts = {f"weight/{NAME}/0": WHOLE[:60], f"weight/{NAME}/60": WHOLE[60:]}
+    index = save(tmp_path, {f"weight/{NAME}/0": WHOLE[:0]}, parts)
+    assert torch.equal(index.read("weight", NAME, 1, 10, 90), WHOLE[10:90])
+
+
+@pytest.mark.parametrize(("start", "stop", "missing"), [(0, 101, 100), (100, 101, 100)])
+def test_the_first_entry_that_is_missing_is_named(index, start, stop, missing):
+    with pytest.raises(ConfigError, match=f"lacks master of {NAME} from entry {missing} on, of tp rank 1"):
+        index.read("master", NAME, 1, start, stop)
+    with pytest.raises(ConfigError, match="from entry 0 on, of tp rank 0"):
+        index.read("master", NAME, 0, 0, 4)
+
+
+@pytest.mark.parametrize("key", ["master", "master/3", f"master/{NAME}", f"master/{NAME}/-1"])
+def test_a_key_of_another_form_is_named(tmp_path, key):
+    with pytest.raises(ConfigError, match="tp1_dp0.safetensors: master.* is not a fragment's key, such as weight/"):
+        save(tmp_path, {key: WHOLE})
+
+
+def test_a_file_of_another_name_is_named(tmp_path):
+    save_file({f"master/{NAME}/0": WHOLE}, tmp_path / "shard0.safetensors")
+    with pytest.raises(ConfigError, match="shard0.safetensors is not named tp0_dp0.safetensors or the like"):
+        FragmentIndex(tmp_path, ["shard0.safetensors"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from respec_trainer.checkpoint.megatron_folder import MegatronFolder, sealed
+from respec_trainer.checkpoint.megatron_folder import MegatronFolder
+from respec_trainer.checkpoint.meta import sealed
 from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.convert.command import main
 from respec_trainer.convert.convert import checkpoint_to_hf, reshard, to_megatron

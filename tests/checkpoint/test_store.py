@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from respec_trainer.checkpoint.files import write_text
-from respec_trainer.checkpoint.megatron_folder import read_meta
+from respec_trainer.checkpoint.meta import check_files, read_meta
 from respec_trainer.checkpoint.store import (
     begin,
-    check_files,
     checkpoints_in,
     latest,
     point,
@@ -18,7 +17,6 @@ from respec_trainer.checkpoint.store import (
     step_of,
     tidy,
 )
-from respec_trainer.errors import ConfigError
 
 META = {"tp": 1, "dp": 1, "zero": 1, "dtype": "fp32", "optimizer": True, "model": {}, "parameters": {}}
 
@@ -30,19 +28,15 @@ def make(root: Path, step: int, reward: float | None = None) -> Path:
     return publish(partial, META | {"step": step}, written)
 
 
-def problem(checkpoint: Path) -> str | None:
-    meta = read_meta(checkpoint)
-    return check_files(checkpoint, meta["files"], sorted(meta["files"]))
-
-
 def test_a_published_checkpoint_is_found_pointed_to_and_whole(tmp_path):
     for step in (9, 10):
         assert make(tmp_path, step) == tmp_path / f"step_{step}"
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step_10", "step_9"]
     assert (tmp_path / "latest").read_text() == "step_10\n"
     assert latest(tmp_path) == tmp_path / "step_10"
-    assert sorted(read_meta(tmp_path / "step_10")["files"]) == ["actor/tp0_dp0.safetensors", "state.json"]
-    assert problem(tmp_path / "step_10") is None
+    files = read_meta(tmp_path / "step_10")["files"]
+    assert sorted(files) == ["actor/tp0_dp0.safetensors", "state.json"]
+    assert check_files(tmp_path / "step_10", files, files) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_10", "step_9"]
 
 
@@ -50,21 +44,6 @@ def test_nothing_is_overwritten(tmp_path):
     make(tmp_path, 1)
     with pytest.raises(FileExistsError, match="step_1 exists"):
         begin(tmp_path, 1)
-
-
-def test_a_file_that_is_damaged_cut_or_gone_is_named(tmp_path):
-    checkpoint = make(tmp_path, 1)
-    path = checkpoint / "actor/tp0_dp0.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(b"x" + content[1:])
-    assert f"{path} is corrupted: its XXH3-128 is" in problem(checkpoint)
-    path.write_bytes(content[:-3])
-    assert f"{path} holds {len(content) - 3} bytes instead of {len(content)}" in problem(checkpoint)
-    path.unlink()
-    assert problem(checkpoint) == f"{path} is missing"
-    (checkpoint / "meta.json").write_text('{"format": 1, "st')
-    with pytest.raises(ConfigError, match="meta.json cannot be read"):
-        read_meta(checkpoint)
 
 
 def scores(path: Path) -> float | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from respec_trainer.dtypes import DTYPES
 from tests.support.models import tiny_config, tiny_model, tiny_tokenizer
 
 HEAD = 128
@@ -47,7 +48,7 @@ class Pair:
 
 def save_pair(root: Path, size: Size, dtype: str) -> Pair:
     """Write both in `dtype`, "fp32" or "bf16"."""
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    kind = DTYPES[dtype]
     model = _target(size)
     _save_drafter(root / "drafter", model, kind)
     model.to(kind).save_pretrained(root / "target")

@@ -75,7 +75,7 @@ class FakeResync:
         return 0
 
     def push(self, forgot, prove):
-        from respec_trainer.agreement import agree
+        from respec_trainer.collectives import agree
         from respec_trainer.errors import TransferError
 
         self.pushes.append(("push", prove))

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from respec_trainer.checkpoint.store import check_files, checkpoints_in
+from respec_trainer.checkpoint.meta import check_files
+from respec_trainer.checkpoint.store import checkpoints_in
 from respec_trainer.telemetry.recorder import read_metrics
 from tests.support.processes.hosts import Host, missing, two_hosts
 from tests.support.tiny_runs import REPOSITORY, numbers, tiny_run

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from respec_trainer.capture import Wanted
 from respec_trainer.config import Config
-from respec_trainer.drafter.format import FIXED, load_drafter
+from respec_trainer.drafter.format import load_drafter
 from respec_trainer.drafter.online.online import OnlineDrafter
 from respec_trainer.drafter.online.record import LearnerRank
+from respec_trainer.drafter.vocabulary import FIXED
 from respec_trainer.rollout.sample import Sample
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from respec_trainer.capture import Wanted
+from respec_trainer.collectives import reduce
 from respec_trainer.config import Config
 from respec_trainer.drafter.format import load_drafter
 from respec_trainer.drafter.online.buffer import MB, ReplayBuffer, Row
@@ -221,20 +222,13 @@ class OnlineDrafter:
         return self.place.device.type == "cuda" and self.config.model.dtype == "bf16"
 
     def _sum(self, values: list[float]) -> list[float]:
-        return self._reduce(values, dist.ReduceOp.SUM)
+        return reduce(values, "sum", self.control)
 
     def _most(self, values: list[float]) -> list[float]:
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return reduce(values, "max", self.control)
 
     def _least(self, values: list[float]) -> list[float]:
-        return self._reduce(values, dist.ReduceOp.MIN)
-
-    def _reduce(self, values: list[float], operation) -> list[float]:
-        """Over all ranks, in float64 and on the CPU."""
-        here = torch.tensor(values, dtype=torch.float64)
-        if dist.is_initialized():
-            dist.all_reduce(here, operation, group=self.control)
-        return here.tolist()
+        return reduce(values, "min", self.control)
 
     def state_dict(self) -> dict:
         """Weights, optimizer, buffer, cadence, accept history: of this rank, whose buffer is its own."""

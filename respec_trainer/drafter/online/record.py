@@ -14,10 +14,8 @@ from respec_trainer.drafter.online.buffer import Row, Snapshot
 from respec_trainer.drafter.online.measure import Measurement
 from respec_trainer.drafter.online.updates import DrafterUpdates, Outcome
 from respec_trainer.drafter.online.weighting import response_weights
-from respec_trainer.drafter.vocabulary import coverage
+from respec_trainer.drafter.vocabulary import LEAST_COVERAGE, coverage
 from respec_trainer.rollout.sample import Sample
-
-LEAST_COVERAGE = 0.9  # of response tokens by the draft vocabulary, below which the user is told
 
 
 @dataclass(frozen=True)

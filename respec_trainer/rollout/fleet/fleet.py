@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from respec_trainer.agreement import agree
+from respec_trainer.collectives import agree
 from respec_trainer.config import Config
 from respec_trainer.placement import Placement
 from respec_trainer.rollout.decode_log import DecodeLog

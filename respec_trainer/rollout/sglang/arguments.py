@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from respec_trainer.config import EngineConfig
+from respec_trainer.dtypes import DTYPES, long_name
 from respec_trainer.errors import ConfigError
 from respec_trainer.network import free_port
 from respec_trainer.rollout.decode_log import DepthSettings
@@ -20,7 +21,7 @@ def server_arguments(settings: EngineSettings) -> dict[str, Any]:
     engine = settings.engine
     arguments: dict[str, Any] = {
         "model_path": settings.model_path,
-        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[settings.dtype],
+        "dtype": long_name(DTYPES[settings.dtype]),
         "device": settings.device,
         "load_format": settings.load_format,
         "context_length": settings.context_length,

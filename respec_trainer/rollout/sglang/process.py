@@ -10,21 +10,18 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
-import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
 import threading
-import time
 import warnings
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from respec_trainer.errors import EngineError
+from respec_trainer.processes import kill_and_wait
 from respec_trainer.rollout.sglang import workers as sglang_workers
 from respec_trainer.rollout.sglang.arguments import server_arguments, step_environment
 from respec_trainer.rollout.sglang.delivery import Deliveries, delivery_environment
@@ -105,7 +102,7 @@ class SGLangProcess:
             return
         self._closing = True
         self.fail("the rollout engine was shut down")
-        _kill(self.children)
+        kill_and_wait(self.children, KILL_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(KILL_SECONDS)
         _remove_sockets(self.engine.port_args)
@@ -123,7 +120,8 @@ class SGLangProcess:
             try:
                 return ready.result(self.settings.engine.timeout)
             except BaseException as error:
-                _kill([child for child in multiprocessing.active_children() if child not in before])
+                started = [child for child in multiprocessing.active_children() if child not in before]
+                kill_and_wait(started, KILL_SECONDS)
                 if not isinstance(error, Exception):
                     raise
                 reason = "no answer" if isinstance(error, concurrent.futures.TimeoutError) else error
@@ -179,7 +177,7 @@ class SGLangProcess:
         child.join()
         status = f"status {child.exitcode}" if child.exitcode >= 0 else f"signal {-child.exitcode}"
         self.fail(f"process {child.pid} of the rollout engine ended with {status}; its own messages are above")
-        _kill(self.children)
+        kill_and_wait(self.children, KILL_SECONDS)
 
 
 def _engine_class(settings: EngineSettings, deliveries: Deliveries, fail: Callable[[str], None]) -> type:
@@ -214,21 +212,6 @@ def _engine_class(settings: EngineSettings, deliveries: Deliveries, fail: Callab
             return super()._launch_detokenizer_subprocesses(server_args, port_args, run_detokenizer_process_func)
 
     return TrainersEngine
-
-
-def _kill(children: list) -> None:
-    """Kill these processes and theirs, and wait until they are gone."""
-    descendants = []
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            descendants += psutil.Process(child.pid).children(recursive=True)
-    for process in [*children, *descendants]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    deadline = time.monotonic() + KILL_SECONDS
-    for child in children:
-        child.join(max(0.0, deadline - time.monotonic()))
-    psutil.wait_procs(descendants, timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _remove_sockets(port_args: Any) -> None:

@@ -7,7 +7,6 @@ the messages are built with it, always "target" or "draft".
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,14 +14,16 @@ from typing import Any
 
 import torch
 
+from respec_trainer.drafter.vocabulary import FIXED
 from respec_trainer.errors import EngineError
 from respec_trainer.models.registry import family_named
 from respec_trainer.rollout.engine import Role, TensorSpec
 from respec_trainer.rollout.sglang.process import SGLangProcess
 from respec_trainer.rollout.sglang.settings import EngineSettings
+from respec_trainer.weights.safetensors_io import MappedFile
 
-# The drafter's vocabulary maps are read once, at the start, and its embedding is the target's own.
-FIXED_IN_DRAFTER = ("d2t", "t2d", "embed_tokens.weight", "model.embed_tokens.weight")
+# The drafter's vocabulary maps are read once, at the start, and its embedding is the target's own, under either name.
+FIXED_IN_DRAFTER = (*FIXED, "model.embed_tokens.weight")
 
 
 class WeightUpdater:
@@ -167,11 +168,8 @@ def weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a folder's safetensors files, from their headers; empty if there are none."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in Path(folder).glob("*.safetensors"):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
+        file = MappedFile(path)
+        shapes |= {name: file.shape(name) for name in file.names()}
     return shapes
 
 

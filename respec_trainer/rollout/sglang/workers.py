@@ -7,7 +7,6 @@ is the moment to prepare the process.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -15,6 +14,8 @@ import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
+
+from respec_trainer.processes import collect_garbage_again, collect_no_garbage, parent_death_signal
 
 # sglang's children report failure by a signal to the trainer that would end it. They exit with this status instead, and
 # the trainer's watcher sees them gone.
@@ -74,10 +75,10 @@ class Worker:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        gc.disable()  # a tenth of the start would go into looking for garbage among what imports make
+        collect_no_garbage()
         warnings.filterwarnings("ignore")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the trainer, which ends the engine
-        _die_with_parent()
+        parent_death_signal(signal.SIGKILL)()  # from the first moment, and not only once sglang asks for it
         prepare_process(self.device)
         _exit_instead_of_signalling()
 
@@ -96,7 +97,7 @@ class SchedulerWorker(Worker):
         weight_utils.tqdm = weight_utils.DisabledTqdm  # its bars would run through the trainer's display
         load_plugins()
         sglang_plugin.require_active()
-        _collect_again()
+        collect_garbage_again()
         run_scheduler_process(*args)
 
 
@@ -104,23 +105,8 @@ class DetokenizerWorker(Worker):
     def __call__(self, *args: Any) -> None:
         from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
-        _collect_again()
+        collect_garbage_again()
         run_detokenizer_process(*args)
-
-
-def _collect_again() -> None:
-    """Collect garbage from now on, but not among what was imported, which stays."""
-    gc.freeze()
-    gc.enable()
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the trainer dies, from the first moment and not only once sglang asks."""
-    if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _exit_instead_of_signalling() -> None:

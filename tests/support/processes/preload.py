@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import threading
 
-gc.disable()  # there is no garbage among what imports make
+from respec_trainer.processes import collect_garbage_again, collect_no_garbage
+
+collect_no_garbage()
 
 
 def become_template() -> None:
     """Leave what was imported alone, and end without the farewells of libraries. Refuses threads: no fork has them."""
     assert threading.active_count() == 1, f"imports started threads: {threading.enumerate()}"
-    gc.freeze()
-    gc.enable()
+    collect_garbage_again()
     atexit.register(_end, os.getpid())
 
 
