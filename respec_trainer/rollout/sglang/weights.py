@@ -19,6 +19,7 @@ from respec_trainer.errors import EngineError
 from respec_trainer.rollout.engine import Role, TensorSpec
 from respec_trainer.rollout.sglang.process import SGLangProcess
 from respec_trainer.rollout.sglang.settings import EngineSettings
+from respec_trainer.speculation.algorithms import algorithm_of
 
 # The drafter's vocabulary maps are read once, at the start, and its embedding is the target's own.
 FIXED_IN_DRAFTER = ("d2t", "t2d", "embed_tokens.weight", "model.embed_tokens.weight")
@@ -35,7 +36,7 @@ class WeightUpdater:
         self._shapes = {"target": weight_shapes(settings.model_path)}
         if _is_tied(settings.model_path):
             self._shapes["target"].pop("lm_head.weight", None)  # some folders hold a copy of it
-        if settings.speculation.algorithm == "eagle3":  # the only drafter that changes
+        if algorithm_of(settings.speculation).pushes:
             self._shapes["draft"] = weight_shapes(settings.drafter_path)
 
     def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:
