@@ -139,8 +139,7 @@ class RolloutConfig(Section):
 
 
 class SpeculationConfig(Section):
-    # eagle3: a drafter of its own kind; standalone: a smaller model; ngram: what the engine has generated before
-    algorithm: Literal["eagle3", "standalone", "ngram", "none"] = "eagle3"
+    algorithm: str = "eagle3"  # what drafts: a name in speculation/algorithms/, whose checks load_config runs
     steps: PositiveInt = 3  # s: draft steps
     topk: PositiveInt = 1  # t: branches a step
     draft_tokens: PositiveInt = 4  # n: tokens verified in one target pass, the root included
@@ -156,51 +155,12 @@ class SpeculationConfig(Section):
     # At 0 steps the drafter reads a token when it is drawn (warm), or all when speculation goes on (defer).
     off: Literal["defer", "warm"] = "defer"
 
-    @property
-    def lossy(self) -> bool:
-        """Whether drafts are accepted beyond the policy's law, so that samples do not follow the policy."""
-        return self.algorithm != "none" and min(self.accept_threshold_single, self.accept_threshold_acc) < 1
-
-    @property
-    def depth(self) -> int:
-        """The most drafts one pass can accept."""
-        return self.draft_tokens - 1 if self.algorithm == "ngram" else self.steps
-
-    @model_validator(mode="after")
-    def _samples_follow_the_policy(self) -> SpeculationConfig:
-        for key in ("accept_threshold_single", "accept_threshold_acc"):
-            if self.lossy and getattr(self, key) < 1 and not self.allow_lossy:
-                raise ValueError(
-                    f"{key}={getattr(self, key)} accepts drafts that the policy would not have sampled: "
-                    f"responses would no longer follow the policy being trained; set {key}=1.0, or allow it with "
-                    "speculation.allow_lossy=true"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _rejection_sampling_is_possible(self) -> SpeculationConfig:
-        if not self.rejection_sampling or self.algorithm == "none":
-            return self
-        if self.algorithm != "eagle3" or self.topk > 1:
-            raise ValueError(
-                "rejection_sampling needs algorithm=eagle3 and topk=1, not "
-                f"algorithm={self.algorithm} and topk={self.topk}"
-            )
-        if self.lossy:
-            raise ValueError("rejection_sampling knows no accept thresholds: set accept_threshold_single and _acc to 1")
-        return self
-
     @model_validator(mode="after")
     def _steps_can_adapt(self) -> SpeculationConfig:
         if self.policy == "fixed":
             if self.profile is not None or self.candidates is not None:
                 raise ValueError("profile and candidates are for policy=adaptive: set it, or leave them out")
             return self
-        if self.algorithm != "eagle3" or self.topk > 1:
-            raise ValueError(
-                "policy=adaptive switches chains of an eagle3 drafter, not "
-                f"algorithm={self.algorithm} with topk={self.topk}: set algorithm=eagle3 and topk=1, or policy=fixed"
-            )
         if self.profile is None:
             raise ValueError("policy=adaptive needs profile: measure one with tools/profile_speculation.py")
         if self.candidates is not None:
@@ -215,22 +175,6 @@ class SpeculationConfig(Section):
                 f"candidates={candidates} go beyond steps={self.steps}, the most that are drafted: set "
                 f"steps={candidates[-1]} and draft_tokens={candidates[-1] + 1}, or fewer candidates"
             )
-
-    @model_validator(mode="after")
-    def _shape_is_consistent(self) -> SpeculationConfig:
-        if self.algorithm == "none":
-            return self
-        if self.algorithm == "ngram":
-            if self.draft_tokens < 2:
-                raise ValueError("algorithm=ngram needs draft_tokens >= 2: the root and at least one draft")
-            return self  # the drafts' tree is as wide and as deep as what is found
-        s, t, n = self.steps, self.topk, self.draft_tokens
-        if t == 1 and n != s + 1:
-            raise ValueError(f"a chain (topk=1) verifies exactly steps + 1 tokens: set draft_tokens={s + 1}, not {n}")
-        limit = 1 + t + (s - 1) * t * t
-        if t > 1 and not s < n <= limit:
-            raise ValueError(f"a tree of steps={s}, topk={t} needs {s} < draft_tokens <= {limit}, not {n}")
-        return self
 
 
 class DrafterConfig(Section):
@@ -354,7 +298,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
-        self._check_drafter_path()
         if self.samples_per_step % self.objective.minibatches:
             raise ValueError(
                 f"objective.minibatches={self.objective.minibatches} must divide data.prompts_per_step x "
@@ -397,38 +340,3 @@ class Config(Section):
                 "set one of them to false"
             )
         return self
-
-    @model_validator(mode="after")
-    def _the_drafter_can_learn(self) -> Config:
-        drafter, speculation = self.drafter, self.speculation
-        if drafter.weighting == "none":
-            return self
-        if speculation.algorithm != "eagle3":
-            raise ValueError(
-                f"drafter.weighting={drafter.weighting} trains a drafter, but speculation.algorithm="
-                f"{speculation.algorithm} has none that could learn: set drafter.weighting=none, or "
-                "speculation.algorithm=eagle3"
-            )
-        if drafter.unroll < speculation.steps:
-            raise ValueError(
-                f"drafter.unroll={drafter.unroll} simulates fewer draft steps than the engine drafts "
-                f"(speculation.steps={speculation.steps}): set drafter.unroll={speculation.steps} or more"
-            )
-        return self
-
-    def _check_drafter_path(self) -> None:
-        algorithm, path = self.speculation.algorithm, self.drafter.path
-        kinds = {
-            "eagle3": "a drafter made by tools/train_drafter.py",
-            "standalone": "the folder of a smaller model with the same vocabulary",
-        }
-        if algorithm in kinds and path is None:
-            raise ValueError(
-                f"speculation.algorithm={algorithm} needs drafter.path, {kinds[algorithm]} "
-                "(or set speculation.algorithm=none)"
-            )
-        if algorithm == "ngram" and path is not None:
-            raise ValueError(
-                f"speculation.algorithm=ngram has no drafter, but drafter.path={path} is given: leave it out, "
-                "or set speculation.algorithm=eagle3"
-            )

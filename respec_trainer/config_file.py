@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from respec_trainer.config import Config, Section
 from respec_trainer.errors import ConfigError
+from respec_trainer.speculation.algorithms.checks import check_config
 
 Kind = TypeVar("Kind", bound=Section)
 
@@ -40,7 +41,8 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[Kind] = Config) -> Kind:
     """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate the result as a `kind`.
 
-    Raises ConfigError for a missing or malformed file, and for every bad key at once, each with the nearest valid key.
+    Raises ConfigError for a missing or malformed file, and for every bad key at once, each with the nearest valid key;
+    then for what the speculation algorithm cannot work with.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,14 +56,25 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), k
     for override in overrides:
         _apply_override(tree, override)
     try:
-        return kind.model_validate(tree)
+        config = kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}:\n" + "\n".join(_explain(item, kind) for item in error.errors())) from error
+    if isinstance(config, Config):
+        _check_algorithm(path, config)
+    return config
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _check_algorithm(path: Path, config: Config) -> None:
+    """Raise ConfigError, naming the file, for what the chosen speculation algorithm cannot work with."""
+    try:
+        check_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n  {error}") from error
 
 
 def _apply_override(tree: dict, override: str) -> None:

@@ -38,6 +38,7 @@ from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.fleet.fleet import RolloutFleet
 from respec_trainer.rollout.remote.engine import RemoteEngine
 from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.speculation.algorithms import algorithm_of
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.profiling.settings import depth_settings
 from respec_trainer.telemetry.recorder import new_run_folder
@@ -99,7 +100,7 @@ class Job:
     def _setup_resync(self) -> Resync:
         fleet, device = self.fleet, self.topology.device.type
         transport = setup_transport(self.config, device, fleet.engine, fleet.owners, self.control)
-        drafter = self.learner if self.config.speculation.algorithm == "eagle3" else None
+        drafter = self.learner if algorithm_of(self.config.speculation).pushes else None
         return Resync(self.config, self.actor, drafter, fleet.engine, transport, self.control)
 
     def resume(self, trainer: Stateful) -> int:
@@ -120,7 +121,7 @@ class Job:
         shared = {"trainer": trainer, "prompts": self.prompts, "alarm": self.alarm, "audit": self.audit}
         shared["lengths"] = self.fleet.dealer
         own = {"fleet": self.fleet} | ({"learner": self.learner} if isinstance(self.learner, OnlineDrafter) else {})
-        folders = {"drafter": self._drafter_copy} if self.config.speculation.algorithm == "eagle3" else {}
+        folders = {"drafter": self._drafter_copy} if algorithm_of(self.config.speculation).exports else {}
         return Parts(self.actor, shared, own, folders, immutable=("learner/buffer",))
 
     def _drafter_copy(self) -> Callable[[Path], None]:
@@ -157,8 +158,9 @@ class Job:
     def export(self) -> Path:
         """Write the models as they are into the run's folder: `actor`, a Hugging Face folder, and `drafter`.
 
-        Every rank calls it. A drafter is there with EAGLE-3, learned or not, in the dtype that engines hold it in.
-        What the run exported before it went on is moved aside. Returns the actor's folder.
+        Every rank calls it. A drafter is there with a speculation algorithm that exports one, learned or not, in the
+        dtype that engines hold it in. What the run exported before it went on is moved aside. Returns the actor's
+        folder.
         """
         self.report.phase("exporting the actor")
         self.actor.onload()  # the engines may have its room: they are not needed any more
@@ -168,7 +170,7 @@ class Job:
             if earlier := set_aside(folder):
                 self.report.message(f"what this run had exported before is now in {earlier}")
         export_actor(self.actor, Path(self.config.model.path), actor)
-        if first and self.config.speculation.algorithm == "eagle3":
+        if first and algorithm_of(self.config.speculation).exports:
             export_drafter(self._drafter_copy(), drafter, DTYPES[self.config.model.dtype])
         return actor
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from respec_trainer.actor.engine import Actor
 from respec_trainer.actor.parallel import init_parallel
-from respec_trainer.audit.cells import MODES, Cell, Mode, speculation_of
+from respec_trainer.audit.cells import Cell, Mode, speculation_of
 from respec_trainer.audit.draws import NEW_TOKENS, Plan, examine
 from respec_trainer.audit.ends import Ends, check_switched
 from respec_trainer.audit.law import shaped
@@ -32,6 +32,7 @@ from respec_trainer.resync.transport import setup_transport
 from respec_trainer.rollout.batch import collate
 from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 
 # What an audit asks of its configuration: one process, and float32, in which engine and actor agree to rounding that
 # no test sees. What is tested is the sampler; log-probs say, at every step of training, what lower precision costs.
@@ -84,7 +85,7 @@ class Auditor:
         given = self.actor.hf_config.eos_token_id
         return frozenset(given if isinstance(given, list) else [given])
 
-    def run(self, cells: Sequence[Cell], modes: dict[str, Mode] = MODES) -> Iterator[CellResult]:
+    def run(self, cells: Sequence[Cell], modes: dict[str, Mode]) -> Iterator[CellResult]:
         """Results of the cells, in order; cells of one mode next to each other share an engine."""
         for name, group in groupby(cells, key=lambda cell: cell.mode):
             self.say(f"starting the engine: {name}")
@@ -112,12 +113,13 @@ class Auditor:
     def _settings(self, mode: Mode) -> EngineSettings:
         config = self.config
         speculation = speculation_of(mode, config.speculation)
-        drafters = {"eagle3": self._drafter(mode.wide), "standalone": config.model.path}
+        # Where a model drafts, the actor's own: it is always there, and its tokenizer fits.
+        drafters = {DrafterFolder.EAGLE3: self._drafter(mode.wide), DrafterFolder.MODEL: config.model.path}
         settings = EngineSettings.from_config(config, self.device)
         return replace(
             settings,
             speculation=speculation,
-            drafter_path=drafters.get(speculation.algorithm),
+            drafter_path=drafters.get(algorithm_of(speculation).folder),
             tokenizer=mode.text,
             steps_by_batch={1: speculation.steps, SWITCH_AT: 0} if mode.switching else None,
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from respec_trainer.config import SpeculationConfig
+from respec_trainer.speculation.algorithms import ALGORITHMS, DrafterFolder
 
 Before = Literal["nothing", "resync", "sleep"]
 
@@ -42,39 +43,57 @@ class Cell:
 
 CHAIN = {"algorithm": "eagle3", "steps": 3, "topk": 1, "draft_tokens": 4}
 TREE = {"algorithm": "eagle3", "steps": 3, "topk": 2, "draft_tokens": 6}
-MODES = {
-    mode.name: mode
-    for mode in (
-        Mode("no speculation", {"algorithm": "none"}),
-        Mode("EAGLE-3 chain", CHAIN, needs="drafter"),
-        Mode("EAGLE-3 chain with text", CHAIN, needs="drafter", text=True),
-        Mode("EAGLE-3 tree", TREE, needs="drafter"),
-        Mode("EAGLE-3 rejection", CHAIN | {"rejection_sampling": True}, needs="drafter", wide=True),
-        Mode("EAGLE-3 on and off", CHAIN, needs="drafter", switching=True),
-        Mode("standalone", {"algorithm": "standalone", "steps": 3, "topk": 1, "draft_tokens": 4}),
-        Mode("ngram", {"algorithm": "ngram"}),
-    )
-}
+# Several modes each for these algorithms; every other one has one mode and one cell, by its own description.
+NAMED = (
+    Mode("no speculation", {"algorithm": "none"}),
+    Mode("EAGLE-3 chain", CHAIN, needs="drafter"),
+    Mode("EAGLE-3 chain with text", CHAIN, needs="drafter", text=True),
+    Mode("EAGLE-3 tree", TREE, needs="drafter"),
+    Mode("EAGLE-3 rejection", CHAIN | {"rejection_sampling": True}, needs="drafter", wide=True),
+    Mode("EAGLE-3 on and off", CHAIN, needs="drafter", switching=True),
+)
 CONTROL = Mode("lossy on purpose", CHAIN | {"accept_threshold_acc": 0.9, "allow_lossy": True}, needs="drafter")
 
 TEMPERATURES = tuple({"temperature": temperature} for temperature in (1.0, 0.6, 0.3))
 FILTERS = ({"top_p": 0.9}, {"top_k": 20})
-CELLS = (
+FIRST = (
     *(Cell("no speculation", sampling) for sampling in (*TEMPERATURES, *FILTERS)),
     *(Cell("EAGLE-3 tree", sampling) for sampling in (*TEMPERATURES, *FILTERS)),
     Cell("EAGLE-3 on and off", ends=True),  # the batch shrinks as limits are met, and grows again
     Cell("EAGLE-3 rejection"),
-    Cell("standalone"),
-    Cell("ngram"),
+)
+LAST = (
     Cell("EAGLE-3 chain with text", ends=True),
-    # The last ones, because they change the actor.
     *(Cell("EAGLE-3 chain", sampling) for sampling in (*TEMPERATURES, *FILTERS)),
+    # Nothing may follow them but their like, because they change the actor.
     Cell("EAGLE-3 chain", before="resync"),
     Cell("EAGLE-3 chain", before="sleep"),
 )
 SHORT = (Cell("no speculation"), Cell("EAGLE-3 chain"), Cell("EAGLE-3 chain", before="resync"))
 
 
+def described_modes() -> list[Mode]:
+    """A mode for each algorithm that none is named for above, by the algorithm's name."""
+    named = {mode.speculation["algorithm"] for mode in NAMED}
+    return [
+        Mode(
+            algorithm.name,
+            {"algorithm": algorithm.name, **algorithm.audit_shape},
+            needs="drafter" if algorithm.folder is DrafterFolder.EAGLE3 else "nothing",
+        )
+        for algorithm in (ALGORITHMS[name] for name in ALGORITHMS if name not in named)
+    ]
+
+
+def all_modes() -> dict[str, Mode]:
+    return {mode.name: mode for mode in (*NAMED, *described_modes())}
+
+
+def all_cells() -> tuple[Cell, ...]:
+    return (*FIRST, *(Cell(mode.name) for mode in described_modes()), *LAST)
+
+
 def speculation_of(mode: Mode, base: SpeculationConfig) -> SpeculationConfig:
     """The mode's speculation, with the configuration's thresholds: if those are lossy, the audit must show it."""
-    return SpeculationConfig(**(base.model_dump() | {"rejection_sampling": False} | mode.speculation))
+    fixed = {"rejection_sampling": False, "policy": "fixed", "profile": None, "candidates": None}
+    return SpeculationConfig(**(base.model_dump() | fixed | mode.speculation))

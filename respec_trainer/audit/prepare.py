@@ -6,11 +6,12 @@ import os
 import warnings
 from collections.abc import Sequence
 
-from respec_trainer.audit.cells import CELLS, CONTROL, MODES, SHORT, Cell, Mode
+from respec_trainer.audit.cells import CONTROL, SHORT, Cell, Mode, all_cells, all_modes
 from respec_trainer.config import Config
 from respec_trainer.config_file import load_config
 from respec_trainer.errors import ConfigError
 from respec_trainer.network import free_port
+from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 
 
 def prepare_audit(path: str, overrides: Sequence[str]) -> Config:
@@ -36,11 +37,12 @@ def wanted_cells(config: Config, part: str, short: bool, control: bool) -> tuple
     """Cells whose name holds `part` and that the configuration has the parts for, of all or of the short form's; or the
     control alone.
     """
+    modes = all_modes()
     if control:
-        return [Cell(CONTROL.name)], MODES | {CONTROL.name: CONTROL}
-    has_drafter = config.drafter.path is not None and config.speculation.algorithm == "eagle3"
-    possible = [c for c in (SHORT if short else CELLS) if has_drafter or MODES[c.mode].needs == "nothing"]
+        return [Cell(CONTROL.name)], modes | {CONTROL.name: CONTROL}
+    has_drafter = algorithm_of(config.speculation).folder is DrafterFolder.EAGLE3  # and then a path, when it loaded
+    possible = [c for c in (SHORT if short else all_cells()) if has_drafter or modes[c.mode].needs == "nothing"]
     cells = [cell for cell in possible if part in cell.name]
     if not cells:
         raise ConfigError(f"no cell's name holds {part!r}; they are: {'; '.join(cell.name for cell in possible)}")
-    return cells, MODES
+    return cells, modes

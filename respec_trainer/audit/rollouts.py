@@ -20,6 +20,7 @@ from respec_trainer.config import Config
 from respec_trainer.errors import AuditError
 from respec_trainer.rollout.batch import Batch
 from respec_trainer.rollout.sample import SamplingParams
+from respec_trainer.speculation.algorithms import is_lossy
 
 FIRST_RANKS = (0, 1, 2, 3, 8)  # of each class
 ROWS = 16  # responses a pass, whose logits are held at once
@@ -31,7 +32,7 @@ class StepAudit:
     """Audits every `rollout.audit_every`-th step. Collective: every rank calls it."""
 
     def __init__(self, config: Config, actor: Actor):
-        self.every, self.actor, self.lossy = config.rollout.audit_every, actor, config.speculation.lossy
+        self.every, self.actor, self.lossy = config.rollout.audit_every, actor, is_lossy(config.speculation)
         self.total: ClassSums | None = None  # of all audits: a small bend shows in the long run
         sampling = config.rollout.sampling
         self.params = SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k)

@@ -8,10 +8,11 @@ from respec_trainer.dtypes import DTYPES
 from respec_trainer.plan.part import PHASES, Part, Phase
 from respec_trainer.plan.places import Layout
 from respec_trainer.plan.sizes import DrafterSizes
+from respec_trainer.speculation.algorithms import algorithm_of
 
 
 def learns(config: Config) -> bool:
-    return config.speculation.algorithm == "eagle3" and config.drafter.weighting != "none"
+    return algorithm_of(config.speculation).learns and config.drafter.weighting != "none"
 
 
 def learner_parts(config: Config, drafter: DrafterSizes | None, longest: int) -> list[Part]:

@@ -26,6 +26,7 @@ from respec_trainer.plan.part import PHASES, Part, Phase
 from respec_trainer.plan.places import Layout
 from respec_trainer.plan.sizes import DRAFT_VOCABULARY, FLOAT, ActorSizes, DrafterSizes, cache_bytes
 from respec_trainer.plan.zero import ZeroSizes
+from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 from respec_trainer.speculation.profiling.settings import longest_sequence
 
 GB = 1 << 30
@@ -112,8 +113,8 @@ def plan_memory(
 
 
 def drafter_sizes(config: Config, hf_config, draft_vocab: int | None) -> DrafterSizes | None:
-    """Of the drafter that learns or drafts; None without one."""
-    if config.speculation.algorithm != "eagle3":
+    """Of the EAGLE-3 drafter that learns or drafts; None without one."""
+    if algorithm_of(config.speculation).folder is not DrafterFolder.EAGLE3:
         return None
     size = draft_vocab or min(DRAFT_VOCABULARY, hf_config.vocab_size // 64 * 64)
     return DrafterSizes(DrafterShape.for_target(hf_config, size))
@@ -142,7 +143,7 @@ def _engine_parts(config: Config, hf_config, drafter: DrafterSizes | None, width
     """Without the key/value cache. Asleep, an engine keeps its context and graphs."""
     engine, phases = config.rollout.engine, ("generate", "resync")
     weights = ActorSizes(hf_config, engine.tp, width).parameters * width
-    drafted = config.speculation.draft_tokens if config.speculation.algorithm != "none" else 1
+    drafted = config.speculation.draft_tokens if algorithm_of(config.speculation).drafts else 1
     rows = engine.max_running_requests * drafted
     # One pass over a prompt's chunk, then logits in the model's dtype and twice in float32.
     prefill = PREFILL * (3 * hf_config.intermediate_size // engine.tp + 4 * hf_config.hidden_size) * width

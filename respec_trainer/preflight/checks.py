@@ -20,6 +20,7 @@ from respec_trainer.errors import ConfigError
 from respec_trainer.network import is_free
 from respec_trainer.objective.registry import setup_objective
 from respec_trainer.plan.places import Cluster, plan_layout
+from respec_trainer.preflight.drafters import check_drafter
 from respec_trainer.rewards import setup_reward
 
 
@@ -128,43 +129,6 @@ def check_tokenizer(config: Config, hf_config) -> None:
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.path: the tokenizer in {config.model.path} cannot be read: {error}") from error
     check_tokenizer_fits(tokenizer, hf_config, config.model.path)
-
-
-def check_drafter(config: Config, hf_config) -> None:
-    """What drafter.path names can draft for the model, by speculation.algorithm."""
-    if config.speculation.algorithm == "eagle3":
-        from respec_trainer.drafter.format import check_drafter_folder
-
-        check_drafter_folder(Path(config.drafter.path), hf_config)
-        check_rejection_sampling(config)
-        check_profile(config, hf_config)
-    elif config.speculation.algorithm == "standalone":
-        from respec_trainer.drafter.standalone import check_standalone
-
-        device = resolve_device(config.run.device)
-        drafter = check_standalone(config.drafter.path, config.model.path, hf_config, device)
-        check_model(drafter, tp=1, model_key="drafter.path")  # what the actor can be, the engine can load
-
-
-def check_profile(config: Config, hf_config) -> None:
-    """An adaptive run's profile is of this run."""
-    from respec_trainer.speculation.profiling.settings import depth_settings
-
-    depth_settings(config, hf_config, resolve_device(config.run.device))
-
-
-def check_rejection_sampling(config: Config) -> None:
-    """The drafter's law must be over the target's own vocabulary."""
-    if not config.speculation.rejection_sampling:
-        return
-    drafter = json.loads((Path(config.drafter.path) / "config.json").read_text())
-    size, full = drafter["draft_vocab_size"], drafter["vocab_size"]
-    if size != full:
-        raise ConfigError(
-            f"speculation.rejection_sampling needs a drafter of the full vocabulary, but draft_vocab_size in "
-            f"{config.drafter.path} is {size} of {full}; train one with all {full} tokens, or set "
-            "speculation.rejection_sampling=false"
-        )
 
 
 def check_resume(config: Config) -> None:

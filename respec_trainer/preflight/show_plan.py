@@ -18,6 +18,7 @@ from respec_trainer.plan.memory import GB, MemoryPlan, drafter_sizes, plan_memor
 from respec_trainer.plan.places import Cluster, Layout, plan_layout
 from respec_trainer.plan.show import show
 from respec_trainer.preflight.checks import check_shapes, every_problem, read_model_config
+from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 
 WIDTH = 150  # columns, where the output goes to a file
 GPU_GB = 80.0  # where no GPU can be asked: an H100's
@@ -108,6 +109,6 @@ def gpu_bytes_of(question: Question) -> int:
 def draft_vocabulary_of(config: Config) -> int | None:
     """The drafter's, where there is one to be asked."""
     path = Path(config.drafter.path or "") / "config.json"
-    if config.speculation.algorithm != "eagle3" or not path.is_file():
+    if algorithm_of(config.speculation).folder is not DrafterFolder.EAGLE3 or not path.is_file():
         return None
     return json.loads(path.read_text()).get("draft_vocab_size")

@@ -11,6 +11,7 @@ import numpy as np
 from respec_trainer.config import SpeculationConfig
 from respec_trainer.rollout.sample import UNDRAFTED, Sample
 from respec_trainer.speculation.acceptance import depth_acceptance
+from respec_trainer.speculation.algorithms import algorithm_of, is_lossy
 from respec_trainer.telemetry.timeline import Timeline, acceptance_by_depth, mean_by_time, pool, switches
 
 
@@ -53,7 +54,7 @@ def _sample_metrics(samples: Sequence[Sample], speculation: SpeculationConfig) -
     decoded = [origin for sample in samples for origin in sample.origins[1:]]
     common = {
         "spec/off_fraction": decoded.count(UNDRAFTED) / max(len(decoded), 1),
-        "spec/lossy": int(speculation.lossy),
+        "spec/lossy": int(is_lossy(speculation)),
     }
     if not passes:
         return common | {"spec/accept_length": 1.0, "spec/steps": 0, "spec/accept_by_depth": []}
@@ -61,7 +62,7 @@ def _sample_metrics(samples: Sequence[Sample], speculation: SpeculationConfig) -
     drafts = sum(depth * count for depth, count in enumerate(histogram))
     return common | {
         "spec/accept_length": 1.0 + drafts / passes,
-        "spec/steps": speculation.depth,
+        "spec/steps": algorithm_of(speculation).depth(speculation),
         "spec/accept_by_depth": depth_acceptance(histogram),
     }
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from respec_trainer.collectives import broadcast
 from respec_trainer.config import Config
 from respec_trainer.rollout.sample import Sample
+from respec_trainer.speculation.algorithms import is_lossy
 from respec_trainer.telemetry.live import Progress
 from respec_trainer.telemetry.page import write_page
 from respec_trainer.telemetry.phases import PhaseClock
@@ -38,7 +39,7 @@ class Report:
         self.progress = Progress(config.run.steps, config.telemetry.live if self.first else "off")
         self.progress.__enter__()
         self.clock = PhaseClock(self.phase)
-        if config.speculation.lossy:
+        if is_lossy(config.speculation):
             self.message(LOSSY)
 
     def phase(self, name: str) -> None:

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import socket
 
 import pytest
 
-from respec_trainer.drafter.format import save_drafter
 from respec_trainer.errors import ConfigError, DataError
-from respec_trainer.preflight.checks import check_rejection_sampling, every_problem, preflight
+from respec_trainer.preflight.checks import every_problem
 from tests.support.configs import smallest_config
-from tests.support.drafters import DRAFT_IDS, tiny_drafter
-from tests.support.models import save_tiny_model, tiny_config, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def actor(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("actor"), tiny_config("qwen3"))
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def check(actor, tmp_path):
-    data = tmp_path / "train.jsonl"
-    data.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
-    folders = [f"model.path={actor}", f"data.path={data}"]
-
-    def check(*overrides, world=1):
-        preflight(smallest_config(tmp_path, *folders, *overrides), world, rank=0)
-
-    check.folder, check.actor = tmp_path, actor
-    return check
 
 
 def test_a_good_configuration_passes(check):
@@ -45,95 +21,12 @@ def test_a_good_configuration_passes(check):
         (["model.path=absent"], 1, "no folder absent"),
         (["rollout.sampling.max_new_tokens=256"], 1, "no room for a prompt"),
         (["actor.parallel.tp=3"], 3, "tp=3"),
-        (["speculation.algorithm=eagle3", "drafter.path=absent"], 1, "absent"),
         (["objective.kind=grp0"], 1, "objective.kind=grp0: .*did you mean 'grpo'"),
     ],
 )
 def test_bad_settings_name_the_key(check, overrides, world, words):
     with pytest.raises(ConfigError, match=words):
         check(*overrides, world=world)
-
-
-@pytest.fixture
-def draft(check, actor):
-    """Preflight with a drafter's folder, of a model of the actor's family with `changes` to its config."""
-    small = check.folder / "small"
-
-    def draft(*overrides, **changes):
-        if not small.exists():
-            save_tiny_model(small, tiny_config("qwen3", layers=1, **changes))
-            tiny_tokenizer().save_pretrained(small)
-        return check("speculation.algorithm=standalone", f"drafter.path={small}", *overrides)
-
-    draft.folder = small
-    return draft
-
-
-def test_a_smaller_model_may_draft(draft):
-    draft(hidden_size=32)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"vocab_size": 140}, "drafter.path: vocab_size in .* is 140, but 131 in the target"),
-        ({"max_position_embeddings": 128}, "drafter.path: max_position_embeddings in .* is 128, but 256"),
-        ({"attention_bias": True}, "drafter.path: .*attention_bias=true"),
-    ],
-)
-def test_a_model_that_cannot_draft_for_the_actor(draft, changes, words):
-    with pytest.raises(ConfigError, match=words):
-        draft(**changes)
-
-
-def test_a_drafter_of_another_tokenizer(draft):
-    draft()
-    path = draft.folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
-    path.write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match="drafter.path: the tokenizer in .*small is not the target's: 'A' is token"):
-        draft()
-
-
-def test_a_standalone_drafter_on_a_gpu(draft):
-    with pytest.raises(ConfigError, match="standalone does not work on GPUs.*weights would be lost.*eagle3"):
-        draft("run.device=cuda")
-
-
-def test_an_eagle_drafter_is_no_model(draft):
-    draft()
-    path = draft.folder / "config.json"
-    config = json.loads(path.read_text()) | {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
-    path.write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="EAGLE drafter.*speculation.algorithm=eagle3"):
-        draft()
-
-
-def test_incomplete_standalone_drafters(check):
-    folder = check.folder / "empty"
-    for words in ("no folder", "holds no weights", "config.json cannot be read"):
-        with pytest.raises(ConfigError, match=f"drafter.path: .*{words}"):
-            check("speculation.algorithm=standalone", f"drafter.path={folder}")
-        if folder.exists():
-            (folder / "model.safetensors").touch()
-        folder.mkdir(exist_ok=True)
-
-
-def test_rejection_sampling_needs_the_full_vocabulary(check):
-    deep = save_tiny_model(check.folder / "deep", tiny_config("qwen3", layers=4))
-    tiny_tokenizer().save_pretrained(deep)
-    folder = check.folder / "eagle"
-    save_drafter(tiny_drafter(tiny_config("qwen3", layers=4)), DRAFT_IDS, folder)
-    shape = ["speculation.algorithm=eagle3", f"drafter.path={folder}", f"model.path={deep}"]
-    check(*shape)
-    with pytest.raises(ConfigError, match="full vocabulary.*draft_vocab_size in .*eagle is 64 of 131"):
-        check(*shape, "speculation.rejection_sampling=true")
-    config = smallest_config(check.folder, *shape, "speculation.rejection_sampling=true")
-    drafter = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(drafter | {"draft_vocab_size": 131}))
-    check_rejection_sampling(config)
 
 
 def test_incomplete_model_folder(check):

@@ -39,11 +39,12 @@ def live(config):
     from respec_trainer.resync.transport import setup_transport
     from respec_trainer.rollout.fleet.fleet import RolloutFleet
     from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.speculation.algorithms import algorithm_of
 
     topology = init_parallel(config)
     control = dist.new_group(backend="gloo")
     actor = Actor(config, topology, total_updates=100)
-    has_drafter = config.speculation.algorithm == "eagle3"
+    has_drafter = algorithm_of(config.speculation).pushes
     drafter = setup_learner(config, actor.hf_config) if has_drafter else None
     fleet = RolloutFleet(config, lambda i: SGLangEngine(EngineSettings.from_config(config, "cpu", i)), control, "cpu")
     try:

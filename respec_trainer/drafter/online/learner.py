@@ -16,6 +16,7 @@ from respec_trainer.drafter.online.online import OnlineDrafter
 from respec_trainer.drafter.online.record import LearnerRank
 from respec_trainer.drafter.vocabulary import FIXED
 from respec_trainer.rollout.sample import Sample
+from respec_trainer.speculation.algorithms import algorithm_of
 
 
 class Learner(Protocol):
@@ -98,7 +99,7 @@ def setup_learner(
         place: this rank's; None: the only one, without a GPU. control: for small messages between all ranks.
         say: tells the user.
     """
-    if config.speculation.algorithm != "eagle3":
+    if not algorithm_of(config.speculation).pushes:
         return NoDrafter()
     if config.drafter.weighting == "none":
         return FrozenDrafter(config.drafter.path, hf_config)

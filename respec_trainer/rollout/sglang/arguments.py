@@ -14,6 +14,7 @@ from respec_trainer.errors import ConfigError
 from respec_trainer.network import free_port
 from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.sglang.settings import EngineSettings
+from respec_trainer.speculation.algorithms import algorithm_of, changes_depth, names_of
 
 
 def server_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -90,32 +91,30 @@ def _gpu_arguments(engine: EngineConfig) -> dict[str, Any]:
 
 
 def _speculation_arguments(settings: EngineSettings) -> dict[str, Any]:
-    shape = settings.speculation
+    shape, algorithm = settings.speculation, algorithm_of(settings.speculation)
     arguments = {
-        "speculative_algorithm": shape.algorithm.upper(),
         "speculative_num_draft_tokens": shape.draft_tokens,
         # One means lossless; they are sglang's defaults, said here because the policy's law hangs on them.
         "speculative_accept_threshold_single": shape.accept_threshold_single,
         "speculative_accept_threshold_acc": shape.accept_threshold_acc,
         "speculative_use_rejection_sampling": shape.rejection_sampling,
     }
-    if shape.algorithm == "ngram":
-        return arguments | {"speculative_ngram_max_bfs_breadth": shape.topk}
-    return arguments | {
-        "speculative_draft_model_path": settings.drafter_path,
-        "speculative_num_steps": shape.steps,
-        "speculative_eagle_topk": shape.topk,
-        "speculative_draft_attention_backend": "intel_amx" if settings.device == "cpu" else "triton",
-    }
+    if algorithm.folder is not None:
+        arguments |= {
+            "speculative_draft_model_path": settings.drafter_path,
+            "speculative_draft_attention_backend": "intel_amx" if settings.device == "cpu" else "triton",
+        }
+    return arguments | algorithm.server_arguments(shape)
 
 
 def _changing_arguments(settings: EngineSettings, steps: DepthSettings) -> dict[str, Any]:
     """sglang prepares a state for 0 and every candidate, and starts in the largest, for which it sizes its buffers."""
     shape = settings.speculation
-    if shape.algorithm != "eagle3" or shape.topk != 1:
+    if not changes_depth(shape):
+        able = names_of("adapts")
         raise ConfigError(
-            "draft steps change in chains of eagle3 only: set speculation.algorithm=eagle3 and speculation.topk=1, not "
-            f"{shape.algorithm} and {shape.topk}, or speculation.policy=fixed"
+            f"draft steps change in chains of {able} only: set speculation.algorithm={able} and speculation.topk=1, "
+            f"not {shape.algorithm} and {shape.topk}, or speculation.policy=fixed"
         )
     if shape.rejection_sampling:
         raise ConfigError(

@@ -8,13 +8,18 @@ from typing import Literal
 
 from respec_trainer.config import Config, DType, EngineConfig, SpeculationConfig
 from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.speculation.algorithms import algorithm_of, none
+from respec_trainer.speculation.algorithms.checks import check_speculation
 
-NO_SPECULATION = SpeculationConfig(algorithm="none")
+NO_SPECULATION = SpeculationConfig(algorithm=none.ALGORITHM.name)
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """One engine. `drafter_path` is for the algorithms that have a drafter: eagle3 and standalone."""
+    """One engine. `drafter_path` is for the speculation algorithms that have a drafter.
+
+    Raises ConfigError for speculation that its algorithm cannot work with.
+    """
 
     model_path: str
     drafter_path: str | None = None
@@ -39,6 +44,9 @@ class EngineSettings:
     # How draft steps change by this package's choice, and that they are logged; None: they do not.
     steps: DepthSettings | None = None
 
+    def __post_init__(self) -> None:
+        check_speculation(self.speculation)
+
     @classmethod
     def from_config(cls, config: Config, device: str, index: int = 0) -> EngineSettings:
         """The settings of engine `index` of a run; `device` is "cpu" or "cuda"."""
@@ -46,7 +54,7 @@ class EngineSettings:
         if device == "cpu" and engine.max_total_tokens is None:
             tokens = tokens_of_full_batch(config)
             engine = engine.model_copy(update={"max_total_tokens": tokens})
-        speculative = config.speculation.algorithm != "none"
+        speculative = algorithm_of(config.speculation).drafts
         sampling = config.rollout.sampling
         return cls(
             model_path=config.model.path,
@@ -63,7 +71,7 @@ class EngineSettings:
 
     @property
     def speculative(self) -> bool:
-        return self.speculation.algorithm != "none"
+        return algorithm_of(self.speculation).drafts
 
 
 def tokens_of_full_batch(config: Config) -> int:

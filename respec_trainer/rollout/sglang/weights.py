@@ -20,6 +20,7 @@ from respec_trainer.models.registry import family_named
 from respec_trainer.rollout.engine import Role, TensorSpec
 from respec_trainer.rollout.sglang.process import SGLangProcess
 from respec_trainer.rollout.sglang.settings import EngineSettings
+from respec_trainer.speculation.algorithms import algorithm_of
 from respec_trainer.weights.safetensors_io import MappedFile
 
 # The drafter's vocabulary maps are read once, at the start, and its embedding is the target's own, under either name.
@@ -37,7 +38,7 @@ class WeightUpdater:
         self._shapes = {"target": weight_shapes(settings.model_path)}
         if (head := _tied_head(settings.model_path)) is not None:
             self._shapes["target"].pop(head, None)  # some folders hold a copy of it
-        if settings.speculation.algorithm == "eagle3":  # the only drafter that changes
+        if algorithm_of(settings.speculation).pushes:
             self._shapes["draft"] = weight_shapes(settings.drafter_path)
 
     def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:

@@ -9,6 +9,7 @@ from typing import Any
 from respec_trainer.config import Config
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.speculation.algorithms import changes_depth, names_of
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.profiling.fit import fit_costs
 from respec_trainer.speculation.profiling.machine import identity_of
@@ -78,9 +79,10 @@ def longest_sequence(config: Config, hf_config: Any) -> int:
 def check_can_adapt(config: Config) -> None:
     """Raise ConfigError unless the run drafts chains, whose steps the engine can change."""
     speculation = config.speculation
-    if speculation.algorithm != "eagle3" or speculation.topk > 1:
+    if not changes_depth(speculation):
+        able = names_of("adapts")
         raise ConfigError(
-            "only chains of an eagle3 drafter can change their steps: set speculation.algorithm=eagle3 and "
+            f"only chains of {able} can change their steps: set speculation.algorithm={able} and "
             f"speculation.topk=1, not {speculation.algorithm} and {speculation.topk}"
         )
 

@@ -1,0 +1,43 @@
+"""The speculation algorithms, one file each: what drafts, and what follows from that for the rest of the trainer.
+
+A draft source is one file here and its name in the list below. Importing this package is cheap: it needs no torch.
+"""
+
+from __future__ import annotations
+
+from respec_trainer.config import SpeculationConfig
+from respec_trainer.registry import Registry
+from respec_trainer.speculation.algorithms import eagle3, ngram, none, standalone
+from respec_trainer.speculation.algorithms.algorithm import Algorithm, DrafterFolder
+
+__all__ = ["ALGORITHMS", "Algorithm", "DrafterFolder", "algorithm_of", "changes_depth", "is_lossy", "names_of"]
+
+ALGORITHMS: Registry[Algorithm] = Registry("speculation.algorithm")
+for module in (
+    eagle3,
+    standalone,
+    ngram,
+    none,
+):
+    ALGORITHMS.add(module.ALGORITHM.name, module.ALGORITHM)
+
+
+def algorithm_of(speculation: SpeculationConfig) -> Algorithm:
+    """The description of `speculation.algorithm`. Raises ConfigError for an unknown name, offering the nearest one."""
+    return ALGORITHMS[speculation.algorithm]
+
+
+def is_lossy(speculation: SpeculationConfig) -> bool:
+    """Whether drafts are accepted that the policy would not have sampled, so that samples do not follow it."""
+    thresholds = (speculation.accept_threshold_single, speculation.accept_threshold_acc)
+    return algorithm_of(speculation).drafts and min(thresholds) < 1
+
+
+def changes_depth(speculation: SpeculationConfig) -> bool:
+    """Whether an engine can change its draft steps while it runs: in chains of an algorithm that adapts."""
+    return algorithm_of(speculation).adapts and speculation.topk == 1
+
+
+def names_of(ability: str) -> str:
+    """The algorithms where `ability`, a field of Algorithm, is set, for error texts: "one" or "one or another"."""
+    return " or ".join(name for name in ALGORITHMS if getattr(ALGORITHMS[name], ability))

@@ -1,0 +1,29 @@
+"""ngram: drafts are what followed the last tokens wherever the engine has generated or read them before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from respec_trainer.config import SpeculationConfig
+from respec_trainer.errors import ConfigError
+from respec_trainer.speculation.algorithms.algorithm import Algorithm
+
+
+def check(speculation: SpeculationConfig) -> None:
+    """Raise ConfigError without room for a draft. The tree of drafts is as wide and as deep as what is found."""
+    if speculation.draft_tokens < 2:
+        raise ConfigError(
+            f"speculation.algorithm={speculation.algorithm} needs draft_tokens >= 2, the root and at least one draft, "
+            f"not {speculation.draft_tokens}"
+        )
+
+
+def depth(speculation: SpeculationConfig) -> int:
+    return speculation.draft_tokens - 1
+
+
+def server_arguments(speculation: SpeculationConfig) -> dict[str, Any]:
+    return {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": speculation.topk}
+
+
+ALGORITHM = Algorithm(name="ngram", check=check, depth=depth, server_arguments=server_arguments)

@@ -1,0 +1,28 @@
+"""What the algorithms share whose drafter is a network: `steps` passes that each try `topk` tokens a branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from respec_trainer.config import SpeculationConfig
+from respec_trainer.errors import ConfigError
+
+
+def check(speculation: SpeculationConfig) -> None:
+    """Raise ConfigError unless `steps` passes of `topk` branches give exactly, or at least, what is verified."""
+    s, t, n = speculation.steps, speculation.topk, speculation.draft_tokens
+    if t == 1 and n != s + 1:
+        raise ConfigError(
+            f"speculation: a chain (topk=1) verifies exactly steps + 1 tokens: set draft_tokens={s + 1}, not {n}"
+        )
+    limit = 1 + t + (s - 1) * t * t
+    if t > 1 and not s < n <= limit:
+        raise ConfigError(f"speculation: a tree of steps={s}, topk={t} needs {s} < draft_tokens <= {limit}, not {n}")
+
+
+def depth(speculation: SpeculationConfig) -> int:
+    return speculation.steps
+
+
+def server_arguments(speculation: SpeculationConfig) -> dict[str, Any]:
+    return {"speculative_num_steps": speculation.steps, "speculative_eagle_topk": speculation.topk}

@@ -1,0 +1,35 @@
+"""speculation/algorithms/: descriptions are cheap to import, and nothing else asks for an algorithm by name."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import respec_trainer
+
+PACKAGE = Path(respec_trainer.__file__).parent
+NAMES = {"eagle3", "standalone", "ngram"}  # "none" is a value of other keys too
+
+
+def comparisons(path: Path) -> Iterator[str]:
+    """Where a file compares something with an algorithm's name, in an expression or a case."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            found = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & NAMES
+            if found:
+                yield f"{path.relative_to(PACKAGE)}:{node.lineno} compares with {', '.join(sorted(found))}"
+
+
+def test_nothing_outside_the_descriptions_compares_with_a_name():
+    files = [path for path in PACKAGE.rglob("*.py") if PACKAGE / "speculation/algorithms" not in path.parents]
+    assert len(files) > 200
+    assert [place for path in files for place in comparisons(path)] == []
+
+
+def test_a_configuration_loads_without_torch():
+    code = "import sys; import respec_trainer.config_file; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
