@@ -20,6 +20,7 @@ from respec_trainer.errors import ConfigError
 from respec_trainer.network import is_free
 from respec_trainer.plan.places import Cluster, plan_layout
 from respec_trainer.rewards import setup_reward
+from respec_trainer.telemetry.trackers import check_trackers
 
 
 def preflight(config: Config, world_size: int, rank: int) -> None:
@@ -58,6 +59,7 @@ def checks(config: Config, hf_config, rank: int) -> Iterator[Callable[[], None]]
     if hf_config is not None:
         yield partial(check_drafter, config, hf_config)
     yield partial(check_resume, config)
+    yield partial(check_trackers, config.telemetry.trackers)
     yield check_address
     yield partial(check_ports, config, rank)
 

@@ -46,6 +46,8 @@ def test_a_good_configuration_passes(check):
         (["rollout.sampling.max_new_tokens=256"], 1, "no room for a prompt"),
         (["actor.parallel.tp=3"], 3, "tp=3"),
         (["speculation.algorithm=eagle3", "drafter.path=absent"], 1, "absent"),
+        (["telemetry.trackers=[jsonl, tensorbord]"], 1, "telemetry.trackers=tensorbord: .*'tensorboard'"),
+        (["telemetry.trackers=[tensorboard]"], 1, "telemetry.trackers=.*has no jsonl"),
     ],
 )
 def test_bad_settings_name_the_key(check, overrides, world, words):
