@@ -270,7 +270,8 @@ class CheckpointConfig(Section):
 
 
 class TelemetryConfig(Section):
-    tensorboard: bool = True
+    # Where each step's metrics go: names in telemetry/trackers.py. jsonl must be one: resume, summary and page read it.
+    trackers: list[str] = ["jsonl", "tensorboard"]
     samples_per_step: NonNegativeInt = 2
     traces: NonNegativeInt = 0  # newest steps whose lengths and timelines are kept; 0: all
     live: Literal["auto", "panel", "lines", "off"] = "auto"

@@ -26,7 +26,7 @@ from respec_trainer.rollout.sample import Request, Sample
 
 
 class Generation:
-    """Every rank calls every method, in the same order. `say` tells the user of a restart."""
+    """Every rank calls every method, in the same order. `notify` tells the user of a restart."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class Generation:
         resync: Resync,
         actor,
         max_restarts: int,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         canary: Canary | None = None,
     ):
         """`canary`: sings after every push; None: no such check."""
         self.fleet, self.resync, self.actor, self.canary = fleet, resync, actor, canary
-        self.max_restarts, self.say = max_restarts, say
+        self.max_restarts, self.notify = max_restarts, notify
         self.canary_error = 0.0  # of the last push, in nats
         self.fresh = False  # whether an engine has been started anew and holds the weights of its folders
         self.restarts = 0  # in this generation phase
@@ -113,7 +113,7 @@ class Generation:
 
     def _restart(self, lost: EngineLostError) -> None:
         self.restarts += 1
-        self.say(f"{lost}; restart {self.restarts} of {self.max_restarts} in this phase")
+        self.notify(f"{lost}; restart {self.restarts} of {self.max_restarts} in this phase")
         self.fresh = True
         if self.fleet.shares_devices:
             self.actor.offload()  # as at the start: an engine sizes its cache by what it finds free
@@ -137,7 +137,7 @@ class Generation:
         try:
             self.resync.push(forgot, prove=self.fresh)
         except ProofError as error:
-            self.say(f"{error}; both models are pushed again, whole")
+            self.notify(f"{error}; both models are pushed again, whole")
             self.resync.push(forgot=True, prove=True)
         self._make_room("weights")
         self.fleet.wake("kv_cache")

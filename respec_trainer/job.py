@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +17,8 @@ from respec_trainer.checkpoint.resume import run_to_continue
 from respec_trainer.compat.precision import slow_dtype
 from respec_trainer.config import Config
 from respec_trainer.data.prompts import PromptStream, load_prompts
-from respec_trainer.drafter.format import save_drafter
-from respec_trainer.drafter.online.learner import setup_learner
-from respec_trainer.drafter.online.online import OnlineDrafter
-from respec_trainer.drafter.online.record import LearnerRank
+from respec_trainer.drafter.online.learner import LearnerRank
+from respec_trainer.drafter.online.setup import setup_learner
 from respec_trainer.dtypes import DTYPES
 from respec_trainer.export import export_actor, export_drafter, set_aside
 from respec_trainer.generation import Generation
@@ -62,7 +56,7 @@ class Job:
         check_shared_folder(Path(config.run.dir), self.control)
         self.report = Report(config, self.topology.rank, self.control, run_folder, watchdog and watchdog.enter)
         if advice := slow_dtype(config.model.dtype, self.topology.device.type):
-            self.report.message(advice)
+            self.report.notify(advice)
         self.clock = self.report.clock
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self.pad_id = self.tokenizer.pad_token_id or 0
@@ -75,21 +69,19 @@ class Job:
         self.report.loaded(prompts)
         self.prompts = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
         self.reward = setup_reward(config.reward)
-        place = LearnerRank.of(self.topology)
-        self.learner = setup_learner(config, self.actor.hf_config, place, self.control, self.report.message)
+        rank_info = LearnerRank.of(self.topology)
+        self.learner = setup_learner(config, self.actor.hf_config, rank_info, self.control, self.report.notify)
         self.steps = depth_settings(config, self.actor.hf_config, self.topology.device.type)
         self.report.phase("starting the rollout engine")
         if config.rollout.placement == "colocated":
             self.actor.offload()  # an engine sizes its cache by the memory that it finds free
         self.fleet = RolloutFleet(config, self._make_engine, self.control, self.topology.device.type)
         restarts, canary = config.rollout.engine.max_restarts, setup_canary(config.resync, config.model.dtype, prompts)
-        self.generation = Generation(
-            self.fleet, self._setup_resync(), self.actor, restarts, self.report.message, canary
-        )
+        self.generation = Generation(self.fleet, self._setup_resync(), self.actor, restarts, self.report.notify, canary)
         self.generation.sleep()  # and the actor comes back, to be resumed and pushed
         self.alarm = AcceptAlarm(config.resync.accept_alarm, verified=config.resync.verify != "off")
         ranks = (self.topology.rank, self.topology.world_size)
-        self.checkpoints = Checkpoints(config, self.report.folder, *ranks, self.control, self.report.message)
+        self.checkpoints = Checkpoints(config, self.report.folder, *ranks, self.control, self.report.notify)
 
     def _make_engine(self, index: int) -> RolloutEngine:
         settings = EngineSettings.from_config(self.config, device=self.topology.device.type, index=index)
@@ -120,15 +112,9 @@ class Job:
         """What a checkpoint holds."""
         shared = {"trainer": trainer, "prompts": self.prompts, "alarm": self.alarm, "audit": self.audit}
         shared["lengths"] = self.fleet.dealer
-        own = {"fleet": self.fleet} | ({"learner": self.learner} if isinstance(self.learner, OnlineDrafter) else {})
-        folders = {"drafter": self._drafter_copy} if algorithm_of(self.config.speculation).exports else {}
+        own = {"fleet": self.fleet} | ({"learner": self.learner} if self.learner.stateful else {})
+        folders = {"drafter": self.learner.copy_drafter} if algorithm_of(self.config.speculation).exports else {}
         return Parts(self.actor, shared, own, folders, immutable=("learner/buffer",))
-
-    def _drafter_copy(self) -> Callable[[Path], None]:
-        if not isinstance(self.learner, OnlineDrafter):
-            return partial(shutil.copytree, self.config.drafter.path)
-        drafter, ids = copy.deepcopy(self.learner.drafter).cpu(), self.learner.wants.draft_ids
-        return lambda folder: save_drafter(drafter, ids, folder, torch.float32)
 
     def timelines(self) -> list[Timeline]:
         """What the engines did in the phase just collected, if they log it, beside plain decoding by the profile."""
@@ -168,18 +154,16 @@ class Job:
         first = self.topology.rank == 0
         for folder in (actor, drafter) if first else ():
             if earlier := set_aside(folder):
-                self.report.message(f"what this run had exported before is now in {earlier}")
+                self.report.notify(f"what this run had exported before is now in {earlier}")
         export_actor(self.actor, Path(self.config.model.path), actor)
         if first and algorithm_of(self.config.speculation).exports:
-            export_drafter(self._drafter_copy(), drafter, DTYPES[self.config.model.dtype])
+            export_drafter(self.learner.copy_drafter(), drafter, DTYPES[self.config.model.dtype])
         return actor
 
     def close(self) -> None:
         """End a job that ran to its end: the engine's processes, then the process groups."""
         self.report.close()
         self.fleet.shutdown()
-        if isinstance(self.fleet.engine, RemoteEngine):
-            self.fleet.engine.release()
         shutdown_parallel()
 
 

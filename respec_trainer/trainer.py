@@ -97,7 +97,7 @@ class Trainer:
         except NonFiniteStep as error:
             self.bad_steps += 1
             saved = self.job.save_bad_batch(step, batch, old_logprobs, advantages)
-            self.job.report.message(f"step {step + 1} refused: {error}; its batch is saved in {saved}")
+            self.job.report.notify(f"step {step + 1} refused: {error}; its batch is saved in {saved}")
             if self.bad_steps >= self.config.run.max_bad_steps:
                 raise TrainingError(f"{self.bad_steps} refused steps in a row (run.max_bad_steps): {error}") from error
             return {"policy/refused": 1}
@@ -113,7 +113,7 @@ class Trainer:
         """Tell the user when drafts are accepted much less often than before the last push."""
         alarm = self.job.alarm.check(acceptance, drafter)
         if alarm:
-            self.job.report.message(alarm)
+            self.job.report.notify(alarm)
         return {"resync/accept_alarm": int(alarm is not None)}
 
     def state_dict(self) -> dict:

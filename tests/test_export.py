@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from respec_trainer.drafter.format import load_drafter
 from respec_trainer.errors import ConfigError
 from respec_trainer.export import export_drafter, set_aside
-from respec_trainer.job import Job
-from tests.drafter.online import test_online as online
+from tests.drafter.online import test_online_drafter as online
 from tests.support.drafters import DRAFT_IDS, target_config
 
 folder, make, model = online.folder, online.make, online.model
-
-
-def copy_of(learner, config):
-    """What a job hands to the export."""
-    return Job._drafter_copy(SimpleNamespace(learner=learner, config=config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,7 +22,7 @@ def test_the_exported_drafter_is_the_learner_s(make, model, tmp_path, dtype):
         online.iterate(learner, model, step)
     now = online.weights(learner)
     assert not online.same(began, now)
-    export_drafter(copy_of(learner, learner.config), tmp_path / "drafter", dtype)
+    export_drafter(learner.copy_drafter(), tmp_path / "drafter", dtype)
     exported, ids = load_drafter(tmp_path / "drafter", target_config(), dtype=None)
     assert torch.equal(ids, DRAFT_IDS)
     assert all(torch.equal(tensor, now[name].to(dtype)) for name, tensor in exported.state_dict().items())
@@ -38,8 +30,7 @@ def test_the_exported_drafter_is_the_learner_s(make, model, tmp_path, dtype):
 
 
 def test_a_drafter_that_does_not_learn_is_exported_too(folder, make, tmp_path):
-    config = SimpleNamespace(drafter=SimpleNamespace(path=str(folder)))
-    export_drafter(copy_of(make(weighting="none"), config), tmp_path / "drafter", torch.bfloat16)
+    export_drafter(make(weighting="none").copy_drafter(), tmp_path / "drafter", torch.bfloat16)
     exported, source = (load_drafter(f, target_config(), None)[0].state_dict() for f in (tmp_path / "drafter", folder))
     assert all(torch.equal(tensor, source[name]) for name, tensor in exported.items())
 
@@ -48,15 +39,15 @@ def test_it_is_complete_or_absent_and_replaces_nothing(make, tmp_path):
     out, learner = tmp_path / "drafter", make()
 
     def fail(place):
-        copy_of(learner, learner.config)(place)
+        learner.copy_drafter()(place)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         export_drafter(fail, out, torch.float32)
     assert not list(tmp_path.iterdir())
-    export_drafter(copy_of(learner, learner.config), out, torch.float32)
+    export_drafter(learner.copy_drafter(), out, torch.float32)
     with pytest.raises(ConfigError, match="nothing is overwritten"):
-        export_drafter(copy_of(learner, learner.config), out, torch.float32)
+        export_drafter(learner.copy_drafter(), out, torch.float32)
     assert [set_aside(out), set_aside(out)] == [tmp_path / "drafter.earlier-1", None]
     out.mkdir()
     assert set_aside(out).name == "drafter.earlier-2"

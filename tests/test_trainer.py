@@ -47,7 +47,7 @@ def make(tmp_path):
             tokenizer=Tokenizer(),
             reward=lambda text, answer: float(text.endswith(answer)),
             actor=Actor(set(bad)),
-            report=SimpleNamespace(samples=lambda *a: None, message=said.append),
+            report=SimpleNamespace(samples=lambda *a: None, notify=said.append),
             save_bad_batch=lambda *a: saved.append(a) or "folder",
         )
         trainer = Trainer(job)

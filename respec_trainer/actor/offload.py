@@ -15,6 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 Part = Literal["optimizer", "weights"]
+Away = Mapping[int, list[torch.Tensor]]  # by the address of an emptied storage's record: its bytes
 PARTS: tuple[Part, ...] = ("optimizer", "weights")  # in this order they leave, in the other they come back
 
 # Page-locked memory is given out in powers of two: in pieces of one size, a large buffer wastes none.
@@ -71,6 +72,11 @@ class Offload:
             get_accelerator().synchronize()
         for piece in (piece for _, pieces in moved for piece in pieces):
             self._spare.setdefault(len(piece), []).append(piece)
+
+    def pieces_away(self) -> Away:
+        """What is off the device now: the host memory of each emptied storage, in pieces of PIECE bytes."""
+        moved = [pair for pairs in self._away.values() for pair in pairs]
+        return {content.untyped_storage()._cdata: pieces for content, pieces in moved}
 
     def _check(self, part: Part, others: tuple[Part, ...], away: bool) -> None:
         for other in others:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from respec_trainer.actor.offload import PIECE, Offload
+from respec_trainer.actor.offload import PIECE, Away, Offload
 from respec_trainer.actor.parallel import Topology
 from respec_trainer.checkpoint.fragments import KINDS, SavedActor, fragment_key
 from respec_trainer.compat.versions import require_version
@@ -22,7 +22,6 @@ from respec_trainer.dtypes import dtype_name
 
 # read(kind, name, shape, start, length) gives entries start .. start + length of this rank's flattened shard `name`.
 ReadFragment = Callable[[str, str, tuple[int, ...], int, int], torch.Tensor]
-Away = Mapping[int, list[torch.Tensor]]  # by the address of an emptied storage's record: its bytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ActorState:
 
         The actor may be on its device or not, but between updates.
         """
-        away, fragments = pieces_away(self.offload), {}
+        away, fragments = self.offload.pieces_away(), {}
         for owned in owned_parts(self.engine, self.topology.dp_rank):
             for kind in KINDS:
                 key = fragment_key(kind, owned.name, owned.start)
@@ -63,7 +62,7 @@ class ActorState:
     @torch.no_grad()
     def load(self, read: ReadFragment, counts: Mapping[str, int]) -> None:
         """Take the place of a saved actor. All ranks call it, with the whole actor on its device."""
-        if pieces_away(self.offload):
+        if self.offload.pieces_away():
             raise RuntimeError(
                 "the actor's state is loaded while parts of it are off its device: bring them back first"
             )
@@ -180,12 +179,6 @@ def round_weights(engine) -> None:
     for parameter in engine.module.parameters():
         group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         parameter.ds_tensor.data.copy_(zero.fp32_partitioned_groups_flat[group].narrow(0, offset, size))
-
-
-def pieces_away(offload: Offload) -> Away:
-    """What is off the device now: the host memory of each emptied storage, in pieces of PIECE bytes."""
-    moved = [pair for pairs in offload._away.values() for pair in pairs]
-    return {content.untyped_storage()._cdata: pieces for content, pieces in moved}
 
 
 def copy_from(source: torch.Tensor, offset: int, away: Away, out: torch.Tensor) -> torch.Tensor:

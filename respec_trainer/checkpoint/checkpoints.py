@@ -79,7 +79,7 @@ class Checkpoints:
     """The checkpoints of the run in `folder`. Every rank calls every method but `due` alike.
 
     Args:
-        control: a gloo group of all ranks; None: this is the only one. say: tells the user; heard from rank 0.
+        control: a gloo group of all ranks; None: this is the only one. notify: tells the user; heard from rank 0.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class Checkpoints:
         rank: int,
         world_size: int,
         control: dist.ProcessGroup | None,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ):
         self.config, self.settings, self.folder = config, config.checkpoint, Path(folder)
         self.root = self.folder / "checkpoints"
-        self.rank, self.world_size, self.control, self.say = rank, world_size, control, say
-        self.writer = Writer(rank, world_size, say)
+        self.rank, self.world_size, self.control, self.notify = rank, world_size, control, notify
+        self.writer = Writer(rank, world_size, notify)
 
     def due(self, done: int) -> bool:
         """Whether to save after `done` steps."""
@@ -140,7 +140,7 @@ class Checkpoints:
             if problem is None:
                 break
             problems.append(problem)
-            self.say(f"{checkpoint.name} is skipped: {problem}")
+            self.notify(f"{checkpoint.name} is skipped: {problem}")
         else:
             if tried:
                 raise ConfigError(
@@ -151,7 +151,7 @@ class Checkpoints:
         check_compatible(checkpoint, meta, self.config, self._model())
         self._load(checkpoint, meta, parts)
         self._from_first(lambda: self._take_up(checkpoint))
-        self.say(f"resumed after step {meta['step']} from {checkpoint}{self._other_layout(meta, parts.actor)}")
+        self.notify(f"resumed after step {meta['step']} from {checkpoint}{self._other_layout(meta, parts.actor)}")
         return meta["step"]
 
     def _common_files(self, done: int, parts: Parts, actor: SavedActor, metrics: Mapping[str, Any]) -> dict:
@@ -216,10 +216,10 @@ class Checkpoints:
         same = source.resolve() == self.folder.resolve()
         missing = restore_logs(self.folder, self.folder if same else source, read_state(checkpoint)["logs"])
         if missing:
-            self.say(f"{source} holds no {', '.join(missing)}: those of this run begin after the checkpoint")
+            self.notify(f"{source} holds no {', '.join(missing)}: those of this run begin after the checkpoint")
         if same:
             for aside in tidy(self.root, checkpoint):
-                self.say(f"a later checkpoint that is not valid was moved to {aside}")
+                self.notify(f"a later checkpoint that is not valid was moved to {aside}")
 
     def _other_layout(self, meta: Mapping[str, Any], actor: ActorPart) -> str:
         saved, here = (meta["tp"], meta["dp"]), (actor.topology.tp, actor.topology.dp)

@@ -37,8 +37,8 @@ class SaveTask:
 class Writer:
     """One checkpoint at a time. Every rank calls `start` and `wait` alike."""
 
-    def __init__(self, rank: int, world_size: int, say: Callable[[str], None]):
-        self.rank, self.world_size, self.say = rank, world_size, say
+    def __init__(self, rank: int, world_size: int, notify: Callable[[str], None]):
+        self.rank, self.world_size, self.notify = rank, world_size, notify
         self.group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._error: str | None = None
@@ -74,7 +74,7 @@ class Writer:
                 "room, and go on from the newest with checkpoint.resume=auto"
             )
             if self.rank == 0 and self._cause is None:  # who was lost, the watchdog says
-                self.say(self._error)
+                self.notify(self._error)
 
     def _write(self, job: SaveTask) -> list[str]:
         """What went wrong, on any rank."""

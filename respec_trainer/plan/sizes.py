@@ -112,8 +112,8 @@ class DrafterSizes:
         return tokens * (unroll * step + 20 * shape.hidden_size + 2 * 2 * shape.draft_vocab_size)
 
     def row(self, tokens: int, width: int) -> int:
-        """Bytes of one response of `tokens`, its prompt counted, in the replay buffer: features and hidden states."""
-        return tokens * (4 * self.shape.hidden_size * width + 16)
+        """Bytes of a response of `tokens`, prompt included, in the replay buffer: features, hidden states, numbers."""
+        return tokens * (4 * self.shape.hidden_size * width + 12)
 
     def snapshot(self, tokens: int, width: int) -> int:
         """Bytes of the vocabulary's rows that a step's responses share, `tokens` of them in all, in the buffer."""

@@ -22,6 +22,7 @@ from respec_trainer.objective.registry import setup_objective
 from respec_trainer.plan.places import Cluster, plan_layout
 from respec_trainer.preflight.drafters import check_drafter
 from respec_trainer.rewards import setup_reward
+from respec_trainer.telemetry.trackers import check_trackers
 
 
 def preflight(config: Config, world_size: int, rank: int) -> None:
@@ -61,6 +62,7 @@ def checks(config: Config, hf_config, rank: int) -> Iterator[Callable[[], None]]
     if hf_config is not None:
         yield partial(check_drafter, config, hf_config)
     yield partial(check_resume, config)
+    yield partial(check_trackers, config.telemetry.trackers)
     yield check_address
     yield partial(check_ports, config, rank)
 

@@ -9,14 +9,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from respec_trainer.errors import ConfigError
+from respec_trainer.errors import ConfigError, EngineError
 
 STEPS_MESSAGE = "respec_steps"  # by this name a request for an engine's log, or for other settings, is known in it
-BUSY = "steps cannot be set anew while requests run: collect them first"
 DEFAULT_POLICY = "respec_trainer.speculation.scheduler:DepthScheduler"
 
 
@@ -24,6 +23,13 @@ def check_candidates(candidates: Sequence[int]) -> None:
     """Raise ConfigError unless there are candidate draft steps, rising from 0 or more."""
     if not candidates or sorted(set(candidates)) != list(candidates) or candidates[0] < 0:
         raise ConfigError(f"candidate steps must rise from 0 or more, not {list(candidates)}")
+
+
+class RequestsRunningError(EngineError):
+    """An engine cannot change how it chooses draft steps while it works on requests."""
+
+    def __init__(self, text: str = "steps cannot be set anew while requests run: collect them first"):
+        super().__init__(text)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class DepthSettings:
     # Tests and benchmarks only: drafts are kept at random so that a pass keeps this many tokens, bonus included.
     simulated_accept_length: float | None = None
     policy: str = DEFAULT_POLICY  # of mode "adaptive": module:class, made by its `of(settings)` in the engine
+    policy_options: dict[str, Any] = field(default_factory=dict)  # JSON, for another policy than the default to read
 
     def __post_init__(self) -> None:
         check_candidates(self.candidates)

@@ -128,10 +128,6 @@ class RolloutEngine(ABC):
         """
 
     @abstractmethod
-    def stats(self) -> dict[str, float]:
-        """Counters since the start: tokens, verify passes, drafts accepted."""
-
-    @abstractmethod
     def take_decode_log(self) -> DecodeLog:
         """What the engine's batches did since the last call; empty where the engine logs none. Ask when it is idle."""
 
@@ -145,3 +141,6 @@ class RolloutEngine(ABC):
     @abstractmethod
     def shutdown(self) -> None:
         """End every process of the engine. Safe to call twice."""
+
+    def release(self) -> None:  # noqa: B027 - most engines leave nothing to release
+        """Let go, for good, of whatever holds the engine, after `shutdown`; an engine of this process has no such."""

@@ -122,10 +122,6 @@ class CostModel:
         """What any change of the steps takes; 0 where that was not measured."""
         return self.pieces["switch"].fixed if self.has("switch") else 0.0
 
-    def warm_seconds(self, batch: float, context: float) -> Any:
-        """What it adds to a step without speculation to let the drafter read its tokens, so that none is caught up."""
-        return self.piece_seconds("extend", OFF, batch, context)
-
     def prefill_seconds(self, batch: float, context: float) -> Any:
         """Reading `batch` prompts of `context` tokens."""
         return self.piece_seconds("prefill", OFF, batch, context)

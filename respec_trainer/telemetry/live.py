@@ -62,7 +62,7 @@ class Progress:
             line = f"[{step + 1}/{self.steps}] {self._line(self.rows[-1])}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def message(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         if self.mode != "off":
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 

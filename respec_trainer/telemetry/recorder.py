@@ -1,4 +1,4 @@
-"""The run's folder: config.yaml, metrics.jsonl (one object a step), samples.jsonl, TensorBoard events.
+"""The run's folder: config.yaml, samples.jsonl, and what the trackers write there, such as metrics.jsonl.
 
 Of each step N = 1, 2, ... also lengths/step_N.jsonl, a trace of its responses, and decode/step_N.npz, what the engines
 did meanwhile, if they log it.
@@ -17,6 +17,7 @@ from respec_trainer.rollout.sample import Sample
 from respec_trainer.speculation.simulation.trace import save_trace
 from respec_trainer.telemetry.timeline import Timeline, save_timelines
 from respec_trainer.telemetry.traces import trace_rows
+from respec_trainer.telemetry.trackers import METRICS, start_trackers
 
 
 def new_run_folder(config: Config) -> Path:
@@ -40,28 +41,13 @@ class Recorder:
         self.folder, self.samples_per_step = folder, config.telemetry.samples_per_step
         self.group_size, self.kept = config.rollout.samples_per_prompt, config.telemetry.traces
         (folder / "config.yaml").write_text(dump_config(config))
-        self._metrics = (folder / "metrics.jsonl").open("a")
+        self.trackers = start_trackers(folder, config)
         self._samples = (folder / "samples.jsonl").open("a")
-        self._board, self._wants_board = None, config.telemetry.tensorboard
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one step's metrics; a list (a value by depth) becomes one TensorBoard scalar an entry."""
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._metrics.flush()
-        if not self._wants_board:
-            return
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What an interrupted run showed of steps that are done again is taken back.
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
-        for name, value in metrics.items():
-            if isinstance(value, list):
-                for depth, item in enumerate(value, 1):
-                    self._board.add_scalar(f"{name}_{depth}", item, step)
-            else:
-                self._board.add_scalar(name, value, step)
-        self._board.flush()
+        """Hand one step's metrics to every tracker."""
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
 
     def samples(self, step: int, samples: Sequence[Sample], texts: Sequence[tuple[str, str]]) -> None:
         """Append the first few samples of a step, with (prompt, response) texts."""
@@ -99,10 +85,9 @@ class Recorder:
         unfinished.rename(path)
 
     def close(self) -> None:
-        self._metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
         self._samples.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def timeline_files(folder: Path) -> dict[int, Path]:
@@ -113,4 +98,4 @@ def timeline_files(folder: Path) -> dict[int, Path]:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run, one dictionary a step."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

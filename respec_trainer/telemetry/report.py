@@ -40,20 +40,21 @@ class Report:
         self.progress.__enter__()
         self.clock = PhaseClock(self.phase)
         if is_lossy(config.speculation):
-            self.message(LOSSY)
+            self.notify(LOSSY)
 
     def phase(self, name: str) -> None:
         self.progress.phase(name)
         if self.enter:
             self.enter(self.done + 1, name)
 
-    def message(self, text: str) -> None:
-        self.progress.message(text)
+    def notify(self, text: str) -> None:
+        """Tell the user."""
+        self.progress.notify(text)
 
     def loaded(self, prompts) -> None:
         """Say how many prompts there are, and how many were dropped for their length."""
         dropped = f"; {prompts.dropped} dropped: longer than {prompts.limit} tokens" if prompts.dropped else ""
-        self.message(f"{len(prompts)} prompts{dropped}")
+        self.notify(f"{len(prompts)} prompts{dropped}")
 
     def resumed(self, done: int) -> None:
         """The run goes on where its records end, after `done` steps."""
@@ -89,7 +90,7 @@ class Report:
             write_page(self.folder)
         except Exception as error:
             again = f"python tools/report.py {self.folder}"
-            self.message(f"report.html was not written ({type(error).__name__}: {error}); try again with {again}")
+            self.notify(f"report.html was not written ({type(error).__name__}: {error}); try again with {again}")
 
     def close(self) -> None:
         self.progress.__exit__()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from respec_trainer.checkpoint.tree import copy_tree, load_tree, save_tree
-from tests.drafter.online import test_online as online
-from tests.drafter.online.test_online import iterate, same, weights
+from tests.drafter.online import test_online_drafter as online
+from tests.drafter.online.test_online_drafter import iterate, same, weights
 
 folder, make, model = online.folder, online.make, online.model
 

@@ -59,7 +59,7 @@ def live(config):
 
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
-    from respec_trainer.drafter.online.learner import setup_learner
+    from respec_trainer.drafter.online.setup import setup_learner
     from respec_trainer.resync import Resync
     from respec_trainer.resync.ipc import IPCTransport
     from respec_trainer.resync.transport import setup_transport

@@ -12,13 +12,14 @@ from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.sample import Request, SamplingParams
 from tests.gpu.models import prompts, shortfall
 from tests.gpu.place import DEVICE, FLOAT32, ON_GPU
+from tests.support.depth_choosers import chosen_by
 from tests.support.rollout_models import Reference
 
 MOST, CANDIDATES = 32, (0, 1, 3)
 FIXED = DepthSettings("fixed", CANDIDATES, max_batch=MOST, max_context=512, fixed=3)
 # On, off for longer, on: some requests come in while others are behind, and the drafter catches up.
 SCRIPT = (3, 3, *[0] * 9, 3, 3, 3, 0, 1, 0, 0, 3)
-CHANGING = replace(FIXED, mode="adaptive", policy="tests.support.depth_choosers:Scripted", prior=SCRIPT)
+CHANGING = replace(FIXED, **chosen_by("Scripted", SCRIPT))
 # Logits of size 10 in float32, products in the attention kernel rounded to TF32's 10 bits: errors of 0.01.
 TIE = 0.05
 

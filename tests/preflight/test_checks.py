@@ -22,6 +22,8 @@ def test_a_good_configuration_passes(check):
         (["rollout.sampling.max_new_tokens=256"], 1, "no room for a prompt"),
         (["actor.parallel.tp=3"], 3, "tp=3"),
         (["objective.kind=grp0"], 1, "objective.kind=grp0: .*did you mean 'grpo'"),
+        (["telemetry.trackers=[jsonl, tensorbord]"], 1, "telemetry.trackers=tensorbord: .*'tensorboard'"),
+        (["telemetry.trackers=[tensorboard]"], 1, "telemetry.trackers=.*has no jsonl"),
     ],
 )
 def test_bad_settings_name_the_key(check, overrides, world, words):

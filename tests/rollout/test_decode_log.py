@@ -14,9 +14,10 @@ from respec_trainer.rollout.decode_log import DecodeLog, DepthSettings
 from respec_trainer.rollout.sglang.inside.decode_recorder import StepRecorder, survivors_of
 from respec_trainer.rollout.sglang.inside.depth_choice import DepthChooser
 from respec_trainer.rollout.sglang.inside.simulated_acceptance import SimulatedAcceptance, kept_rate
+from tests.support.depth_choosers import chosen_by
 
 FIXED = DepthSettings("fixed", (0, 1, 3), max_batch=8, max_context=256, fixed=3)
-SCRIPTED = replace(FIXED, mode="adaptive", policy="tests.support.depth_choosers:Scripted", prior=(3, 0, 1))
+SCRIPTED = replace(FIXED, **chosen_by("Scripted", [3, 0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,7 @@ def test_settings_that_cannot_work_are_refused(changes, words):
 
 def test_settings_survive_their_way_into_the_engine():
     settings = replace(SCRIPTED, costs={"plain": (1.0, 0.0, 2.0)}, backlog_mb=3, timed=True, off="warm")
+    assert settings.policy_options == {"script": [3, 0, 1]}
     assert DepthSettings.of_json(settings.to_json()) == settings
     assert DepthSettings.of_json(FIXED.to_json()) == FIXED
 
@@ -132,9 +134,9 @@ def test_an_adaptive_policy_is_asked():
 
 @pytest.mark.parametrize("broken", ["raises", "is no candidate", "observes", "predicts"])
 def test_a_policy_that_fails_turns_speculation_off(broken, capsys):
-    policy = "tests.support.depth_choosers:Broken" if broken == "raises" else SCRIPTED.policy
+    policy = "Broken" if broken == "raises" else "Scripted"
     script = (1, 1, 1, 1, 2) if broken == "is no candidate" else (1,)
-    control = DepthChooser(replace(SCRIPTED, policy=policy, prior=script))
+    control = DepthChooser(replace(FIXED, **chosen_by(policy, script)))
     assert [control.choose(4, 10.0, 0.0).steps for _ in range(4)] == [1] * 4
     if broken == "observes":
         control.observe(1, 4, [])
@@ -148,7 +150,7 @@ def test_a_policy_that_fails_turns_speculation_off(broken, capsys):
 
 
 def test_a_policy_s_state_is_handed_on():
-    settings = replace(SCRIPTED, policy="tests.support.depth_choosers:Remembering")
+    settings = replace(FIXED, **chosen_by("Remembering", [3, 0, 1]))
     first, second = DepthChooser(settings), DepthChooser(settings)
     assert first.choose(4, 10.0, 0.0).steps == 3
     second.load_state(first.state())
@@ -159,7 +161,7 @@ def test_a_policy_s_state_is_handed_on():
 
 
 def test_a_policy_whose_state_cannot_be_told_turns_speculation_off(capsys):
-    control = DepthChooser(replace(SCRIPTED, policy="tests.support.depth_choosers:Remembering"))
+    control = DepthChooser(replace(FIXED, **chosen_by("Remembering", [3, 0, 1])))
     control._policy.turn = object()
     assert control.state() == "" and control.failed
     assert "Traceback" in capsys.readouterr().err

@@ -1,19 +1,27 @@
-"""Policies of draft steps that tests put into an engine, by DepthSettings.policy."""
+"""Policies of draft steps that tests put into an engine, by DepthSettings.policy and policy_options."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 from respec_trainer.rollout.decode_log import DepthSettings
 
 
+def chosen_by(policy: str, script: Iterable[int]) -> dict[str, Any]:
+    """The changes to DepthSettings that have a class of this module choose by `script`."""
+    return {"mode": "adaptive", "policy": f"{__name__}:{policy}", "policy_options": {"script": list(script)}}
+
+
 class Scripted:
-    """The numbers in `prior`, over and over."""
+    """The numbers in the option `script`, over and over."""
 
     def __init__(self, script: tuple[int, ...]):
         self.script, self.turn = script, -1
 
     @classmethod
     def of(cls, settings: DepthSettings) -> Scripted:
-        return cls(tuple(int(steps) for steps in settings.prior))
+        return cls(tuple(settings.policy_options["script"]))
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         self.turn += 1

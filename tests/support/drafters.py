@@ -54,12 +54,8 @@ def stored_row(snapshot: Snapshot, step: int = 0, hidden: int = 64, prompt: int 
         features=torch.randn(prompt + response, 3 * hidden, generator=generator),
         hidden=states,
         logsumexp=(states @ snapshot.output_rows.t()).logsumexp(-1) if fits else torch.zeros(response),
-        sampler_logprobs=torch.full((response,), -1.0),
         snapshot=snapshot,
         weight=1.0,
-        reward=0.0,
-        actor_version=f"actor-{step}",
-        drafter_version="drafter-0",
         step=step,
         passes=4,
     )

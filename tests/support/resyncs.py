@@ -32,7 +32,7 @@ def live(config):
 
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
-    from respec_trainer.drafter.online.learner import setup_learner
+    from respec_trainer.drafter.online.setup import setup_learner
     from respec_trainer.generation import Generation
     from respec_trainer.resync import Resync
     from respec_trainer.resync.canary import Canary

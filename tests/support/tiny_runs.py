@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[2]
 # In float32 with seeded draws, a run follows from its configuration; weight decay moves an actor that solves nothing.
 SMALL = [
     "model.dtype=fp32", "run.device=cpu", "run.name=test", "speculation.algorithm=none", "drafter.path=null",
-    "telemetry.tensorboard=false", "telemetry.live='off'", "checkpoint.export_at_end=false", "data.template='{prompt}'",
+    "telemetry.trackers=[jsonl]", "telemetry.live='off'", "checkpoint.export_at_end=false", "data.template='{prompt}'",
     "data.prompts_per_step=4", "rollout.samples_per_prompt=2", "rollout.sampling.max_new_tokens=8",
     "rollout.sampling.seeded=true", "rollout.engine.max_total_tokens=4096", "actor.optim.weight_decay=10",
     "actor.optim.lr=0.01",

@@ -40,7 +40,7 @@ def run(tmp_path):
     """Writes a run; each step is its metrics and timelines."""
 
     def run(*steps):
-        config = smallest_config(tmp_path, f"run.dir={tmp_path / 'runs'}", "telemetry.tensorboard=false")
+        config = smallest_config(tmp_path, f"run.dir={tmp_path / 'runs'}", "telemetry.trackers=[jsonl]")
         recorder = Recorder(new_run_folder(config), config)
         for step, (metrics, timelines) in enumerate(steps):
             recorder.rollout(step, [sample()] * 2, timelines)

@@ -183,7 +183,7 @@ def lone_report(tmp_path, monkeypatch):
     monkeypatch.setattr(report.dist, "broadcast_object_list", lambda *_args, **_kwargs: None)
 
     def make(*overrides):
-        shape = ["telemetry.live=lines", "telemetry.tensorboard=false", f"run.dir={tmp_path}", *overrides]
+        shape = ["telemetry.live=lines", "telemetry.trackers=[jsonl]", f"run.dir={tmp_path}", *overrides]
         return report.Report(smallest_config(tmp_path, *shape), rank=0, control=None)
 
     return make

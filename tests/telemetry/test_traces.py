@@ -20,7 +20,7 @@ def record(tmp_path):
     """Writes steps of a run with two samples a prompt; returns its folder."""
 
     def record(steps, *overrides):
-        config = smallest_config(tmp_path, f"run.dir={tmp_path / 'runs'}", "telemetry.tensorboard=false", *overrides)
+        config = smallest_config(tmp_path, f"run.dir={tmp_path / 'runs'}", "telemetry.trackers=[jsonl]", *overrides)
         recorder = Recorder(new_run_folder(config), config)
         for step, (samples, timelines) in enumerate(steps):
             recorder.rollout(step, samples, timelines)

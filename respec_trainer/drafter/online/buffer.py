@@ -40,12 +40,8 @@ class Row:
     features: torch.Tensor  # [L, 3H]
     hidden: torch.Tensor  # [R, H] after the final norm, where each response token is predicted from
     logsumexp: torch.Tensor  # [R] float32, at the sampling temperature
-    sampler_logprobs: torch.Tensor  # [R] float32
     snapshot: Snapshot
     weight: float  # in the loss
-    reward: float
-    actor_version: str  # of the weights that drew it
-    drafter_version: str
     step: int  # iteration
     passes: int  # verify passes the engine needed
 
@@ -121,9 +117,9 @@ class ReplayBuffer:
         return [row for row in self.rows if row.step == step][:limit]
 
     def _insert(self, row: Row, lot: float) -> None:
-        place = bisect_right(self.lots, lot)
-        self.rows.insert(place, row)
-        self.lots.insert(place, lot)
+        position = bisect_right(self.lots, lot)
+        self.rows.insert(position, row)
+        self.lots.insert(position, lot)
         self.nbytes += row.nbytes
         users = self._users.get(row.snapshot, 0)
         self._users[row.snapshot] = users + 1

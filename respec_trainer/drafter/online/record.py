@@ -1,36 +1,18 @@
-"""What an online drafter stores of a step, and what it tells of it: rows for the buffer, metrics for the user."""
+"""StepRecord: the metrics of an online drafter's step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from respec_trainer.config import Config, DrafterConfig
+from respec_trainer.config import Config
 from respec_trainer.drafter.loss import DepthSums
-from respec_trainer.drafter.online.buffer import Row, Snapshot
 from respec_trainer.drafter.online.measure import Measurement
+from respec_trainer.drafter.online.rows import StepRows
 from respec_trainer.drafter.online.updates import DrafterUpdates, Outcome
-from respec_trainer.drafter.online.weighting import response_weights
 from respec_trainer.drafter.vocabulary import LEAST_COVERAGE, coverage
 from respec_trainer.rollout.sample import Sample
-
-
-@dataclass(frozen=True)
-class LearnerRank:
-    """Of a rank: which of `dp` shares of a step's samples it scores, on which device it learns."""
-
-    rank: int = 0
-    world_size: int = 1
-    dp: int = 1
-    dp_rank: int = 0
-    device: torch.device = torch.device("cpu")
-
-    @classmethod
-    def of(cls, topology) -> LearnerRank:
-        return cls(topology.rank, topology.world_size, topology.dp, topology.dp_rank, topology.device)
 
 
 class StepRecord:
@@ -54,13 +36,21 @@ class StepRecord:
         self.loss = 0.0
         self.sums: DepthSums | None = None
 
-    def observe(self, samples: list[Sample], say: Callable[[str], None]) -> None:
+    def store(self, found: StepRows) -> None:
+        """Count a step, and note what was found in its rows."""
+        self.iteration += 1
+        self.steps["drafter/uniform_fallback"] = int(found.fell_back)
+        self.refused += found.refused
+        self.drift[0] += found.drift
+        self.drift[1] += found.tokens
+
+    def observe(self, samples: list[Sample], notify: Callable[[str], None]) -> None:
         """Note what follows from a step's samples alone."""
         tokens = torch.tensor([token for sample in samples for token in sample.response_ids], dtype=torch.int64)
         covered = coverage(tokens.bincount(minlength=self.vocab_size), self.draft_ids)
         if covered < LEAST_COVERAGE and not self.told_coverage:
             self.told_coverage = True
-            say(
+            notify(
                 f"the draft vocabulary covers only {covered:.1%} of response tokens, the others can never be drafted: "
                 "train a drafter on newer responses, or with a larger draft vocabulary (tools/train_drafter.py)"
             )
@@ -108,58 +98,3 @@ class StepRecord:
         found |= {} if predicted is None else {"drafter/frozen_accept_length": predicted}
         self._clear()
         return found
-
-
-def rows_of_step(
-    samples: list[Sample],
-    inference: Any,
-    rewards: torch.Tensor,
-    config: DrafterConfig,
-    place: LearnerRank,
-    record: StepRecord,
-) -> list[Row]:
-    """This rank's rows of a step, as the actor captured them; those without tokens or not finite are left out.
-
-    Notes in `record` the drift KL(actor now || actor at the last push), estimated by rho log rho - rho + 1 with
-    rho = exp(actor - sampler), over draws of the sampler: it has that mean, and no negative terms. While every step is
-    followed by a push it is the mismatch between sampler and actor alone.
-    """
-    record.iteration += 1
-    weights, fell_back = response_weights(rewards, config.weighting, config.weight_scope)
-    record.steps["drafter/uniform_fallback"] = int(fell_back)
-    captured = inference.captured
-    if captured is None:
-        return []
-    snapshot = Snapshot(captured.token_ids, captured.embeddings, captured.output_rows)
-    first = place.dp_rank * (len(samples) // place.dp)
-    rows = []
-    for part in captured.rows:
-        sample = samples[first + part.row]
-        count = len(sample.response_ids)
-        if not count:
-            continue
-        if not (part.features.isfinite().all() and part.hidden.isfinite().all() and part.logsumexp.isfinite().all()):
-            record.refused += 1
-            continue
-        start = len(sample.prompt_ids)
-        sampler = torch.tensor(sample.sampler_logprobs)
-        ratio = inference.logprobs[part.row, start : start + count].cpu().double() - sampler.double()
-        record.drift[0] += (ratio.exp() * ratio - ratio.expm1()).sum().item()
-        record.drift[1] += count
-        rows.append(
-            Row(
-                tokens=torch.tensor([*sample.prompt_ids, *sample.response_ids]),
-                features=part.features,
-                hidden=part.hidden,
-                logsumexp=part.logsumexp,
-                sampler_logprobs=sampler,
-                snapshot=snapshot,
-                weight=weights.flatten()[first + part.row].item(),
-                reward=rewards.flatten()[first + part.row].item(),
-                actor_version=sample.actor_version,
-                drafter_version=sample.drafter_version,
-                step=record.iteration,
-                passes=sample.verify_count,
-            )
-        )
-    return rows

@@ -41,11 +41,33 @@ class FleetPending:
         Raises EngineLostError on every rank if an engine died, once the others have finished. What they drew is kept:
         after `RolloutFleet.restart` and a push of the same weights, collect again.
         """
-        shares = self.fleet._agree(self._collect if self.fleet.engine else None)
+        shares = self.fleet.agree(self.collect_own if self.fleet.engine else None)
         drawn = dict(pair for share in shares for pair in share)
         samples = [drawn[position] for position in range(len(self.requests))]
         self.fleet.dealer.observe(samples)
         return samples
+
+    def collect_own(self) -> list[tuple[int, Sample]]:
+        """What this rank's own engine drew, with the position of each request. Raises EngineError if it died."""
+        self._submit()
+        drawn: list[list[Sample]] = []
+        try:
+            # Whoever waits for an engine's responses notices if it hangs, so waiting for the feeder comes second.
+            while len(drawn) < len(self.parts) or self._fed(len(drawn)):
+                if len(drawn) < len(self.parts):
+                    drawn.append(self.parts[len(drawn)].collect())
+            if self.feeder is not None and self.feeder.error is not None:
+                raise self.feeder.error
+            self.ledger.add([sample for part in drawn for sample in part])
+        except EngineError:
+            if self.feeder is not None:
+                self.feeder.stop()
+            if self.fleet.engine.failure is not None:
+                self._salvage(drawn)
+            raise
+        finally:
+            self.parts, self.feeder, self.asked = [], None, 0
+        return list(zip(self.positions, self.ledger.samples(), strict=True))
 
     def done(self) -> int:
         """How many of this rank's own engine's requests have finished, of those it has been given."""
@@ -74,7 +96,7 @@ class FleetPending:
             return
         requests = self.ledger.remaining()
         if requests or self.queue is not None:
-            self.fleet._restore_chooser()
+            self.fleet.restore_chooser()
         if requests:
             self.parts, self.asked = [self.fleet.engine.submit(requests)], len(requests)
         if self.queue is not None:
@@ -87,27 +109,6 @@ class FleetPending:
         requests = self._own(unit)  # first: what was taken and could not be submitted is owed
         self.parts.append(self.fleet.engine.submit(requests))
         self.asked += len(requests)
-
-    def _collect(self) -> list[tuple[int, Sample]]:
-        self._submit()
-        drawn: list[list[Sample]] = []
-        try:
-            # Whoever waits for an engine's responses notices if it hangs, so waiting for the feeder comes second.
-            while len(drawn) < len(self.parts) or self._fed(len(drawn)):
-                if len(drawn) < len(self.parts):
-                    drawn.append(self.parts[len(drawn)].collect())
-            if self.feeder is not None and self.feeder.error is not None:
-                raise self.feeder.error
-            self.ledger.add([sample for part in drawn for sample in part])
-        except EngineError:
-            if self.feeder is not None:
-                self.feeder.stop()
-            if self.fleet.engine.failure is not None:
-                self._salvage(drawn)
-            raise
-        finally:
-            self.parts, self.feeder, self.asked = [], None, 0
-        return list(zip(self.positions, self.ledger.samples(), strict=True))
 
     def _fed(self, taken: int) -> bool:
         """Whether more than `taken` parts are there, or may come."""

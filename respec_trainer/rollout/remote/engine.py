@@ -196,9 +196,6 @@ class RemoteEngine(RolloutEngine):
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         self._ask("wake", part)
 
-    def stats(self) -> dict[str, float]:
-        return self._ask("stats")
-
     def take_decode_log(self) -> DecodeLog:
         return self._ask("take_decode_log")
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 
 from respec_trainer.errors import EngineError
-from respec_trainer.rollout.decode_log import BUSY, STEPS_MESSAGE, DecodeLog, DepthSettings
+from respec_trainer.rollout.decode_log import STEPS_MESSAGE, DecodeLog, DepthSettings, RequestsRunningError
 from respec_trainer.rollout.engine import Role, RolloutEngine, TensorSpec
-from respec_trainer.rollout.sample import Request, Sample, SamplingParams
+from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang.pending import SGLangPending
 from respec_trainer.rollout.sglang.process import SGLangProcess
 from respec_trainer.rollout.sglang.settings import EngineSettings
@@ -25,7 +25,6 @@ __all__ = ["EngineSettings", "SGLangEngine"]
 SEEDS_BETWEEN_LIVES = 1_000_003
 # An engine may clear away a batch after its last answer, in which case it is not idle yet.
 CLEARING_SECONDS = 10.0
-COUNTERS = ("requests", "prompt_tokens", "prompt_tokens_cached", "tokens", "verify_passes", "drafts_accepted")
 
 
 class SGLangEngine(RolloutEngine):
@@ -37,7 +36,6 @@ class SGLangEngine(RolloutEngine):
         self._process: SGLangProcess | None = None
         self._updater: WeightUpdater | None = None
         self._pending: list[SGLangPending] = []
-        self._counters = dict.fromkeys(COUNTERS, 0)
         self._seeds = torch.Generator().manual_seed(settings.seed)
         self._lives = 0
         self._asleep: set[str] = set()
@@ -86,6 +84,29 @@ class SGLangEngine(RolloutEngine):
         self._pending = [other for other in self._pending if not other.future.done()] + [pending]
         return pending
 
+    def sampling_parameters(self, params: SamplingParams) -> dict[str, Any]:
+        """sglang's sampling parameters of one request, all of them: some defaults come from the model's folder."""
+        if params.stop and not self.settings.tokenizer:
+            raise EngineError(
+                f"stop strings {params.stop} need the tokenizer: start the engine with EngineSettings(tokenizer=True)"
+            )
+        if params.seed is not None and not self.settings.seeded:
+            raise EngineError("a request's seed needs an engine started with EngineSettings(seeded=True)")
+        seed = params.seed
+        if self.settings.seeded and seed is None:
+            seed = int(torch.randint(2**63 - 1, (), generator=self._seeds))
+        return {
+            "max_new_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": 0.0,
+            "stop": list(params.stop),
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": params.ignore_eos,
+            "sampling_seed": seed,
+        }
+
     def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:
         return self.weights.join_group(name, address, port, world_size, rank_offset, backend)
 
@@ -132,10 +153,6 @@ class SGLangEngine(RolloutEngine):
         self._occupy("resume_memory_occupation", "ResumeMemoryOccupationReqInput", parts)
         self._asleep -= set(parts)
 
-    def stats(self) -> dict[str, float]:
-        """Sums over collected samples, by the names of COUNTERS."""
-        return dict(self._counters)
-
     def take_decode_log(self) -> DecodeLog:
         return DecodeLog() if self.settings.steps is None else self._steps_message()
 
@@ -166,7 +183,7 @@ class SGLangEngine(RolloutEngine):
         from sglang.srt.managers.io_struct import DumperControlReqInput
 
         if body and any(not pending.future.done() for pending in self._pending):
-            raise EngineError(BUSY)
+            raise RequestsRunningError
         process, deadline = self.process, time.monotonic() + CLEARING_SECONDS
         request = DumperControlReqInput(method=STEPS_MESSAGE, body=body)
         while True:
@@ -174,7 +191,7 @@ class SGLangEngine(RolloutEngine):
             (answer,) = process.wait(asked, "asking for the draft steps")
             if answer.success:
                 return DecodeLog.of_bytes(answer.response[0]["log"])
-            if answer.error != BUSY or time.monotonic() > deadline:
+            if not answer.response[0]["busy"] or time.monotonic() > deadline:
                 raise EngineError(f"asking for the draft steps: {answer.error}")
             time.sleep(0.01)
 
@@ -186,34 +203,3 @@ class SGLangEngine(RolloutEngine):
 
         request = getattr(io_struct, message)(tags=tags)
         process.wait(process.call(getattr(process.manager, method), request, None), f"{method} of {' and '.join(tags)}")
-
-    def _sampling(self, params: SamplingParams) -> dict[str, Any]:
-        """sglang's sampling parameters of one request, all of them: some defaults come from the model's folder."""
-        if params.stop and not self.settings.tokenizer:
-            raise EngineError(
-                f"stop strings {params.stop} need the tokenizer: start the engine with EngineSettings(tokenizer=True)"
-            )
-        if params.seed is not None and not self.settings.seeded:
-            raise EngineError("a request's seed needs an engine started with EngineSettings(seeded=True)")
-        seed = params.seed
-        if self.settings.seeded and seed is None:
-            seed = int(torch.randint(2**63 - 1, (), generator=self._seeds))
-        return {
-            "max_new_tokens": params.max_new_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "min_p": 0.0,
-            "stop": list(params.stop),
-            "stop_token_ids": list(params.stop_token_ids),
-            "ignore_eos": params.ignore_eos,
-            "sampling_seed": seed,
-        }
-
-    def _count(self, samples: list[Sample]) -> None:
-        for sample in samples:
-            self._counters["requests"] += 1
-            self._counters["prompt_tokens"] += len(sample.prompt_ids)
-            self._counters["tokens"] += len(sample.response_ids)
-            self._counters["verify_passes"] += sample.verify_count
-            self._counters["drafts_accepted"] += sum(d * n for d, n in enumerate(sample.accept_histogram))

@@ -43,7 +43,7 @@ class SGLangPending(Pending):
         batch = GenerateReqInput(
             rid=list(self.ids),
             input_ids=[list(request.prompt_ids) for request in ordered],
-            sampling_params=[engine._sampling(request.sampling) for request in ordered],
+            sampling_params=[engine.sampling_parameters(request.sampling) for request in ordered],
             return_logprob=True,
         )
         self.future = process.call(_first, process.manager.generate_request, batch)
@@ -78,12 +78,9 @@ class SGLangPending(Pending):
                 raise EngineError(f"the rollout engine refused a request: {error}") from error
 
     def _gather(self, outputs: list[dict[str, Any]]) -> list[Sample]:
-        """Samples in the order of the requests, out of outputs in the order of submission; they are counted."""
+        """Samples in the order of the requests, out of outputs in the order of submission."""
         by_request = dict(zip(self.order, outputs, strict=True))
-        samples = [self._sample(request, by_request[i]) for i, request in enumerate(self.requests)]
-        self.engine._count(samples)
-        self.engine._counters["prompt_tokens_cached"] += sum(o["meta_info"]["cached_tokens"] for o in outputs)
-        return samples
+        return [self._sample(request, by_request[i]) for i, request in enumerate(self.requests)]
 
     def _sample(self, request: Request, output: dict[str, Any]) -> Sample:
         meta = output["meta_info"]

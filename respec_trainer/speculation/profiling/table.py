@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 
 from respec_trainer.config import PositiveFloat, PositiveInt, Section
 from respec_trainer.errors import ConfigError
-from respec_trainer.speculation.profiling.profile import load_json
 from respec_trainer.speculation.shape import OFF, Shape
 
 
@@ -58,11 +57,6 @@ class SpeedupTable(Section):
         means = [_geometric_mean([max(speedup, floor) for speedup in column]) for column in columns]
         column = max(range(len(means)), key=means.__getitem__)
         return self.shapes[column], means[column]
-
-
-def load_speedups(path: str | Path) -> SpeedupTable:
-    """A profile given as speed-ups. Raises ConfigError if the file is missing or malformed, naming the field."""
-    return load_json(path, SpeedupTable, "table of speed-ups")
 
 
 def steps_by_batch(policy: Mapping[int, Shape]) -> dict[int, int]:

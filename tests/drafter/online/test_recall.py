@@ -7,8 +7,9 @@ import torch
 
 from respec_trainer.config import DrafterConfig
 from respec_trainer.drafter.loss import distill_loss
+from respec_trainer.drafter.online.learner import LearnerRank
 from respec_trainer.drafter.online.recall import AtTemperature, recall
-from respec_trainer.drafter.online.record import LearnerRank, StepRecord, rows_of_step
+from respec_trainer.drafter.online.rows import rows_of_step
 from respec_trainer.drafter.teacher import HFTeacher
 from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
 from tests.support.learners import LAYERS, random_samples, score
@@ -23,8 +24,7 @@ def stored(temperature: float = 1.0) -> list:
         samples = random_samples(LENGTHS, step)
         rewards = torch.arange(4.0).view(2, 2)
         config = DrafterConfig(weighting="reward")
-        record = StepRecord(DRAFT_IDS, 131)
-        rows += rows_of_step(samples, score(model, samples, temperature), rewards, config, LearnerRank(), record)
+        rows += rows_of_step(samples, score(model, samples, temperature), rewards, config, LearnerRank(), 1).rows
     return [rows[i] for i in (5, 0, 1, 6, 7, 2)]
 
 
@@ -63,27 +63,3 @@ def test_both_laws_are_taken_at_the_sampling_temperature():
             alpha, top1 = alpha + torch.minimum(p, q).sum().item(), top1 + p[q.argmax()].item()
     assert sums.alpha.item() == pytest.approx(alpha, rel=1e-4)
     assert sums.top1.item() == pytest.approx(top1, rel=1e-4)
-
-
-def test_what_is_not_finite_or_empty_is_not_stored():
-    model, samples = tiny_model(target_config()), random_samples([(3, 9), (5, 4), (2, 12), (4, 0)])
-    inference = score(model, samples[:3])
-    inference.captured.rows[1].features[2, 5] = torch.nan
-    record = StepRecord(DRAFT_IDS, 131)
-    rows = rows_of_step(
-        samples, inference, torch.zeros(2, 2), DrafterConfig(weighting="uniform"), LearnerRank(), record
-    )
-    assert [len(row.tokens) for row in rows] == [12, 14] and record.refused == 1
-
-
-def test_drift_is_the_divergence_from_the_sampler():
-    model, samples = tiny_model(target_config()), random_samples([(3, 9), (5, 4)])
-    inference, record = score(model, samples), StepRecord(DRAFT_IDS, 131)
-    expected = 0.0
-    for number, sample in enumerate(samples):
-        start, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
-        actor = inference.logprobs[number, start:end].double()
-        rho = actor.exp() / torch.tensor(sample.sampler_logprobs).double().exp()
-        expected += (rho * rho.log() - rho + 1).sum().item()
-    rows_of_step(samples, inference, torch.zeros(1, 2), DrafterConfig(weighting="uniform"), LearnerRank(), record)
-    assert record.drift == pytest.approx([expected, 13])

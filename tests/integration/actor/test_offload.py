@@ -39,7 +39,7 @@ def hand_over(actor, batch) -> dict:
             with pytest.raises(RuntimeError, match="actor's optimizer is off"):
                 actor.update(batch, scores, torch.ones(len(batch)))
         offload.out(part)
-        sizes.append(live_bytes() - sum(map(held, offload._away.values())))
+        sizes.append(live_bytes() - held(offload))
     with pytest.raises(RuntimeError, match="actor's optimizer is off|actor's weights is off"):
         actor.infer(batch)
     with pytest.raises(RuntimeError, match="optimizer cannot go back before its weights"):
@@ -53,14 +53,14 @@ def hand_over(actor, batch) -> dict:
     host = [piece.data_ptr() for pieces in offload._spare.values() for piece in pieces]
     for part in ("optimizer", "weights"):
         offload.out(part)
-    again = [piece.data_ptr() for moved in offload._away.values() for _, pieces in moved for piece in pieces]
+    again = [piece.data_ptr() for pieces in offload.pieces_away().values() for piece in pieces]
     for part in ("weights", "optimizer"):
         offload.back(part)
     return seen | {"sizes": sizes, "host kept": sorted(again) == sorted(host)}
 
 
-def held(moved: list) -> int:
-    return sum(piece.numel() for _, pieces in moved for piece in pieces)
+def held(offload) -> int:
+    return sum(piece.numel() for pieces in offload.pieces_away().values() for piece in pieces)
 
 
 def train(folder: Path, variants: list[dict], hands_over: bool) -> list[dict]:

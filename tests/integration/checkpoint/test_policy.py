@@ -15,7 +15,7 @@ from tests.support.processes.ranks import run_ranks
 REPOSITORY = Path(__file__).parents[3]
 SMALL = [
     "model.dtype=fp32", "run.device=cpu", "run.name=test", "run.steps=2", "telemetry.live='off'",
-    "telemetry.tensorboard=false", "data.prompts_per_step=4", "rollout.samples_per_prompt=4", "actor.parallel.tp=1",
+    "telemetry.trackers=[jsonl]", "data.prompts_per_step=4", "rollout.samples_per_prompt=4", "actor.parallel.tp=1",
     "rollout.sampling.max_new_tokens=24", "rollout.sampling.seeded=true", "rollout.engine.max_running_requests=4",
     "rollout.engine.span=1", "checkpoint.every=1", "checkpoint.export_at_end=false", "drafter.weighting=none",
     "speculation.policy=adaptive", "speculation.profile=none.json", "speculation.topk=1", "speculation.steps=3",

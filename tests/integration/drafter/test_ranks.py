@@ -28,8 +28,8 @@ def train(configs: list, steps: int, lengths=LENGTHS) -> list[tuple]:
     """For each configuration: the actor's shards and gradient norms; the drafter's weights, metrics, last gradient."""
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
-    from respec_trainer.drafter.online.learner import setup_learner
-    from respec_trainer.drafter.online.record import LearnerRank
+    from respec_trainer.drafter.online.learner import LearnerRank
+    from respec_trainer.drafter.online.setup import setup_learner
 
     topology, results = init_parallel(configs[0]), []
     for config in configs:

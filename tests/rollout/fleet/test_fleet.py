@@ -20,7 +20,7 @@ REQUESTS = [Request(str(i), (i, i), SamplingParams(max_new_tokens=4)) for i in r
 
 
 def pending_on(engine) -> FleetPending:
-    fleet = SimpleNamespace(engine=engine, resume=False, _restore_chooser=lambda: None)
+    fleet = SimpleNamespace(engine=engine, resume=False, restore_chooser=lambda: None)
     return FleetPending(fleet, REQUESTS, [Unit((0, 1, 2), 3.0)])
 
 
@@ -53,6 +53,9 @@ class LoggingEngine:
 
     def shutdown(self):
         self.failure = EngineError("not running")
+
+    def release(self):
+        self.log.append("released")
 
     def submit(self, requests):
         self.log += [len(request.prompt_ids) for request in requests]
@@ -164,9 +167,22 @@ def test_what_policies_have_learnt_outlives_their_engines(tmp_path):
     assert second == [("new 1", "new 1 1"), ("new 1 1 1", "new 1 1 1 1"), ("new 1 1 1 1 1", "new 1 1 1 1 1 1")]
 
 
+def end(config):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    fleet = RolloutFleet(config, LoggingEngine, None, "cpu")
+    fleet.shutdown()
+    return str(fleet.engine.failure), fleet.engine.log
+
+
+def test_at_the_end_engines_are_shut_down_and_released(tmp_path):
+    assert run_ranks(2, end, smallest_config(tmp_path)) == [("not running", ["released"])] * 2
+
+
 def test_an_engine_that_learns_nothing_is_told_nothing(tmp_path):
     engine = SimpleNamespace(take_decode_log=DecodeLog)  # which refuses restore_depth_chooser
     fleet = SimpleNamespace(engine=engine, depth_state="", forgot=True)
-    RolloutFleet._restore_chooser(fleet)
+    RolloutFleet.restore_chooser(fleet)
     RolloutFleet._take_log(fleet)
     assert (fleet.depth_state, fleet.forgot) == ("", False)

@@ -68,7 +68,7 @@ class Engine:
     def digests(self, role):
         raise ProofError(f"no digests of {role}")
 
-    def stats(self):
+    def weight_shapes(self, role):
         return 1 / 0
 
 
@@ -164,7 +164,7 @@ def test_errors_come_back_as_they_are(pair):
     with pytest.raises(ProofError, match="no digests of draft"):
         remote.digests("draft")
     with pytest.raises(EngineError, match="ZeroDivisionError"):
-        remote.stats()
+        remote.weight_shapes("draft")
     failing = remote.receive_broadcast([SPEC], "target", "group")
     engine.arrived.set_exception(EngineError("too late"))
     with pytest.raises(EngineError, match="too late"):
@@ -224,7 +224,7 @@ def test_a_run_waits_once_for_a_host_that_does_not_return(job):
     remote.start()
     fleet = RolloutFleet.__new__(RolloutFleet)
     fleet.engine, fleet.index, fleet.owners, fleet.counts, fleet.forgot = remote, 0, [0], Counter(), False
-    fleet.resume, fleet.shares_devices, fleet._agree = False, False, lambda action: [action()]
+    fleet.resume, fleet.shares_devices, fleet.agree = False, False, lambda action: [action()]
     pending = FleetPending(fleet, REQUESTS, [Unit((0, 1, 2), 3.0)])
     assert pending.generating()
     cut(remote._caller.connection)
@@ -245,13 +245,13 @@ def test_a_host_is_heard_while_its_engine_is_busy_and_missed_when_it_hangs(job, 
     host, remote = Host(), impatient(2.0)
     remote.start()
     calls = remote._caller
-    monkeypatch.setattr(Engine, "stats", lambda self: time.sleep(3.0))
-    remote.stats()
+    monkeypatch.setattr(Engine, "weight_shapes", lambda self, role: time.sleep(3.0))
+    remote.weight_shapes("draft")
     assert calls.failure is None
     silent = host.host._over.set  # no more signs of life, as of a process that is stopped
-    monkeypatch.setattr(Engine, "stats", lambda self: silent() or self.finish.wait(10))
+    monkeypatch.setattr(Engine, "weight_shapes", lambda self, role: silent() or self.finish.wait(10))
     with pytest.raises(EngineError, match="gave no sign of life for 2 s"):
-        remote.stats()
+        remote.weight_shapes("draft")
     host.host.engine.finish.set()
     host.join(10)
 

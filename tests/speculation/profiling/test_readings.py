@@ -89,7 +89,7 @@ class MadeUp:
         for part in ("draft", "verify", "extend") if steps else ():
             row[part] = costs.piece_seconds(part, chain(steps), batch, context)
         if not steps and self.generator.random() < 0.5:
-            row["extend"] = costs.warm_seconds(batch, context)
+            row["extend"] = costs.piece_seconds("extend", OFF, batch, context)
         if missed and (steps or row["extend"]):
             row |= {"catch_up": costs.catch_up_seconds(batch, context, missed), "caught_up": missed * batch}
         whole = costs.cycle_seconds(chain(steps), batch, context) + (0 if steps else row["extend"])

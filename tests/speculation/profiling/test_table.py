@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from respec_trainer.errors import ConfigError
+from respec_trainer.speculation.profiling.profile import load_json
 from respec_trainer.speculation.profiling.solver import Solver, measured_table
-from respec_trainer.speculation.profiling.table import SpeedupTable, load_speedups, steps_by_batch, write_engine_table
+from respec_trainer.speculation.profiling.table import SpeedupTable, steps_by_batch, write_engine_table
 from respec_trainer.speculation.profiling.view import heat_map, render
 from respec_trainer.speculation.shape import OFF, Shape, chain
 from tests.support.speculation import BATCHES, CHAINS, CPU, GPU, profile_of
@@ -25,7 +26,7 @@ ACCEPTANCE = [0.7, 0.6, 0.5]
 
 def test_the_paper_s_table():
     """Its numbers of Fig 7 and what ReSpec's choice comes to against one shape for all batch sizes."""
-    table = load_speedups(FIG7)
+    table = load_json(FIG7, SpeedupTable, "table of speed-ups")
     best = [(5, 8, 32), (5, 8, 32), (3, 8, 16), (3, 8, 8), (3, 8, 8), (3, 5, 8), OFF]
     assert table.policy() == dict(zip((1, 2, 4, 8, 16, 32, 64), best, strict=True))
     assert round(table.gain(), 3) == 1.270
@@ -56,7 +57,7 @@ def test_malformed_tables_name_the_field(tmp_path, change, words):
     tree = {"source": "x", "batches": [1, 2], "shapes": [[1, 1, 2], [2, 1, 3]], "speedups": [[1.0, 1.2], [0.9, 1.0]]}
     (tmp_path / "t.json").write_text(json.dumps(tree | change))
     with pytest.raises(ConfigError, match=words):
-        load_speedups(tmp_path / "t.json")
+        load_json(tmp_path / "t.json", SpeedupTable, "table of speed-ups")
 
 
 def test_the_engine_reads_its_table(tmp_path):
@@ -77,7 +78,7 @@ def test_the_engine_reads_its_table(tmp_path):
 
 def test_a_tree_cannot_be_switched(tmp_path):
     with pytest.raises(ConfigError, match=r"batch 1: .* the best shape is \(5,8,32\); choose among chains"):
-        write_engine_table(load_speedups(FIG7).policy(), tmp_path / "table.json")
+        write_engine_table(load_json(FIG7, SpeedupTable, "table of speed-ups").policy(), tmp_path / "table.json")
     assert not list(tmp_path.iterdir())
 
 
@@ -104,7 +105,7 @@ def test_what_is_predicted_was_measured():
 
 
 def test_a_table_for_people(tmp_path):
-    table = load_speedups(FIG7)
+    table = load_json(FIG7, SpeedupTable, "table of speed-ups")
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(render(table))
     text = console.export_text()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from respec_trainer.errors import EngineError
-from respec_trainer.rollout.decode_log import BUSY, STEPS_MESSAGE, DepthSettings
+from respec_trainer.rollout.decode_log import STEPS_MESSAGE, DepthSettings, RequestsRunningError
 from respec_trainer.rollout.sglang.inside.catch_up import Backlog, catch_up, missed
 from respec_trainer.rollout.sglang.inside.decode_recorder import StepRecorder
 from respec_trainer.rollout.sglang.inside.depth_choice import Choice, DepthChooser
@@ -147,7 +147,8 @@ class DraftDepth:
             served = self._serve(scheduler.is_fully_idle(), **request.body)
             output = DumperControlReqOutput(success=True, response=[served])
         except Exception as error:  # noqa: BLE001 - it would end the engine; the trainer raises it
-            output = DumperControlReqOutput(success=False, response=[], error=str(error))
+            busy = isinstance(error, RequestsRunningError)
+            output = DumperControlReqOutput(success=False, response=[{"busy": busy}], error=str(error))
         scheduler.ipc_channels.send_to_tokenizer.send_output(output, request)
         return None
 
@@ -156,7 +157,7 @@ class DraftDepth:
         if self.worker is None:
             raise EngineError("the engine made no EAGLE worker whose steps could change")
         if not (idle or settings is None and state is None):
-            raise EngineError(BUSY)
+            raise RequestsRunningError
         recorder, control = self.recorder, self.control
         if settings is not None:
             self.apply(DepthSettings.of_json(settings))

@@ -24,22 +24,32 @@ def ask(config):
     from respec_trainer.rollout.sample import Request, SamplingParams
     from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
+    class Engine(SGLangEngine):
+        """Notes which requests it was given."""
+
+        def start(self):
+            self.asked = []
+            super().start()
+
+        def submit(self, requests):
+            self.asked += [request.key for request in requests]
+            return super().submit(requests)
+
     def request(i):
         sampling = SamplingParams(LONG if i < 8 else SHORT, temperature=0.0, ignore_eos=True)
         return Request(str(i), (5 + i, 9, 33 + i), sampling)
 
     dist.init_process_group("gloo")
-    fleet = RolloutFleet(config, lambda i: SGLangEngine(EngineSettings.from_config(config, "cpu", i)), None, "cpu")
-    phases, before = [], (0, 0)
+    fleet = RolloutFleet(config, lambda i: Engine(EngineSettings.from_config(config, "cpu", i)), None, "cpu")
+    phases = []
     try:
         for hands_over in (True, False):
             fleet.hands_over = hands_over
             requests = [request(i) for i in range(16)]
             pending = begin_second_first(fleet, requests) if hands_over else fleet.start(requests)
             samples = pending.collect()
-            stats = fleet.engine.stats()
-            counts = stats["requests"] - before[0], stats["tokens"] - before[1]
-            before = stats["requests"], stats["tokens"]
+            drawn, fleet.engine.asked = fleet.engine.asked, []
+            counts = len(drawn), sum(len(sample.response_ids) for sample in samples if sample.key in drawn)
             phases.append(([(s.key, s.response_ids) for s in samples], counts))
         return phases
     finally:

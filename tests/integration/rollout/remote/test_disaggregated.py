@@ -30,7 +30,7 @@ KILLED_AT = 4  # batches of an engine: the canary's, the first step's, the canar
 # An actor this young solves nothing, so no reward moves it; weight decay does.
 SMALL = [
     "model.dtype=fp32", "run.device=cpu", "run.name=test", "telemetry.live='off'", "telemetry.samples_per_step=16",
-    "telemetry.tensorboard=false", "data.prompts_per_step=4", "rollout.samples_per_prompt=4", "resync.verify=full",
+    "telemetry.trackers=[jsonl]", "data.prompts_per_step=4", "rollout.samples_per_prompt=4", "resync.verify=full",
     "rollout.sampling.max_new_tokens=16", "rollout.sampling.seeded=true", "actor.optim.weight_decay=10",
     "actor.optim.lr=0.01", "checkpoint.export_at_end=false", "drafter.weighting=uniform", "drafter.mode=sync",
     "drafter.batch_size=8", "checkpoint.every=1",

@@ -14,6 +14,7 @@ from respec_trainer.errors import EngineError
 from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from tests.support.depth_choosers import chosen_by
 from tests.support.rollout_models import VOCAB, Reference, save_drafter, save_target
 
 CANDIDATES = (0, 1, 3)
@@ -28,7 +29,7 @@ ON_AND_OFF = (3, 3, *[0] * 9, 3, 3, 3, 0, 1, 0, 0, 3)
 
 
 def scripted(*script: int, policy: str = "Scripted", **changes) -> DepthSettings:
-    return replace(FIXED, mode="adaptive", policy=f"tests.support.depth_choosers:{policy}", prior=script, **changes)
+    return replace(FIXED, **chosen_by(policy, script), **changes)
 
 
 def save_sensitive_drafter(folder, target):

@@ -176,11 +176,3 @@ def test_what_the_drafter_shares_or_has_fixed_is_refused(engine):
             engine.receive_tensors([("layers.0.mlp.up_proj.weight", torch.ones(32, 64))], "draft").result(60)
     finally:
         engine.end_weight_update("draft", "drafter-3")
-
-
-def test_counters_tell_what_speculation_did(engine):
-    before = engine.stats()
-    (sample,) = ask(engine, GREEDY)
-    gained = {name: value - before[name] for name, value in engine.stats().items()}
-    assert gained["tokens"] == 24 and gained["verify_passes"] == sample.verify_count
-    assert gained["drafts_accepted"] == round((sample.accept_length - 1) * sample.verify_count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +13,17 @@ import torch
 
 from respec_trainer.config import SpeculationConfig
 from respec_trainer.errors import ConfigError, EngineError
-from respec_trainer.rollout.decode_log import DecodeLog, DepthSettings
+from respec_trainer.rollout.decode_log import STEPS_MESSAGE, DecodeLog, DepthSettings
 from respec_trainer.rollout.sglang.arguments import server_arguments, step_environment
 from respec_trainer.rollout.sglang.inside.catch_up import Backlog, missed
 from respec_trainer.rollout.sglang.inside.draft_depth import DraftDepth
 from respec_trainer.rollout.sglang.inside.plugin import outside
 from respec_trainer.rollout.sglang.settings import EngineSettings
+from tests.support.depth_choosers import chosen_by
 
 FIXED = DepthSettings("fixed", (1, 3), max_batch=8, max_context=256, fixed=3)
 OFF = DepthSettings("fixed", (0, 3), max_batch=8, max_context=256, fixed=0)
-BROKEN = replace(OFF, mode="adaptive", policy="tests.support.depth_choosers:Broken", prior=(0,))
+BROKEN = replace(OFF, **chosen_by("Broken", [0]))
 
 
 def requests(count: int):
@@ -188,8 +190,22 @@ def test_settings_change_between_rollouts_only():
         ask(DraftDepth(FIXED, "cpu"), None)
 
 
+@pytest.mark.parametrize(("idle", "busy"), [(False, [{"busy": True}]), (True, [{"busy": False}])])
+def test_an_answer_tells_whether_asking_again_may_help(monkeypatch, idle, busy):
+    """Requests end; a policy that does not exist stays away."""
+    # sglang's module of messages takes seconds to import.
+    messages = SimpleNamespace(DumperControlReqOutput=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", messages)
+    stepper, _ = stepper_of(FIXED)
+    sent = []
+    channel = SimpleNamespace(send_output=lambda output, request: sent.append(output))
+    scheduler = SimpleNamespace(is_fully_idle=lambda: idle, ipc_channels=SimpleNamespace(send_to_tokenizer=channel))
+    stepper.answer(None, scheduler, SimpleNamespace(method=STEPS_MESSAGE, body={"state": "{}"}))
+    assert (sent[0].success, sent[0].response) == (False, busy)
+
+
 def test_what_a_policy_has_learnt_leaves_with_the_log_and_comes_back():
-    settings = replace(OFF, mode="adaptive", policy="tests.support.depth_choosers:Remembering", prior=(3, 0, 0))
+    settings = replace(OFF, **chosen_by("Remembering", [3, 0, 0]))
     stepper, worker = stepper_of(settings)
     assert [decode(stepper, worker, requests(2)) for _ in range(2)] == [3, 0]
     state = ask(stepper, None).state

@@ -1,4 +1,4 @@
-"""drafter/online/online.py on one rank: it learns, measures before it learns, yields, and never brings a run down."""
+"""drafter/online/online_drafter.py on one rank: it learns, measures first, yields, and never brings a run down."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import json
 import pytest
 import torch
 
-from respec_trainer.drafter.format import save_drafter
-from respec_trainer.drafter.online.learner import setup_learner
-from respec_trainer.drafter.online.online import OnlineDrafter
+from respec_trainer.drafter.format import load_drafter, save_drafter
+from respec_trainer.drafter.online.online_drafter import OnlineDrafter
+from respec_trainer.drafter.online.setup import setup_learner
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.sglang.weights import FIXED_IN_DRAFTER, weight_shapes
 from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
@@ -42,7 +42,7 @@ def make(folder):
         config = tiny_run_config(
             "actor", {"speculation.algorithm": "eagle3"} | {f"drafter.{key}": value for key, value in keys.items()}
         )
-        learner = setup_learner(config, target_config(), say=(said := []).append)
+        learner = setup_learner(config, target_config(), notify=(said := []).append)
         learner.said = said
         return learner
 
@@ -210,6 +210,17 @@ def test_a_budget_below_one_batch_or_below_the_drafter_is_refused(make, model):
     wide = random_samples([(200, 240)] * 16)
     with pytest.raises(ConfigError, match="that drafter.memory_mb leaves for rollouts hold"):
         learner.observe(wide, score(model, wide), REWARDS, 10.0)
+
+
+def test_a_copy_is_of_the_drafter_as_it_was(make, model, tmp_path):
+    learner = make()
+    for step in range(2):
+        iterate(learner, model, step)
+    write, then = learner.copy_drafter(), weights(learner)
+    iterate(learner, model, 2)
+    write(tmp_path / "copy")
+    copied = load_drafter(tmp_path / "copy", target_config(), dtype=torch.float32)[0].state_dict()
+    assert learner.stateful and same(then, copied) and not same(weights(learner), copied)
 
 
 def test_the_budget_counts_all_that_the_learner_holds(make, model):

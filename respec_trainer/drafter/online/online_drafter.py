@@ -19,6 +19,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ import torch.distributed as dist
 from respec_trainer.capture import Wanted
 from respec_trainer.collectives import reduce
 from respec_trainer.config import Config
-from respec_trainer.drafter.format import load_drafter
+from respec_trainer.drafter.format import load_drafter, save_drafter
 from respec_trainer.drafter.online.buffer import MB, ReplayBuffer, Row
 from respec_trainer.drafter.online.cadence import Cadence
+from respec_trainer.drafter.online.learner import Learner, LearnerRank
 from respec_trainer.drafter.online.measure import measure
 from respec_trainer.drafter.online.recall import recall
-from respec_trainer.drafter.online.record import LearnerRank, StepRecord, rows_of_step
+from respec_trainer.drafter.online.record import StepRecord
+from respec_trainer.drafter.online.rows import rows_of_step
 from respec_trainer.drafter.online.updates import DrafterUpdates, Micro
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.sample import Sample
@@ -40,33 +43,36 @@ from respec_trainer.rollout.sample import Sample
 MEASURED = 64  # newest responses that the drafter is measured on, over all ranks: some hundreds of verify passes
 
 
-class OnlineDrafter:
+class OnlineDrafter(Learner):
     """The drafter of `drafter.path`, with float32 weights of its own. Every rank calls every method, in one order.
 
     Args:
-        place: of this rank among all. control: a gloo group of all ranks; None: the default group.
-        say: tells the user.
+        rank_info: of this rank among all. control: a gloo group of all ranks; None: the default group.
+        notify: tells the user.
 
     Raises ConfigError where the folder does not hold a drafter for the target of `hf_config`.
     """
+
+    stateful = True
 
     def __init__(
         self,
         config: Config,
         hf_config,
-        place: LearnerRank,
+        rank_info: LearnerRank,
         control: dist.ProcessGroup | None,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ):
-        self.config, self.settings, self.place, self.control, self.say = config, config.drafter, place, control, say
+        self.config, self.settings, self.rank_info = config, config.drafter, rank_info
+        self.control, self.notify = control, notify
         drafter, ids = load_drafter(config.drafter.path, hf_config, dtype=torch.float32)
-        self.drafter = drafter.to(place.device)
+        self.drafter = drafter.to(rank_info.device)
         self.wants = Wanted(drafter.shape.feature_layers, ids)
         self.temperature = config.rollout.sampling.temperature
         self.updates = DrafterUpdates(self.drafter, self.settings, self.temperature, self._bf16())
         self.served = self._as_served()
         self.began_as = self._as_served() if self.settings.compare_frozen else None
-        self.buffer = ReplayBuffer(self._room(), self.settings.retention, config.run.seed + place.rank)
+        self.buffer = ReplayBuffer(self._room(), self.settings.retention, config.run.seed + rank_info.rank)
         self.cadence = Cadence(self.settings.cadence, self.settings.interval, self.settings.delta)
         self.record = StepRecord(ids, hf_config.vocab_size)
         self.number = 0  # of the version
@@ -95,11 +101,13 @@ class OnlineDrafter:
 
         Raises ConfigError if `drafter.memory_mb` is too small for one update's responses.
         """
-        rows = rows_of_step(samples, inference, rewards, self.settings, self.place, self.record)
-        self.record.observe(samples, self.say)
+        step = self.record.iteration + 1
+        found = rows_of_step(samples, inference, rewards, self.settings, self.rank_info, step)
+        self.record.store(found)
+        self.record.observe(samples, self.notify)
         self.accept_history.append(self.record.accept_length)
         self.cadence.note(self.record.accept_length, generation_seconds)
-        self.buffer.add(rows, self._share_of_batch)
+        self.buffer.add(found.rows, self._share_of_batch)
         assert self.nbytes <= self.settings.memory_mb * MB
         if self.settings.mode == "sync":
             watch = _Watch(lambda: False)
@@ -109,6 +117,10 @@ class OnlineDrafter:
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.drafter.state_dict().items()
+
+    def copy_drafter(self) -> Callable[[Path], None]:
+        drafter, ids = copy.deepcopy(self.drafter).cpu(), self.wants.draft_ids
+        return lambda folder: save_drafter(drafter, ids, folder, torch.float32)
 
     def metrics(self) -> dict[str, float | list[float]]:
         """`drafter/*` since the last call, and `time/learn_exposed`; the same on every rank."""
@@ -138,11 +150,11 @@ class OnlineDrafter:
         return room
 
     def _measure(self, watch: _Watch) -> None:
-        rows = self.buffer.newest(-(-MEASURED // self.place.world_size))
+        rows = self.buffer.newest(-(-MEASURED // self.rank_info.world_size))
         watch()
-        self.record.measured = measure(self.served, self.wants.draft_ids, rows, self.config, self.place.device)
+        self.record.measured = measure(self.served, self.wants.draft_ids, rows, self.config, self.rank_info.device)
         if self.began_as is not None:
-            frozen = measure(self.began_as, self.wants.draft_ids, rows, self.config, self.place.device)
+            frozen = measure(self.began_as, self.wants.draft_ids, rows, self.config, self.rank_info.device)
             self.record.measured_frozen = frozen
 
     def _train(self, may_go_on: Callable[[], bool]) -> None:
@@ -174,7 +186,7 @@ class OnlineDrafter:
         if applied:
             self.number += 1
             self.record.trained(self.version)
-        self.cadence.trained(self._sum([time.perf_counter() - began])[0] / self.place.world_size)
+        self.cadence.trained(self._sum([time.perf_counter() - began])[0] / self.rank_info.world_size)
 
     def _weights_are_finite(self) -> bool:
         """Else the served weights come back, and the optimizer begins anew."""
@@ -195,11 +207,11 @@ class OnlineDrafter:
         return [partial(self._recall, part) for part in parts]
 
     def _recall(self, rows: list[Row]) -> Micro | None:
-        return recall(rows, self.temperature, self.place.device) if rows else None
+        return recall(rows, self.temperature, self.rank_info.device) if rows else None
 
     def _freeze(self) -> None:
         self.frozen = True
-        self.say(
+        self.notify(
             f"{self.bad_updates} drafter updates in a row were not finite (drafter.max_bad_updates): the drafter stays "
             f"as it is, {self.version}; lower drafter.lr in the next run"
         )
@@ -216,10 +228,10 @@ class OnlineDrafter:
     @property
     def _share_of_batch(self) -> int:
         """Responses that one update takes from each rank."""
-        return -(-self.settings.batch_size // self.place.world_size)
+        return -(-self.settings.batch_size // self.rank_info.world_size)
 
     def _bf16(self) -> bool:
-        return self.place.device.type == "cuda" and self.config.model.dtype == "bf16"
+        return self.rank_info.device.type == "cuda" and self.config.model.dtype == "bf16"
 
     def _sum(self, values: list[float]) -> list[float]:
         return reduce(values, "sum", self.control)
