@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -18,12 +18,16 @@ from respec_trainer.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `key` is its row in the file, `text` what the model reads, `answer` the reference solution."""
+    """One question. `key` is its row in the file, `text` what the model reads, `answer` the reference solution.
+
+    `row` holds the row's other columns, for rewards.
+    """
 
     key: str
     ids: tuple[int, ...]
     text: str
     answer: str
+    row: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 class PromptSet(Sequence[Prompt]):
@@ -45,11 +49,11 @@ def load_prompts(config: DataConfig, tokenizer, limit: int) -> PromptSet:
     Raises DataError if the file is missing, malformed or empty, naming the line, or if no prompt fits.
     """
     rows = list(read_rows(config))
-    texts = [config.template.replace("{prompt}", question) for _, question, _ in rows]
+    texts = [config.template.replace("{prompt}", row.prompt) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     prompts = [
-        Prompt(str(number), tuple(ids), text, answer)
-        for (number, _, answer), text, ids in zip(rows, texts, encoded, strict=True)
+        Prompt(str(row.line), tuple(ids), text, row.answer, row.others)
+        for row, text, ids in zip(rows, texts, encoded, strict=True)
         if 0 < len(ids) <= limit
     ]
     if not prompts:
@@ -61,17 +65,34 @@ def load_prompts(config: DataConfig, tokenizer, limit: int) -> PromptSet:
     return PromptSet(prompts, len(rows) - len(prompts), limit)
 
 
-def read_rows(config: DataConfig) -> Iterator[tuple[int, str, str]]:
-    """Yield (line, prompt, answer) of every row, lines counted from 1. Raises DataError naming file and line."""
+class DataRow(NamedTuple):
+    """One row of a data file; `line` counts from 1, `others` are the columns that are neither prompt nor answer."""
+
+    line: int
+    prompt: str
+    answer: str
+    others: Mapping[str, Any]
+
+
+NO_COLUMNS: Mapping[str, Any] = {}  # one for all rows, which are many
+
+
+def read_rows(config: DataConfig) -> Iterator[DataRow]:
+    """Yield every row. Raises DataError naming file and line.
+
+    The other columns hold what JSON can hold. Columns of other types in a parquet file (times, decimals, bytes such as
+    images) are left out: no reward could be given them by another process or host.
+    """
     path = Path(config.path)
     if not path.is_file():
         raise DataError(f"data.path: no file {path}")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers: dict[str, Callable] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise DataError(f"data.path: {path} is neither .jsonl nor .parquet")
-    empty = True
-    for line, row in readers[path.suffix](path):
-        yield line, _text(row, config.prompt_column, path, line), _text(row, config.answer_column, path, line)
+    empty, used = True, (config.prompt_column, config.answer_column)
+    for line, row in readers[path.suffix](path, used):
+        texts = [_text(row, column, path, line) for column in used]
+        yield DataRow(line, *texts, {name: row[name] for name in row if name not in used} or NO_COLUMNS)
         empty = False
     if empty:
         raise DataError(f"data.path: {path} holds no rows")
@@ -133,6 +154,7 @@ class PromptStream:
         content = xxhash.xxh3_64()
         for prompt in self.prompts:
             content.update(f"{prompt.key}\0{prompt.text}\0{prompt.answer}\0".encode())
+            content.update(json.dumps(prompt.row, sort_keys=True).encode() if prompt.row else b"")
         return content.hexdigest()
 
     def _shuffled(self) -> list[int]:
@@ -142,7 +164,7 @@ class PromptStream:
         return order
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(path: Path, used: Sequence[str]) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8") as file:
         for line, text in enumerate(file, 1):
             if not text.strip():
@@ -153,15 +175,29 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 raise DataError(f"{path}, line {line}: not valid JSON ({error.msg})") from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_parquet(path: Path, used: Sequence[str]) -> Iterator[tuple[int, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        schema = pyarrow.parquet.read_schema(path)
+        columns = [column.name for column in schema if column.name in used or _is_plain(column.type)]
+        table = pyarrow.parquet.read_table(path, columns=columns)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path} is not a parquet file: {error}") from error
     yield from enumerate(table.to_pylist(), 1)
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether values of an Arrow type are what JSON can hold: texts, numbers, booleans, null, and nestings of them."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    if types.is_nested(kind):
+        return not types.is_map(kind) and all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return types.is_null(kind) or any(test(kind) for test in tests)
 
 
 def _text(row: Any, column: str, path: Path, line: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -49,6 +51,24 @@ def test_jsonl_and_parquet_load_alike(tmp_path):
     assert one == two
     assert one[1].text == "Q: What is 1 + 1?\nA: " and one[1].answer == "#### 2" and one[1].key == "2"
     assert one[1].ids == tuple(map(ord, one[1].text))
+
+
+def test_prompts_carry_the_other_columns_of_their_row(tmp_path):
+    others = {"level": 3, "tags": ["a", None], "extra_info": {"split": "train", "index": 1.5}, "seen": False}
+    jsonl = write(tmp_path / "rows.jsonl", [ROWS[0] | others, ROWS[1]])
+    known, none = load_prompts(config(jsonl), Characters(), 100)
+    assert known.row == others and none.row == {}
+    assert hash(known) and known == replace(known) != replace(known, row={})
+
+
+def test_parquet_columns_that_json_cannot_hold_are_left_out(tmp_path):
+    others = {"level": 3, "extra_info": {"index": 1, "tags": ["x"]}, "nothing": None}
+    strange = {"image": b"bytes", "when": datetime(2026, 1, 1), "price": Decimal("1.5"), "mixed": [{"raw": b"x"}]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS[0] | others | strange]), tmp_path / "rows.parquet")
+    (prompt,) = load_prompts(config(tmp_path / "rows.parquet"), Characters(), 100)
+    assert prompt.row == others and prompt.answer == "#### 0"
+    with pytest.raises(DataError, match="line 1: column 'when' is datetime, not text"):
+        load_prompts(config(tmp_path / "rows.parquet", answer_column="when"), Characters(), 100)
 
 
 def test_long_prompts_are_dropped_and_counted(tmp_path):
@@ -120,6 +140,7 @@ def test_a_stream_of_other_prompts_is_refused():
         (PromptStream(PROMPTS, seed=3, shuffle=False), "shuffle is True, here it is False"),
         (PromptStream(PROMPTS[:-1], seed=3), "prompts is 7, here it is 6"),
         (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], answer="?")], seed=3), "digest is"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], row={"level": 1})], seed=3), "digest is"),
     ]
     for stream, message in others:
         with pytest.raises(DataError, match=message):
