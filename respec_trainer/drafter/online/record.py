@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,9 @@ def rows_of_step(
     place: LearnerRank,
     record: StepRecord,
 ) -> list[Row]:
-    """This rank's rows of a step, as the actor captured them; those without tokens or not finite are left out.
+    """This rank's rows of a step, as the actor captured them.
+
+    Left out are rows without tokens, rows that are not finite, and rows whose reward is NaN, which the reward skipped.
 
     Notes in `record` the drift KL(actor now || actor at the last push), estimated by rho log rho - rho + 1 with
     rho = exp(actor - sampler), over draws of the sampler: it has that mean, and no negative terms. While every step is
@@ -137,8 +140,8 @@ def rows_of_step(
     rows = []
     for part in captured.rows:
         sample = samples[first + part.row]
-        count = len(sample.response_ids)
-        if not count:
+        count, reward = len(sample.response_ids), rewards.flatten()[first + part.row].item()
+        if not count or math.isnan(reward):
             continue
         if not (part.features.isfinite().all() and part.hidden.isfinite().all() and part.logsumexp.isfinite().all()):
             record.refused += 1
@@ -157,7 +160,7 @@ def rows_of_step(
                 sampler_logprobs=sampler,
                 snapshot=snapshot,
                 weight=weights.flatten()[first + part.row].item(),
-                reward=rewards.flatten()[first + part.row].item(),
+                reward=reward,
                 actor_version=sample.actor_version,
                 drafter_version=sample.drafter_version,
                 step=record.iteration,
