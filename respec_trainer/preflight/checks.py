@@ -15,7 +15,8 @@ from pathlib import Path
 from respec_trainer.actor.check import check_model
 from respec_trainer.compat import resolve_device
 from respec_trainer.config import Config
-from respec_trainer.data.prompts import check_tokenizer_fits, read_rows
+from respec_trainer.data.prompts import check_tokenizer_fits
+from respec_trainer.data.rows import read_rows
 from respec_trainer.errors import ConfigError, DataError, RewardError
 from respec_trainer.network import is_free
 from respec_trainer.plan.places import Cluster, plan_layout

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ def score_batch(name: str, reward: Reward, items: Sequence[RewardItem]) -> list[
     """
     try:
         results = reward(tuple(items))
-        listed = None if results is None or isinstance(results, str | Mapping) else list(results)
+        listed = list(results) if isinstance(results, Iterable) and not isinstance(results, str | Mapping) else None
     except RewardError:
         raise
     except (Exception, SystemExit) as error:

@@ -1,12 +1,10 @@
-"""data/prompts.py: files that load, files that do not, and the stream's order."""
+"""data/prompts.py: what a prompt holds, which are dropped, and the stream's order."""
 
 from __future__ import annotations
 
 import json
 import os
 from dataclasses import replace
-from datetime import datetime
-from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -61,46 +59,12 @@ def test_prompts_carry_the_other_columns_of_their_row(tmp_path):
     assert hash(known) and known == replace(known) != replace(known, row={})
 
 
-def test_parquet_columns_that_json_cannot_hold_are_left_out(tmp_path):
-    others = {"level": 3, "extra_info": {"index": 1, "tags": ["x"]}, "nothing": None}
-    strange = {"image": b"bytes", "when": datetime(2026, 1, 1), "price": Decimal("1.5"), "mixed": [{"raw": b"x"}]}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS[0] | others | strange]), tmp_path / "rows.parquet")
-    (prompt,) = load_prompts(config(tmp_path / "rows.parquet"), Characters(), 100)
-    assert prompt.row == others and prompt.answer == "#### 0"
-    with pytest.raises(DataError, match="line 1: column 'when' is datetime, not text"):
-        load_prompts(config(tmp_path / "rows.parquet", answer_column="when"), Characters(), 100)
-
-
 def test_long_prompts_are_dropped_and_counted(tmp_path):
     rows = [{"question": "a" * n, "answer": "1"} for n in (3, 9, 4)]
     prompts = load_prompts(config(write(tmp_path / "r.jsonl", rows)), Characters(), limit=4)
     assert len(prompts) == 2 and prompts.dropped == 1 and prompts.limit == 4
     with pytest.raises(DataError, match="shortest has 3"):
         load_prompts(config(tmp_path / "r.jsonl"), Characters(), limit=2)
-
-
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        ([], "no rows"),
-        ([ROWS[0], "{broken"], "line 2: not valid JSON"),
-        ([ROWS[0], ROWS[1], {"question": "q"}], "line 3: no column 'answer'; it has 'question'"),
-        ([{"question": 7, "answer": "7"}], "line 1: column 'question' is int"),
-        (["[1, 2]"], "line 1: expected an object"),
-    ],
-)
-def test_malformed_files_name_the_line(tmp_path, lines, words):
-    with pytest.raises(DataError, match=words):
-        load_prompts(config(write(tmp_path / "r.jsonl", lines)), Characters(), 100)
-
-
-def test_files_that_are_not_there_or_not_data(tmp_path):
-    with pytest.raises(DataError, match="no file"):
-        load_prompts(config(tmp_path / "absent.jsonl"), Characters(), 100)
-    with pytest.raises(DataError, match="neither"):
-        load_prompts(config(write(tmp_path / "r.csv", ["a,b"])), Characters(), 100)
-    with pytest.raises(DataError, match="not a parquet file"):
-        load_prompts(config(write(tmp_path / "r.parquet", ["text"])), Characters(), 100)
 
 
 def test_tokenizer_larger_than_the_model():

@@ -94,7 +94,8 @@ def test_a_part_that_is_no_number_is_named():
         (None, "returned None for a batch of 2"),
         ("10", "returned '10' for a batch"),
         ({0: 1.0, 1: 0.0}, "returned {0: 1.0, 1: 0.0} for a batch"),
-        (1.0, "TypeError: 'float' object is not iterable"),
+        (1.0, "returned 1.0 for a batch"),
+        (torch.tensor(1.0), "TypeError: iteration over a 0-d tensor"),
     ],
 )
 def test_a_batch_has_one_result_an_item(answer, words):
