@@ -11,6 +11,7 @@ import torch
 from policies import Policy
 
 from respec_trainer.config import Config
+from respec_trainer.data.prompts import Prompt
 from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.format import load_drafter
@@ -19,7 +20,9 @@ from respec_trainer.drafter.online.updates import DrafterUpdates, Micro, drafter
 from respec_trainer.drafter.online.weighting import response_weights
 from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.errors import ConfigError
-from respec_trainer.rewards import setup_reward
+from respec_trainer.rewards.contract import RewardItem, score_batch
+from respec_trainer.rewards.registry import reward_name, setup_reward
+from respec_trainer.rewards.scoring import as_tensor
 
 # (loss, weighting): the losses with equal weights, the weightings with the default loss.
 VARIANTS = (
@@ -47,16 +50,19 @@ class Comparison:
         prompts = self.policy.prompts(config, HELD_OUT_SEED, args.held_out)
         held_out = self.policy.draw(prompts, HELD_OUT_SEED)
         self.held_out_keys = {prompt.key for prompt in prompts}
-        solved = self.rewards(held_out, [prompt.answer for prompt in prompts]) > 0
+        solved = self.rewards(held_out, prompts) > 0
         self.solved, self.failed = (self.taught(held_out, part.nonzero().flatten()) for part in (solved, ~solved))
 
     def start(self) -> tuple[Eagle3Drafter, torch.Tensor]:
         """The drafter of the run's configuration and its draft vocabulary [Vd]."""
         return load_drafter(self.config.drafter.path, self.policy.model.config, dtype=torch.float32)
 
-    def rewards(self, rollouts: DrafterBatch, answers: list[str]) -> torch.Tensor:
+    def rewards(self, rollouts: DrafterBatch, prompts: list[Prompt]) -> torch.Tensor:
+        """[n] of the responses to `prompts`, one each."""
         texts = self.policy.texts(rollouts)
-        return torch.tensor([self.reward(text, answer) for text, answer in zip(texts, answers, strict=True)])
+        pairs = zip(texts, prompts, strict=True)
+        items = [RewardItem(prompt.text, text, (), False, prompt.answer, prompt.row) for text, prompt in pairs]
+        return as_tensor(score_batch(reward_name(self.config.reward), self.reward, items))
 
     def samples(self, seed: int) -> tuple[DrafterBatch, torch.Tensor]:
         """A seed's responses to learn from, none of them to prompts kept back, and rewards [prompts, n]."""
@@ -65,7 +71,7 @@ class Comparison:
         chosen = [prompt for prompt in candidates if prompt.key not in self.held_out_keys][: self.args.prompts]
         prompts = [prompt for prompt in chosen for _ in range(group)]
         rollouts = self.policy.draw(prompts, seed)
-        return rollouts, self.rewards(rollouts, [prompt.answer for prompt in prompts]).view(-1, group)
+        return rollouts, self.rewards(rollouts, prompts).view(-1, group)
 
     def taught(self, rollouts: DrafterBatch, index: torch.Tensor) -> list[Micro]:
         """The rows of `index` in micro-batches, with what the policy teaches of them."""

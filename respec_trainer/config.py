@@ -63,9 +63,16 @@ class DataConfig(Section):
 
 
 class RewardConfig(Section):
-    kind: Literal["exact_answer", "function"] = "exact_answer"
+    kind: str = "exact_answer"  # a name in rewards/registry.py
     marker: str = "####"  # exact_answer: the answer is what follows the last marker
-    function: str | None = None  # function: "path/to/file.py:name" of (response text, reference answer) -> number
+    # function: "path/to/file.py:name" of (response text, reference answer) -> number, or of (items) -> list of numbers
+    function: str | None = None
+
+    @model_validator(mode="after")
+    def _marker_marks(self) -> RewardConfig:
+        if not self.marker.strip():
+            raise ValueError(f"marker={self.marker!r} marks nothing: give the text that comes before an answer")
+        return self
 
     @model_validator(mode="after")
     def _function_is_named(self) -> RewardConfig:

@@ -33,6 +33,10 @@ class TransferError(ResyncError):
     """The connection to an engine broke, or was too slow, while weights were on their way."""
 
 
+class RewardError(RespecError):
+    """A reward failed, or returned what is no reward; names the reward, the sample and the value."""
+
+
 class TrainingError(RespecError):
     """Training cannot go on: for example too many steps in a row with non-finite losses or gradients."""
 

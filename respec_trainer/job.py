@@ -27,7 +27,7 @@ from respec_trainer.resync import Resync
 from respec_trainer.resync.alarm import AcceptAlarm
 from respec_trainer.resync.canary import setup_canary
 from respec_trainer.resync.transport import setup_transport
-from respec_trainer.rewards import setup_reward
+from respec_trainer.rewards.scoring import Scorer, Share
 from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.fleet.fleet import RolloutFleet
 from respec_trainer.rollout.remote.engine import RemoteEngine
@@ -68,7 +68,7 @@ class Job:
         prompts = load_prompts(config.data, self.tokenizer, context_limit(config, self.actor.hf_config))
         self.report.loaded(prompts)
         self.prompts = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
-        self.reward = setup_reward(config.reward)
+        self.scorer = Scorer(config.reward, Share.of(self.topology), self.control)
         rank_info = LearnerRank.of(self.topology)
         self.learner = setup_learner(config, self.actor.hf_config, rank_info, self.control, self.report.notify)
         self.steps = depth_settings(config, self.actor.hf_config, self.topology.device.type)

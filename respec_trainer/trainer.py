@@ -9,7 +9,9 @@ import torch
 from respec_trainer.actor.engine import NonFiniteStep
 from respec_trainer.data.prompts import Prompt
 from respec_trainer.errors import AuditError, EngineLostError, TrainingError
-from respec_trainer.rollout.batch import collate
+from respec_trainer.rewards.contract import RewardItem
+from respec_trainer.rewards.scoring import as_tensor
+from respec_trainer.rollout.batch import Batch, collate
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams, with_seed
 from respec_trainer.telemetry.metrics import reward_metrics, rollout_metrics, speculation_metrics
 
@@ -65,7 +67,7 @@ class Trainer:
             job.learner.observe(samples, old, rewards, clock.seconds["generate"])
         with clock("train"):
             advantages = job.objective.advantages(rewards).flatten()
-            stats = self.update(step, batch, old.logprobs, advantages[job.my_rows(len(samples))])
+            stats = self.train(step, batch, old.logprobs, advantages, ~rewards.flatten().isnan())
         self.resync()
         generation = rollout_metrics(samples, clock.seconds["generate"])
         speculation = speculation_metrics(samples, self.config.speculation, timelines)
@@ -82,27 +84,48 @@ class Trainer:
         return [with_seed(request, self.config.run.seed) for request in requests] if settings.seeded else requests
 
     def score(self, step: int, samples: list[Sample], prompts: list[Prompt]) -> torch.Tensor:
-        """Set every sample's reward; return them as [prompts, samples_per_prompt]."""
+        """Set every sample's reward; return them as [prompts, samples_per_prompt], NaN for those it skips."""
         texts = self.job.tokenizer.batch_decode([s.response_ids for s in samples], skip_special_tokens=True)
-        owners = [prompt for prompt in prompts for _ in range(self.config.rollout.samples_per_prompt)]
-        for sample, text, prompt in zip(samples, texts, owners, strict=True):
-            sample.reward = self.job.reward(text, prompt.answer)
-        self.job.report.samples(step, samples, [(p.text, t) for p, t in zip(owners, texts, strict=True)])
-        return torch.tensor([s.reward for s in samples]).view(len(prompts), -1)
+        group = self.config.rollout.samples_per_prompt
+        owners = [prompt for prompt in prompts for _ in range(group)]
+        items = [reward_item(*of_one) for of_one in zip(samples, texts, owners, strict=True)]
+        scores = self.job.scorer(items, group)
+        for sample, score in zip(samples, scores, strict=True):
+            if score is not None:
+                sample.reward, sample.reward_parts = score.value, dict(score.parts)
+        self.job.report.samples(step, samples, [(item.prompt, item.response) for item in items])
+        return as_tensor(scores).view(len(prompts), -1)
+
+    def train(
+        self, step: int, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor, scored: torch.Tensor
+    ) -> dict:
+        """Update the actor with this rank's rows; those that the reward skipped train nothing.
+
+        Args:
+            batch, old_logprobs: of this rank's rows. advantages, scored (bool): [samples] of the whole step.
+        """
+        if not scored.any():
+            return self.refuse(step, "the reward skipped every sample, so there is nothing to train on")
+        mine = self.job.my_rows(len(scored))
+        return self.update(step, batch.training_only(scored[mine]), old_logprobs, advantages[mine])
 
     def update(self, step: int, batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> dict:
         """Update the actor; a step with a non-finite loss or gradient changes nothing, and its batch is saved."""
         try:
             stats = self.job.actor.update(batch, old_logprobs, advantages)
         except NonFiniteStep as error:
-            self.bad_steps += 1
             saved = self.job.save_bad_batch(step, batch, old_logprobs, advantages)
-            self.job.report.notify(f"step {step + 1} refused: {error}; its batch is saved in {saved}")
-            if self.bad_steps >= self.config.run.max_bad_steps:
-                raise TrainingError(f"{self.bad_steps} refused steps in a row (run.max_bad_steps): {error}") from error
-            return {"policy/refused": 1}
+            return self.refuse(step, str(error), f"; its batch is saved in {saved}", error)
         self.bad_steps = 0
         return stats | {"policy/refused": 0}
+
+    def refuse(self, step: int, why: str, more: str = "", error: Exception | None = None) -> dict:
+        """Count a step that changes nothing, and tell the user. Raises TrainingError at run.max_bad_steps in a row."""
+        self.bad_steps += 1
+        self.job.report.notify(f"step {step + 1} refused: {why}{more}")
+        if self.bad_steps >= self.config.run.max_bad_steps:
+            raise TrainingError(f"{self.bad_steps} refused steps in a row (run.max_bad_steps): {why}") from error
+        return {"policy/refused": 1}
 
     def resync(self) -> None:
         """Put the weights of both models into the engines."""
@@ -121,3 +144,9 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         self.bad_steps = state["bad_steps"]
+
+
+def reward_item(sample: Sample, text: str, prompt: Prompt) -> RewardItem:
+    """What a reward is given of a sample, whose response without special tokens is `text`."""
+    truncated = sample.finish_reason == "length"
+    return RewardItem(prompt.text, text, tuple(sample.response_ids), truncated, prompt.answer, prompt.row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +12,16 @@ import torch
 from respec_trainer.actor.engine import NonFiniteStep
 from respec_trainer.data.prompts import Prompt
 from respec_trainer.errors import EngineLostError, TrainingError
+from respec_trainer.rewards.contract import RewardItem, Score
+from respec_trainer.rollout.batch import collate
 from respec_trainer.rollout.sample import Sample
 from respec_trainer.trainer import Trainer
 from tests.support.configs import smallest_config
 
-PROMPTS = [Prompt(key="a", ids=(1, 2), text="A", answer="3"), Prompt(key="b", ids=(3,), text="B", answer="5")]
+PROMPTS = [
+    Prompt(key="a", ids=(1, 2), text="A", answer="3", row={"level": 1}),
+    Prompt(key="b", ids=(3,), text="B", answer="5"),
+]
 
 
 class Tokenizer:
@@ -32,6 +38,7 @@ class Actor:
 
     def update(self, batch, old, advantages):
         self.calls += 1
+        self.given = batch, old, advantages
         if self.calls in self.bad:
             raise NonFiniteStep("loss is nan on rank 1")
         return {"policy/loss": 0.5}
@@ -41,17 +48,24 @@ class Actor:
 def make(tmp_path):
     def make(bad=()):
         shape = ["run.max_bad_steps=2", "data.prompts_per_step=2", "rollout.sampling.temperature=0.5"]
-        saved, said = [], []
+        saved, said, recorded = [], [], []
+
+        def score(items, group):
+            scorer.given = items, group
+            return [Score(float(item.response.endswith(item.answer))) for item in items]
+
+        scorer = SimpleNamespace(score=score)
         job = SimpleNamespace(
             config=smallest_config(tmp_path, *shape),
             tokenizer=Tokenizer(),
-            reward=lambda text, answer: float(text.endswith(answer)),
+            scorer=lambda items, group: scorer.score(items, group),
+            my_rows=lambda total: slice(0, total),
             actor=Actor(set(bad)),
-            report=SimpleNamespace(samples=lambda *a: None, notify=said.append),
+            report=SimpleNamespace(samples=lambda *a: recorded.append(a), notify=said.append),
             save_bad_batch=lambda *a: saved.append(a) or "folder",
         )
         trainer = Trainer(job)
-        trainer.saved, trainer.said = saved, said
+        trainer.saved, trainer.said, trainer.recorded, trainer.scorer = saved, said, recorded, scorer
         return trainer
 
     return make
@@ -87,6 +101,52 @@ def test_each_sample_is_scored_against_its_own_prompt(make):
     rewards = make().score(0, samples, PROMPTS)
     assert rewards.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert [s.reward for s in samples] == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_a_reward_is_given_what_is_known_of_a_sample(make):
+    trainer = make()
+    cut = replace(sample([1, 5]), finish_reason="length")
+    samples = [sample([7, 3]), sample([5]), sample([3]), cut]
+    trainer.score(3, samples, PROMPTS)
+    items, group = trainer.scorer.given
+    assert group == 2 and len(items) == 4
+    assert items[0] == RewardItem("A", "7 3", (7, 3), truncated=False, answer="3", row={"level": 1})
+    assert items[3] == RewardItem("B", "1 5", (1, 5), truncated=True, answer="5", row={})
+    ((step, recorded, texts),) = trainer.recorded
+    assert (step, recorded, texts) == (3, samples, [("A", "7 3"), ("A", "5"), ("B", "3"), ("B", "1 5")])
+
+
+def test_skipped_samples_have_no_reward_and_parts_are_kept(make):
+    trainer = make()
+    trainer.scorer.score = lambda items, group: [Score(0.1, {"format": 1.0}), None, None, Score(2.0)]
+    samples = [sample([7, 3]), sample([5]), sample([3]), sample([1, 5])]
+    rewards = trainer.score(0, samples, PROMPTS)
+    assert rewards.dtype == torch.float32 and rewards.isnan().tolist() == [[False, True], [True, False]]
+    assert [s.reward for s in samples] == [0.1, None, None, 2.0]
+    assert [s.reward_parts for s in samples] == [{"format": 1.0}, {}, {}, {}]
+
+
+def test_skipped_samples_have_no_tokens_in_the_update(make):
+    trainer = make()
+    batch = collate([sample([7, 3]), sample([5]), sample([3]), sample([1, 5])], pad_id=0)
+    old, advantages = torch.zeros(batch.tokens.shape), torch.arange(6.0)
+    trainer.job.my_rows = lambda total: slice(2, total)
+    scored = torch.tensor([False, True, True, False, True, True])
+    trainer.train(0, batch, old, advantages, scored)
+    given, given_old, given_advantages = trainer.job.actor.given
+    assert given.response_mask.sum(1).tolist() == [2, 0, 1, 2] and batch.response_mask.sum() == 6
+    assert torch.equal(given.tokens, batch.tokens) and torch.equal(given.lengths, batch.lengths)
+    assert given_old is old and given_advantages.tolist() == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_step_of_which_nothing_was_scored_is_refused(make):
+    trainer = make()
+    arguments = "batch", torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, dtype=torch.bool)
+    assert trainer.train(0, *arguments) == {"policy/refused": 1}
+    assert trainer.said == ["step 1 refused: the reward skipped every sample, so there is nothing to train on"]
+    assert trainer.job.actor.calls == 0 and not trainer.saved
+    with pytest.raises(TrainingError, match="2 refused steps in a row .*the reward skipped every sample"):
+        trainer.train(1, *arguments)
 
 
 def test_a_refused_step_is_saved_and_said(make):

@@ -1,29 +1,33 @@
-"""Prompts from JSONL or parquet files, tokenized, and a seeded stream of them."""
+"""Prompts from the rows of a data file, tokenized, and a seeded stream of them."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from respec_trainer.config import DataConfig
+from respec_trainer.data.rows import read_rows
 from respec_trainer.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `key` is its row in the file, `text` what the model reads, `answer` the reference solution."""
+    """One question. `key` is its row in the file, `text` what the model reads, `answer` the reference solution.
+
+    `row` holds the row's other columns, for rewards.
+    """
 
     key: str
     ids: tuple[int, ...]
     text: str
     answer: str
+    row: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 class PromptSet(Sequence[Prompt]):
@@ -45,11 +49,11 @@ def load_prompts(config: DataConfig, tokenizer, limit: int) -> PromptSet:
     Raises DataError if the file is missing, malformed or empty, naming the line, or if no prompt fits.
     """
     rows = list(read_rows(config))
-    texts = [config.template.replace("{prompt}", question) for _, question, _ in rows]
+    texts = [config.template.replace("{prompt}", row.prompt) for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     prompts = [
-        Prompt(str(number), tuple(ids), text, answer)
-        for (number, _, answer), text, ids in zip(rows, texts, encoded, strict=True)
+        Prompt(str(row.line), tuple(ids), text, row.answer, row.others)
+        for row, text, ids in zip(rows, texts, encoded, strict=True)
         if 0 < len(ids) <= limit
     ]
     if not prompts:
@@ -59,22 +63,6 @@ def load_prompts(config: DataConfig, tokenizer, limit: int) -> PromptSet:
             f"{shortest}); raise data.max_prompt_tokens, or lower rollout.sampling.max_new_tokens to make room"
         )
     return PromptSet(prompts, len(rows) - len(prompts), limit)
-
-
-def read_rows(config: DataConfig) -> Iterator[tuple[int, str, str]]:
-    """Yield (line, prompt, answer) of every row, lines counted from 1. Raises DataError naming file and line."""
-    path = Path(config.path)
-    if not path.is_file():
-        raise DataError(f"data.path: no file {path}")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise DataError(f"data.path: {path} is neither .jsonl nor .parquet")
-    empty = True
-    for line, row in readers[path.suffix](path):
-        yield line, _text(row, config.prompt_column, path, line), _text(row, config.answer_column, path, line)
-        empty = False
-    if empty:
-        raise DataError(f"data.path: {path} holds no rows")
 
 
 def check_tokenizer_fits(tokenizer, hf_config, folder: str) -> None:
@@ -133,6 +121,7 @@ class PromptStream:
         content = xxhash.xxh3_64()
         for prompt in self.prompts:
             content.update(f"{prompt.key}\0{prompt.text}\0{prompt.answer}\0".encode())
+            content.update(json.dumps(prompt.row, sort_keys=True).encode() if prompt.row else b"")
         return content.hexdigest()
 
     def _shuffled(self) -> list[int]:
@@ -140,35 +129,3 @@ class PromptStream:
         if self.shuffle:
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
         return order
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                yield line, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {line}: not valid JSON ({error.msg})") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error
-    yield from enumerate(table.to_pylist(), 1)
-
-
-def _text(row: Any, column: str, path: Path, line: int) -> str:
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, line {line}: expected an object with columns, found {type(row).__name__}")
-    if column not in row:
-        raise DataError(f"{path}, line {line}: no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
-    if not isinstance(row[column], str):
-        raise DataError(f"{path}, line {line}: column {column!r} is {type(row[column]).__name__}, not text")
-    return row[column]

@@ -15,13 +15,15 @@ from pathlib import Path
 from respec_trainer.actor.check import check_model
 from respec_trainer.compat import resolve_device
 from respec_trainer.config import Config
-from respec_trainer.data.prompts import check_tokenizer_fits, read_rows
-from respec_trainer.errors import ConfigError
+from respec_trainer.data.prompts import check_tokenizer_fits
+from respec_trainer.data.rows import read_rows
+from respec_trainer.errors import ConfigError, DataError, RewardError
 from respec_trainer.network import is_free
 from respec_trainer.objective.registry import setup_objective
 from respec_trainer.plan.places import Cluster, plan_layout
 from respec_trainer.preflight.drafters import check_drafter
-from respec_trainer.rewards import setup_reward
+from respec_trainer.rewards.contract import RewardItem, score_batch
+from respec_trainer.rewards.registry import reward_name, setup_reward
 from respec_trainer.telemetry.trackers import check_trackers
 
 
@@ -57,7 +59,7 @@ def checks(config: Config, hf_config, rank: int) -> Iterator[Callable[[], None]]
     yield partial(check_data, config)
     if hf_config is not None:
         yield partial(check_tokenizer, config, hf_config)
-    yield partial(setup_reward, config.reward)
+    yield partial(check_reward, config, rank)
     yield partial(setup_objective, config.objective)
     if hf_config is not None:
         yield partial(check_drafter, config, hf_config)
@@ -120,6 +122,26 @@ def check_data(config: Config) -> None:
     """Every row of the data can be read."""
     for _ in read_rows(config.data):
         pass
+
+
+def check_reward(config: Config, rank: int) -> None:
+    """It can be set up, and gives a result for an empty response to the first row, which any policy can write.
+
+    Only the first rank tries: a reward may cost money or time. None (skip the sample) is a result like any other.
+    """
+    reward = setup_reward(config.reward)
+    if rank != 0:
+        return
+    try:
+        row = next(read_rows(config.data))
+    except DataError:
+        return  # check_data says what is wrong with it
+    prompt = config.data.template.replace("{prompt}", row.prompt)
+    item = RewardItem(prompt, response="", response_ids=(), truncated=False, answer=row.answer, row=row.others)
+    try:
+        score_batch(reward_name(config.reward), reward, [item])
+    except RewardError as error:
+        raise ConfigError(f"tried on an empty response to the first row of data.path: {error}") from error
 
 
 def check_tokenizer(config: Config, hf_config) -> None:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from functools import partial
+
+from respec_trainer.config import RewardConfig
+from respec_trainer.rewards.contract import Reward, RewardItem
 
 CURRENCY_AND_UNITS = "$€£%"
+
+
+def setup(config: RewardConfig) -> Reward:
+    """The reward of `reward.kind=exact_answer`."""
+    return partial(exact_answers, marker=config.marker)
+
+
+def exact_answers(items: Sequence[RewardItem], marker: str) -> list[float]:
+    return [exact_answer_reward(item.response, item.answer, marker) for item in items]
 
 
 def exact_answer_reward(response: str, answer: str, marker: str) -> float:

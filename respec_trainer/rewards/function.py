@@ -1,16 +1,36 @@
-"""Rewards of the user's own: a function of a Python file."""
+"""Rewards of the user's own: a function of a Python file.
+
+    def short(response, answer):            # one sample: number, Score, or None to skip it
+        return float(len(response) < 100)
+
+    def ranked(items):                      # a batch of contract.RewardItem: a list of those, one an item
+        return [float(not item.truncated) for item in items]
+
+The signature decides: a function whose only required parameter is named `items` takes batches, one that can be called
+with two positional arguments takes single samples, and any other is refused.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from respec_trainer.errors import ConfigError
+from respec_trainer.config import RewardConfig
+from respec_trainer.errors import ConfigError, RewardError
+from respec_trainer.rewards.contract import Result, Reward, RewardItem, describe, failure
 
 
-def load_function(place: str) -> Callable[[str, str], float]:
-    """The function that `place`, "path/to/file.py:name", names. The file is run once, on every rank.
+def setup(config: RewardConfig) -> Reward:
+    """The reward that `reward.function`, "path/to/file.py:name", names. Raises ConfigError where it is none."""
+    place = f"reward.function={config.function}"
+    function = load_function(config.function)
+    return function if takes_batch(function, place) else one_by_one(function, place)
+
+
+def load_function(place: str) -> Callable:
+    """The function that `place`, "path/to/file.py:name", names. Its file is run.
 
     Raises ConfigError where there is no such file or function, or the file fails.
     """
@@ -21,9 +41,56 @@ def load_function(place: str) -> Callable[[str, str], float]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"reward.function={place}: {path} fails: {error!r}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"reward.function={place}: {path} has no function {name!r}")
     return function
+
+
+def takes_batch(function: Callable, place: str) -> bool:
+    """Whether the function takes a batch (`items`), else it takes a response and its reference answer.
+
+    Raises ConfigError for a function that can be called neither way, and for an async one.
+    """
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        raise ConfigError(f"{place} is async: write it with a plain def that returns its results")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: its signature cannot be read ({error}); call it from a def of your own") from error
+    if next(iter(signature.parameters), None) == "items" and _can_take(signature, 1):
+        return True
+    if _can_take(signature, 2):
+        return False
+    name = place.rpartition(":")[2]
+    raise ConfigError(
+        f"{place} has the signature {signature}; define {name}(response, answer), called for each sample, or "
+        f"{name}(items), called with a batch of respec_trainer.rewards.contract.RewardItem"
+    )
+
+
+def _can_take(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
+def one_by_one(function: Callable[[str, str], Result], place: str) -> Reward:
+    """The reward that calls `function(response, answer)` for each item. It raises RewardError naming the item."""
+
+    def score(item: RewardItem) -> Result:
+        try:
+            return function(item.response, item.answer)
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise failure(place, describe(item), error) from error
+
+    def reward(items: Sequence[RewardItem]) -> list[Result]:
+        return [score(item) for item in items]
+
+    return reward

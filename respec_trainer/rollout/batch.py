@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -26,6 +26,10 @@ class Batch:
     def rows(self, index: slice | torch.Tensor) -> Batch:
         """The chosen rows, at the same padded length."""
         return Batch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def training_only(self, rows: torch.Tensor) -> Batch:
+        """The same rows, where only those that `rows` [B] bool marks have response tokens, which a loss counts."""
+        return replace(self, response_mask=self.response_mask & rows[:, None])
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

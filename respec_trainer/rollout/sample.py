@@ -57,7 +57,8 @@ class Sample:
     accept_histogram: list[int] = field(default_factory=list)  # [d] = verify passes in which d drafts were accepted
     origins: list[int] = field(default_factory=list)  # UNDRAFTED, ACCEPTED or BONUS
     restarts: int = 0  # times the engine died while drawing it, and another life went on from the tokens so far
-    reward: float | None = None
+    reward: float | None = None  # None: not scored yet, or skipped by the reward
+    reward_parts: dict[str, float] = field(default_factory=dict)  # where the reward has named parts
 
     @property
     def accept_length(self) -> float:

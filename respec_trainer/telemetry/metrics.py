@@ -9,6 +9,7 @@ from itertools import zip_longest
 import numpy as np
 
 from respec_trainer.config import SpeculationConfig
+from respec_trainer.rewards.contract import CORRECT
 from respec_trainer.rollout.sample import UNDRAFTED, Sample
 from respec_trainer.speculation.acceptance import depth_acceptance
 from respec_trainer.speculation.algorithms import algorithm_of, is_lossy
@@ -16,13 +17,30 @@ from respec_trainer.telemetry.timeline import Timeline, acceptance_by_depth, mea
 
 
 def reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """`reward/*` of scored samples. solve_rate is the share of samples with a positive reward."""
-    rewards = [sample.reward for sample in samples]
+    """`reward/*` of scored samples; those that the reward skipped are counted in reward/skipped, if any.
+
+    solve_rate is the share of samples that are solved: whose part "correct", or reward where it has no such part, is
+    positive. parts/NAME is the mean of a named part over the samples that have it.
+    """
+    scored = [sample for sample in samples if sample.reward is not None]
+    skipped = {"reward/skipped": len(samples) - len(scored)} if len(scored) < len(samples) else {}
+    if not scored:
+        return skipped
+    rewards = [sample.reward for sample in scored]
+    solved = sum(sample.reward_parts.get(CORRECT, sample.reward) > 0 for sample in scored)
     return {
         "reward/mean": statistics.fmean(rewards),
         "reward/std": statistics.pstdev(rewards),
-        "reward/solve_rate": sum(reward > 0 for reward in rewards) / len(rewards),
+        "reward/solve_rate": solved / len(scored),
+        **_part_means(scored),
+        **skipped,
     }
+
+
+def _part_means(samples: Sequence[Sample]) -> dict[str, float]:
+    names = dict.fromkeys(name for sample in samples for name in sample.reward_parts)
+    values = {name: [s.reward_parts[name] for s in samples if name in s.reward_parts] for name in names}
+    return {f"reward/parts/{name}": statistics.fmean(found) for name, found in values.items()}
 
 
 def rollout_metrics(samples: Sequence[Sample], seconds: float) -> dict[str, float]:

@@ -63,6 +63,8 @@ class Recorder:
                 "drafter_version": sample.drafter_version,
                 "accept_length": sample.accept_length,
             }
+            record |= {"reward_parts": sample.reward_parts} if sample.reward_parts else {}
+            record |= {"skipped": True} if sample.reward is None else {}
             self._samples.write(json.dumps(record) + "\n")
         self._samples.flush()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,10 +20,15 @@ END_STEPS = 5
 
 
 def reward_rise(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Mean reward over the first and over the last few steps."""
-    rewards = [step["reward/mean"] for step in steps]
+    """Mean reward over the first and over the last few steps; NaN where every sample of every step was skipped."""
+    rewards = rewards_of(steps) or [math.nan]
     ends = max(1, min(END_STEPS, len(rewards) // 2))
     return fmean(rewards[:ends]), fmean(rewards[-ends:])
+
+
+def rewards_of(steps: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The mean reward of each step that has one: one whose samples were all skipped has none."""
+    return [step["reward/mean"] for step in steps if "reward/mean" in step]
 
 
 def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
@@ -72,7 +78,7 @@ def print_summary(steps: Sequence[Mapping[str, Any]], folder: Path, console: Con
     generate, total = (sum(step[key] for step in steps) for key in ("time/generate", "time/step"))
     lines = [
         f"reward        {first:.3f} -> {last:.3f}  ({last - first:+.3f})",
-        f"              {curve([step['reward/mean'] for step in steps])}",
+        f"              {curve(rewards_of(steps) or [0.0])}",
         f"rollouts      {tokens / generate:,.0f} tokens/s over {tokens:,} tokens; {generate / total:.0%} of the time",
         f"accept length {fmean(step['spec/accept_length'] for step in steps):.2f}",
         *speculation_lines(steps),

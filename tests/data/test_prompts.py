@@ -1,4 +1,4 @@
-"""data/prompts.py: files that load, files that do not, and the stream's order."""
+"""data/prompts.py: what a prompt holds, which are dropped, and the stream's order."""
 
 from __future__ import annotations
 
@@ -51,36 +51,20 @@ def test_jsonl_and_parquet_load_alike(tmp_path):
     assert one[1].ids == tuple(map(ord, one[1].text))
 
 
+def test_prompts_carry_the_other_columns_of_their_row(tmp_path):
+    others = {"level": 3, "tags": ["a", None], "extra_info": {"split": "train", "index": 1.5}, "seen": False}
+    jsonl = write(tmp_path / "rows.jsonl", [ROWS[0] | others, ROWS[1]])
+    known, none = load_prompts(config(jsonl), Characters(), 100)
+    assert known.row == others and none.row == {}
+    assert hash(known) and known == replace(known) != replace(known, row={})
+
+
 def test_long_prompts_are_dropped_and_counted(tmp_path):
     rows = [{"question": "a" * n, "answer": "1"} for n in (3, 9, 4)]
     prompts = load_prompts(config(write(tmp_path / "r.jsonl", rows)), Characters(), limit=4)
     assert len(prompts) == 2 and prompts.dropped == 1 and prompts.limit == 4
     with pytest.raises(DataError, match="shortest has 3"):
         load_prompts(config(tmp_path / "r.jsonl"), Characters(), limit=2)
-
-
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        ([], "no rows"),
-        ([ROWS[0], "{broken"], "line 2: not valid JSON"),
-        ([ROWS[0], ROWS[1], {"question": "q"}], "line 3: no column 'answer'; it has 'question'"),
-        ([{"question": 7, "answer": "7"}], "line 1: column 'question' is int"),
-        (["[1, 2]"], "line 1: expected an object"),
-    ],
-)
-def test_malformed_files_name_the_line(tmp_path, lines, words):
-    with pytest.raises(DataError, match=words):
-        load_prompts(config(write(tmp_path / "r.jsonl", lines)), Characters(), 100)
-
-
-def test_files_that_are_not_there_or_not_data(tmp_path):
-    with pytest.raises(DataError, match="no file"):
-        load_prompts(config(tmp_path / "absent.jsonl"), Characters(), 100)
-    with pytest.raises(DataError, match="neither"):
-        load_prompts(config(write(tmp_path / "r.csv", ["a,b"])), Characters(), 100)
-    with pytest.raises(DataError, match="not a parquet file"):
-        load_prompts(config(write(tmp_path / "r.parquet", ["text"])), Characters(), 100)
 
 
 def test_tokenizer_larger_than_the_model():
@@ -120,6 +104,7 @@ def test_a_stream_of_other_prompts_is_refused():
         (PromptStream(PROMPTS, seed=3, shuffle=False), "shuffle is True, here it is False"),
         (PromptStream(PROMPTS[:-1], seed=3), "prompts is 7, here it is 6"),
         (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], answer="?")], seed=3), "digest is"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], row={"level": 1})], seed=3), "digest is"),
     ]
     for stream, message in others:
         with pytest.raises(DataError, match=message):

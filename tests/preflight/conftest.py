@@ -27,5 +27,5 @@ def check(actor, tmp_path):
     def check(*overrides, world=1):
         preflight(smallest_config(tmp_path, *folders, *overrides), world, rank=0)
 
-    check.folder, check.actor = tmp_path, actor
+    check.folder, check.folders, check.actor = tmp_path, folders, actor
     return check

@@ -7,8 +7,9 @@ import socket
 import pytest
 
 from respec_trainer.errors import ConfigError, DataError
-from respec_trainer.preflight.checks import every_problem
+from respec_trainer.preflight.checks import every_problem, preflight
 from tests.support.configs import smallest_config
+from tests.support.rewards import reward_file
 
 
 def test_a_good_configuration_passes(check):
@@ -48,6 +49,54 @@ def test_bad_data_names_file_and_line(check):
     rows.write_text('{"question": "a", "answer": "1"}\n{"question": "b"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl.*2"):
         check(f"data.path={rows}")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return {'score': 1.0}", r"first row of data\.path: .*:reward returned {'score': 1.0}.*'', answer '#### 2'"),
+        ("return float('nan')", "returned nan for prompt '1 [+] 1[?]', response ''"),
+        (
+            "return len(response.split()[-1])",
+            r"failed on .*IndexError.*mine\.py, line 2\); a policy can write any text",
+        ),
+    ],
+)
+def test_a_reward_is_tried_on_the_first_row(check, body, words):
+    reward = reward_file(check.folder, f"def reward(response, answer):\n    {body}\n")
+    shape = ["reward.kind=function", f"reward.function={reward.function}"]
+    with pytest.raises(ConfigError, match=words):
+        check(*shape)
+    preflight(smallest_config(check.folder, *check.folders, *shape), world_size=2, rank=1)  # the first rank alone tries
+
+
+@pytest.mark.parametrize("body", ["return None", "return 0 if response else -1", "return answer == '#### 2'"])
+def test_a_reward_may_skip_an_empty_response_or_give_it_any_number(check, body):
+    reward = reward_file(check.folder, f"def reward(response, answer):\n    {body}\n")
+    check("reward.kind=function", f"reward.function={reward.function}")
+
+
+def test_a_reward_on_trial_is_given_the_row(check):
+    rows = check.folder / "rows.jsonl"
+    rows.write_text('{"question": "a", "answer": "1", "level": 3}\n')
+    code = "def reward(items):\n    return [{}[repr((i.prompt, i.response_ids, i.truncated, i.row))] for i in items]\n"
+    reward = reward_file(check.folder, code)
+    with pytest.raises(ConfigError, match=r"KeyError: .*\('<a>', \(\), False, {'level': 3}\)"):
+        check(
+            f"data.path={rows}",
+            "data.template='<{prompt}>'",
+            "reward.kind=function",
+            f"reward.function={reward.function}",
+        )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("reward.kind=exact", "did you mean 'exact_answer'"), ("reward.marker=''", "reward: marker='' marks nothing")],
+)
+def test_bad_rewards_are_named(check, override, words):
+    with pytest.raises(ConfigError, match=words):
+        check(override)
 
 
 def test_occupied_ports(check, monkeypatch):

@@ -7,10 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from respec_trainer.config import RewardConfig
-from respec_trainer.rewards import setup_reward
 from respec_trainer.rewards.exact import as_number
+from respec_trainer.rewards.registry import setup_reward
+from tests.support.rewards import item
 
-reward = setup_reward(RewardConfig())
+
+def reward(response: str, answer: str) -> float:
+    (result,) = setup_reward(RewardConfig())([item(response, answer)])
+    return result
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,10 @@ reward = setup_reward(RewardConfig())
         ("#### 5\n#### 6", "6"),  # the last marker counts
         ("#### 7\nand more words", "7"),
         ("#### x + 1", "x + 1"),
+        ("#### 50 %", "50"),
+        ("#### 50%", "#### 50 %"),
+        ("#### snan", "snan"),  # no numbers: compared as texts
+        ("#### -nan", "#### -nan"),
     ],
 )
 def test_equal_answers(response, answer):
@@ -41,6 +49,13 @@ def test_equal_answers(response, answer):
         ("#### nan", "7"),
         ("#### 77", "7"),
         ("", "7"),
+        ("####", ""),  # nothing is no answer, whatever was asked for
+        ("####", "####"),
+        ("#### snan", "7"),
+        ("#### 7", "snan"),
+        ("#### inf", "Infinity"),
+        ("#### -nan", "nan"),
+        ("#### 1e400", "inf"),
     ],
 )
 def test_different_answers(response, answer):
@@ -51,3 +66,16 @@ def test_different_answers(response, answer):
 def test_a_number_is_read_however_it_is_written(number):
     for text in (f"{number:,}", f"{number}.0", f" ${number} ", f"{number}."):
         assert as_number(text) == number
+
+
+def test_a_batch_is_scored_in_order():
+    items = [item("#### 7"), item("#### 8"), item("#### 8", "8")]
+    assert setup_reward(RewardConfig())(items) == [1.0, 0.0, 1.0]
+
+
+def test_another_marker_may_be_given_but_not_none():
+    (result,) = setup_reward(RewardConfig(marker="answer:"))([item("the answer: 7")])
+    assert result == 1.0
+    for marker in ("", " "):
+        with pytest.raises(ValueError, match="marks nothing: give the text that comes before an answer"):
+            RewardConfig(marker=marker)

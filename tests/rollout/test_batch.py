@@ -37,6 +37,14 @@ def test_rows_keep_width():
     assert part.origins.tolist() == [[0, 0, 0], [0, 2, 0]]
 
 
+def test_rows_that_train_nothing_have_no_response_tokens():
+    batch = collate([sample([1], [2, 3]), sample([1], [2]), sample([9], [8], origins=[2])], pad_id=0)
+    part = batch.training_only(torch.tensor([True, False, True]))
+    assert part.response_mask.tolist() == [[False, True, True], [False] * 3, [False, True, False]]
+    assert torch.equal(part.tokens, batch.tokens) and torch.equal(part.lengths, batch.lengths)
+    assert batch.response_mask[1].any(), "the batch itself is as it was"
+
+
 def test_logprobs_and_origins_must_match_the_response():
     with pytest.raises(ValueError, match="1 log-probs for 2"):
         collate([sample([1], [2, 3], [-1.0])], pad_id=0)

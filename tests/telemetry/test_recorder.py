@@ -31,6 +31,21 @@ def test_reward_metrics():
     assert metrics == {"reward/mean": 0.5, "reward/std": 0.5, "reward/solve_rate": 0.5}
 
 
+def test_reward_metrics_of_named_parts():
+    samples = [sample(0.3), sample(0.3), sample(0.0), sample(1.0)]
+    samples[0].reward_parts = {"correct": 0.0, "format": 1.0}  # a format's points solve nothing
+    samples[1].reward_parts = {"correct": 1.0, "format": 0.5}
+    metrics = reward_metrics(samples)
+    assert metrics["reward/solve_rate"] == 0.5 and metrics["reward/mean"] == pytest.approx(0.4)
+    assert metrics["reward/parts/correct"] == 0.5 and metrics["reward/parts/format"] == 0.75
+
+
+def test_reward_metrics_are_of_the_samples_that_were_scored():
+    metrics = reward_metrics([sample(1.0), sample(None), sample(0.0), sample(None)])
+    assert metrics == {"reward/mean": 0.5, "reward/std": 0.5, "reward/solve_rate": 0.5, "reward/skipped": 2}
+    assert reward_metrics([sample(None)] * 3) == {"reward/skipped": 3}
+
+
 def test_rollout_metrics():
     metrics = rollout_metrics([sample(tokens=4), sample(tokens=8, finish="length")], seconds=2.0)
     assert metrics["rollout/tokens"] == 12
@@ -98,12 +113,17 @@ def test_recorder_writes_what_it_is_given(config):
     recorder.step(0, {"reward/mean": 0.5, "spec/accept_by_depth": [0.9, 0.8]})
     recorder.step(1, {"reward/mean": 0.75})
     recorder.samples(0, [sample(1.0), sample(), sample()], [("p", "r")] * 3)
+    parts = sample(0.5)
+    parts.reward_parts = {"format": 0.5}
+    recorder.samples(1, [parts, sample(None)], [("p", "r")] * 2)
     recorder.close()
     assert [row["reward/mean"] for row in read_metrics(folder)] == [0.5, 0.75]
     assert [row["step"] for row in read_metrics(folder)] == [0, 1]
     kept = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert len(kept) == config.telemetry.samples_per_step
+    assert [row["step"] for row in kept] == [0] * config.telemetry.samples_per_step + [1, 1]
     assert kept[0]["reward"] == 1.0 and kept[0]["response"] == "r"
+    assert [row.get("reward_parts") for row in kept] == [None, None, {"format": 0.5}, None]
+    assert [(row["reward"], row.get("skipped")) for row in kept[2:]] == [(0.5, None), (None, True)]
     assert load_config(folder / "config.yaml") == config
     assert any((folder / "tensorboard").iterdir())
 
@@ -126,6 +146,15 @@ def test_curve_keeps_shape_and_width():
     assert curve([0, 1, 2, 3]) == "▁▃▆█"
     assert len(curve([i / 7 for i in range(500)], width=60)) == 60
     assert curve([0.5, 0.5]) == "▁▁"
+
+
+def test_the_summary_leaves_out_steps_of_which_nothing_was_scored():
+    skipped = {name: value for name, value in steps([0.5])[0].items() if name != "reward/mean"}
+    assert reward_rise([*steps([0.25]), skipped, *steps([0.75])]) == (0.25, 0.75)
+    for run, words in (([*steps([0.25]), skipped, *steps([0.75])], "0.250 -> 0.750"), ([skipped], "nan -> nan")):
+        console = Console(file=io.StringIO(), width=100)
+        print_summary(run, "runs/x", console)
+        assert words in console.file.getvalue()
 
 
 def test_reward_rise_averages_the_ends():

@@ -33,10 +33,13 @@ def rows_of_step(
     rank_info: LearnerRank,
     step: int,
 ) -> StepRows:
-    """Make this rank's rows of a step as the actor captured them, without responses that are empty or not finite.
+    """Make this rank's rows of a step as the actor captured them.
+
+    Left out are responses that are empty, not finite, or skipped by the reward.
 
     Args:
-        samples: of all ranks. inference: the actor's pass over this rank's share of them. rewards: [prompts, n].
+        samples: of all ranks. inference: the actor's pass over this rank's share of them.
+        rewards: [prompts, n], NaN for a sample that the reward skipped.
         step: number of the iteration, for the rows.
     """
     weights, fell_back = response_weights(rewards, config.weighting, config.weight_scope)
@@ -45,10 +48,10 @@ def rows_of_step(
     if captured is None:
         return found
     snapshot = Snapshot(captured.token_ids, captured.embeddings, captured.output_rows)
-    first = rank_info.dp_rank * (len(samples) // rank_info.dp)
+    first, scores = rank_info.dp_rank * (len(samples) // rank_info.dp), rewards.flatten()
     for part in captured.rows:
         sample = samples[first + part.row]
-        if not sample.response_ids:
+        if not sample.response_ids or scores[first + part.row].isnan():
             continue
         if not (part.features.isfinite().all() and part.hidden.isfinite().all() and part.logsumexp.isfinite().all()):
             found.refused += 1

@@ -27,27 +27,31 @@ def response_weights(
 ) -> tuple[torch.Tensor, bool]:
     """Weights [prompts, n] in float32 of rewards [prompts, n], and whether they fell back to all ones.
 
-    They do where rewards say nothing: all of them equal, or one not finite. `scope` is what "reward" is normalized
-    over; a group whose rewards are all equal then weighs one.
+    They do where rewards say nothing: all of them equal, or one infinite. `scope` is what "reward" is normalized over;
+    a group whose rewards are all equal then weighs one. NaN marks a sample that the reward skipped: it takes no part in
+    anybody's weight, and its own says nothing.
     """
     rewards = rewards.double()
-    ones = torch.ones(rewards.shape)
+    ones, scored = torch.ones(rewards.shape), ~rewards.isnan()
     if weighting == "uniform":
         return ones, False
-    if not rewards.isfinite().all() or bool((rewards == rewards.flatten()[:1]).all()):
-        return ones, True
-    if weighting == "reward":
-        whole = rewards if scope == "group" else rewards.reshape(1, -1)
-        above = whole - whole.amin(1, keepdim=True)
-        weights = _unless_alike(whole, above / above.mean(1, keepdim=True)).view_as(rewards)
-    elif weighting == "advantage":
-        centered = rewards - rewards.mean(1, keepdim=True)
-        weights = _unless_alike(rewards, 1 + centered / rewards.std(1, keepdim=True))
-    else:
+    if weighting not in ("reward", "advantage"):
         raise ValueError(f"unknown weighting {weighting!r}")
+    known = rewards[scored]
+    if known.isinf().any() or bool((known == known[:1]).all()):
+        return ones, True
+    weights = torch.ones_like(rewards)
+    pools = (1, -1) if weighting == "reward" and scope == "batch" else rewards.shape
+    for row, own, known in zip(weights.view(pools), rewards.reshape(pools), scored.view(pools), strict=True):
+        row[known] = _standing(own[known], weighting)
     return weights.clamp(FLOOR, CEILING).float(), False
 
 
-def _unless_alike(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """One for rows of rewards that are all equal."""
-    return torch.where((rewards == rewards[:, :1]).all(1, keepdim=True), 1.0, weights)
+def _standing(rewards: torch.Tensor, weighting: Literal["reward", "advantage"]) -> torch.Tensor:
+    """Weights [n] of rewards [n] among each other, before they are clipped; ones where all rewards are equal."""
+    if (rewards == rewards[:1]).all():
+        return torch.ones_like(rewards)
+    if weighting == "reward":
+        above = rewards - rewards.amin()
+        return above / above.mean()
+    return 1 + (rewards - rewards.mean()) / rewards.std()

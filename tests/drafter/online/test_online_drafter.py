@@ -125,12 +125,24 @@ def test_every_interval_it_takes_its_share(make, model):
     assert updates == [0, 0, 4, 0, 8], "half of 32, then half of 64, four at a time"
 
 
-@pytest.mark.parametrize("bad", [torch.ones(4, 4), torch.full((4, 4), torch.nan)])
+@pytest.mark.parametrize("bad", [torch.ones(4, 4), torch.full((4, 4), torch.inf)])
 def test_rewards_that_say_nothing_are_counted(make, model, bad):
     learner = make()
     assert iterate(learner, model, 0, rewards=bad)["drafter/uniform_fallback"] == 1
     assert {row.weight for row in learner.buffer.rows} == {1.0}
     assert iterate(learner, model, 1)["drafter/dropped"] == 0
+
+
+@pytest.mark.parametrize("weighting", ["reward", "advantage", "uniform"])
+def test_samples_that_the_reward_skipped_are_not_learned_from(make, model, weighting):
+    learner, without = make(weighting=weighting), REWARDS.clone()
+    without[1] = without[0, :2] = torch.nan
+    assert iterate(learner, model, 0, rewards=without)["drafter/uniform_fallback"] == 0
+    rows = learner.buffer.rows
+    assert sorted(row.reward for row in rows) == sorted(without[~without.isnan()].tolist()) and len(rows) == 10
+    assert all(0.1 <= row.weight <= 4.0 for row in rows)
+    assert iterate(learner, model, 1, rewards=torch.full((4, 4), torch.nan))["drafter/dropped"] == 0
+    assert len(learner.buffer.rows) == 10, "of a step that was skipped whole nothing is stored"
 
 
 def test_updates_that_are_not_finite_are_dropped_and_then_it_stays(make, model):

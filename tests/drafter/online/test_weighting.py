@@ -49,7 +49,35 @@ def test_one_success_among_many_is_bounded(weighting):
 
 
 @pytest.mark.parametrize("weighting", ["reward", "advantage"])
-@pytest.mark.parametrize("bad", [[[0.5, 0.5]], [[1.0, torch.nan]], [[torch.inf, 0.0]]])
+@pytest.mark.parametrize("bad", [[[0.5, 0.5]], [[1.0, -torch.inf]], [[torch.inf, 0.0]]])
 def test_rewards_that_say_nothing_weigh_alike(weighting, bad):
     weights, fell_back = response_weights(torch.tensor(bad), weighting)
     assert fell_back and torch.equal(weights, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(("weighting", "scope"), [("reward", "batch"), ("reward", "group"), ("advantage", "batch")])
+def test_skipped_samples_leave_the_weights_of_the_others_as_without_them(weighting, scope):
+    scored = torch.tensor([[3.0, 1.0, 0.5], [2.0, 0.25, 0.0]])
+    padded = torch.full((3, 5), torch.nan)  # the last group is skipped whole
+    padded[:2, torch.tensor([0, 2, 3])] = scored
+    weights, fell_back = response_weights(padded, weighting, scope)
+    wanted, _ = response_weights(scored, weighting, scope)
+    assert not fell_back and torch.equal(weights[:2, torch.tensor([0, 2, 3])], wanted)
+    assert weights.isfinite().all()
+
+
+def test_a_group_of_which_one_sample_was_scored_weighs_one():
+    weights, _ = response_weights(torch.tensor([[1.0, torch.nan], [1.0, 0.0]]), "advantage")
+    assert weights[0, 0] == 1.0
+
+
+@pytest.mark.parametrize("weighting", ["reward", "advantage"])
+def test_scored_samples_that_are_alike_say_nothing(weighting):
+    for rewards in ([[1.0, torch.nan], [1.0, 1.0]], [[torch.nan, torch.nan]]):
+        weights, fell_back = response_weights(torch.tensor(rewards), weighting)
+        assert fell_back and torch.equal(weights, torch.ones(weights.shape))
+
+
+def test_an_unknown_weighting_is_refused():
+    with pytest.raises(ValueError, match="unknown weighting 'best'"):
+        response_weights(REWARDS, "best")

@@ -1,0 +1,26 @@
+"""A reward made up for a test, as docs/extending.md shows one: all that it takes beside its line in the registry.
+
+Rewards short right answers: a response is right if it ends with the reference, and loses a part of its reward with its
+length. A response that was cut off says nothing of the policy's own ends, so it is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from respec_trainer.config import RewardConfig
+from respec_trainer.rewards.contract import CORRECT, Result, Reward, RewardItem, Score
+
+
+def setup(config: RewardConfig) -> Reward:
+    return reward
+
+
+def reward(items: Sequence[RewardItem]) -> list[Result]:
+    return [None if item.truncated else score(item) for item in items]
+
+
+def score(item: RewardItem) -> Score:
+    correct = float(item.response.endswith(item.answer))
+    brief = 1 / (1 + len(item.response_ids) / item.row.get("words", 10))
+    return Score(correct * brief, {CORRECT: correct, "brief": brief})
