@@ -39,6 +39,7 @@ LAYERS: dict[str, dict[str, str]] = {
         "launchers": "errors processes",
         "interrupt": "errors processes",
         "supervise": "errors processes",
+        "command_line": "errors processes",
         "hosts": "collectives errors network processes",
         "watchdog": "config errors interrupt network processes",
     },
