@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.imports import Sources, cycles, violations
+from tests.support.imports import Import, Sources, cycles, violations
 from tests.support.layer_picture import shown, with_section
 
 ROOT = Path(__file__).parents[1]
@@ -33,59 +33,60 @@ LAYERS: dict[str, dict[str, str]] = {
         "rollout.sglang.inside.cpu.stand_in.sgl_kernel": "",
     },
     "processes and configuration": {
-        "config_file": "config errors",
-        "placement": "config errors processes",
-        "compat": "dtypes errors",
-        "launchers": "errors processes",
+        "speculation.algorithms": "config errors registry",
+        "config_file": "config errors speculation.algorithms",
+        "placement": "config errors",
+        "compat": "errors",
+        "launchers": "errors",
         "interrupt": "errors processes",
         "supervise": "errors processes",
         "command_line": "errors processes",
-        "hosts": "collectives errors network processes",
-        "watchdog": "config errors interrupt network processes",
+        "hosts": "collectives errors processes",
+        "watchdog": "config errors interrupt processes",
     },
     "contracts": {
-        "rollout": "config dtypes errors",
+        "rollout": "errors",
         "data": "config errors",
-        "weights": "dtypes errors",
-        "models": "compat config dtypes errors registry weights",
-        "objective": "collectives config errors registry rollout",
+        "models": "config errors registry",
+        "weights": "dtypes errors models",
+        "objective": "config errors registry rollout",
         "rewards": "collectives config data errors registry rollout",
         "agreement": "errors rollout",
     },
     "mechanisms": {
         "checkpoint": "collectives config config_file dtypes errors models weights",
-        "speculation": "config errors registry rollout",
+        "speculation": "errors rollout speculation.algorithms",
         "drafter": "capture compat dtypes errors models weights",
     },
     "parts": {
-        "speculation.profiling": "config dtypes errors models rollout speculation",
+        "speculation.profiling": "config errors rollout speculation speculation.algorithms",
         "speculation.simulation": "config errors rollout speculation speculation.profiling",
-        "drafter.online": "capture collectives config dtypes drafter errors rollout speculation",
-        "rollout.sglang.inside.cpu": "errors models",
-        "rollout.sglang.inside": "compat errors models processes rollout rollout.sglang.inside.cpu speculation",
-        "rollout.sglang": "compat config dtypes errors models network processes rollout rollout.sglang.inside "
-        "rollout.sglang.inside.cpu speculation",
+        "drafter.online": "capture collectives config drafter errors rollout speculation.algorithms",
+        "rollout.sglang.inside.cpu": "errors",
+        "rollout.sglang.inside": "compat errors models rollout rollout.sglang.inside.cpu",
+        "rollout.sglang": "compat config drafter dtypes errors network processes rollout rollout.sglang.inside "
+        "rollout.sglang.inside.cpu speculation.algorithms weights",
         "actor": "capture checkpoint collectives compat config dtypes errors models objective placement processes "
         "rollout weights",
     },
     "parts of many ranks": {
-        "rollout.remote": "collectives config errors hosts network placement processes rollout rollout.sglang",
-        "rollout.fleet": "agreement collectives config errors placement processes rollout rollout.remote",
+        "rollout.remote": "config errors hosts placement rollout rollout.sglang",
+        "rollout.fleet": "agreement collectives config errors placement rollout rollout.remote",
         "resync": "agreement collectives config dtypes errors models rollout weights",
         "convert": "actor checkpoint drafter dtypes errors models weights",
-        "telemetry": "collectives config config_file errors registry rollout speculation speculation.simulation",
-        "plan": "config drafter drafter.online dtypes errors models placement processes resync speculation "
-        "speculation.profiling weights",
+        "telemetry": "collectives config config_file errors registry rewards rollout speculation "
+        "speculation.algorithms speculation.simulation",
+        "plan": "config drafter drafter.online dtypes errors models placement processes resync "
+        "speculation.algorithms speculation.profiling weights",
     },
     "uses of the parts": {
-        "export": "checkpoint convert dtypes errors models resync weights",
-        "generation": "collectives config errors resync rollout rollout.fleet rollout.remote",
-        "preflight": "actor checkpoint compat config data drafter dtypes errors launchers models network objective "
-        "placement plan processes registry rewards speculation speculation.profiling telemetry",
-        "audit": "actor collectives compat config config_file data drafter drafter.online dtypes errors models network "
-        "objective preflight resync rollout rollout.sglang speculation",
-        "recipes": "checkpoint compat config data drafter dtypes errors models objective processes rewards rollout "
-        "rollout.sglang weights",
+        "export": "checkpoint convert errors resync weights",
+        "generation": "collectives errors resync rollout rollout.fleet rollout.remote",
+        "preflight": "actor checkpoint compat config data drafter dtypes errors models network objective plan "
+        "rewards speculation.algorithms speculation.profiling telemetry",
+        "audit": "actor collectives compat config config_file data drafter drafter.online errors network preflight "
+        "resync rollout rollout.sglang speculation.algorithms",
+        "recipes": "checkpoint compat config data drafter dtypes errors models rewards rollout rollout.sglang",
     },
     "a run": {
         "job": EVERYTHING,
@@ -111,13 +112,18 @@ def sources() -> Sources:
     return Sources(ROOT / "respec_trainer")
 
 
-def test_packages_import_only_what_the_table_allows(sources):
-    found = violations(sources.imports(), ALLOWED)
+@pytest.fixture(scope="module")
+def imports(sources) -> list[Import]:
+    return sources.imports()
+
+
+def test_packages_import_only_what_the_table_allows(imports):
+    found = violations(imports, ALLOWED)
     assert not found, "\n" + "\n".join(found) + "\n(the rule is ALLOWED in tests/test_layering.py)"
 
 
-def test_no_packages_import_each_other(sources):
-    found = cycles(sources.imports())
+def test_no_packages_import_each_other(imports):
+    found = cycles(imports)
     assert not found, "\n" + "\n".join(found)
 
 
@@ -139,9 +145,9 @@ def test_only_the_loop_and_its_builder_know_everything():
     assert most < len(ALLOWED) / 2
 
 
-def test_our_side_of_an_engine_touches_the_inside_only_where_its_processes_start(sources):
+def test_our_side_of_an_engine_touches_the_inside_only_where_its_processes_start(imports):
     """What both sides share is in `rollout`; workers.py is what runs first inside sglang's processes."""
-    inside = [one for one in sources.imports() if one.imported.startswith("rollout.sglang.inside")]
+    inside = [one for one in imports if one.imported.startswith("rollout.sglang.inside")]
     outside = [one for one in inside if not one.importer.startswith("rollout.sglang.inside")]
     assert {one.file for one in outside} == {"respec_trainer/rollout/sglang/workers.py"}
 
@@ -171,13 +177,12 @@ def test_the_picture_leaves_out_only_arrows_that_others_imply():
         left, arrow, right = line.strip().partition(" --> ")
         if arrow:
             drawn[nodes[left]] |= {nodes[name] for name in right.split(" & ")}
+    reached: dict[str, set[str]] = {}
+    for package in ALLOWED:  # from the bottom up
+        reached[package] = drawn[package].union(*(reached[name] for name in drawn[package]))
     for package in ALLOWED.keys() - LAYERS["foundation"].keys():
         assert drawn[package] <= ALLOWED[package]
-        assert ALLOWED[package] - LAYERS["foundation"].keys() <= _reached(package, drawn)
-
-
-def _reached(package: str, arrows: dict[str, set[str]]) -> set[str]:
-    return arrows[package].union(*(_reached(name, arrows) for name in arrows[package]))
+        assert ALLOWED[package] - LAYERS["foundation"].keys() <= reached[package]
 
 
 def unused(sources: Sources) -> list[str]:
