@@ -64,7 +64,7 @@ LAYERS: dict[str, dict[str, str]] = {
         "drafter.online": "capture collectives config drafter errors rollout speculation.algorithms",
         "rollout.sglang.inside.cpu": "errors",
         "rollout.sglang.inside": "compat errors models rollout rollout.sglang.inside.cpu",
-        "rollout.sglang": "compat config drafter dtypes errors network processes rollout rollout.sglang.inside "
+        "rollout.sglang": "compat config drafter dtypes errors models network processes rollout rollout.sglang.inside "
         "rollout.sglang.inside.cpu speculation.algorithms weights",
         "actor": "capture checkpoint collectives compat config dtypes errors models objective placement processes "
         "rollout weights",
