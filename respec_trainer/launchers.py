@@ -17,14 +17,19 @@ OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCA
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 
-def adopt_place(environment: MutableMapping[str, str]) -> None:
+def adopt_place(environment: MutableMapping[str, str]) -> tuple[int, int]:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE and MASTER_PORT from what OpenMPI or Slurm say, if it was they.
 
-    Raises ConfigError where nobody says where the ranks are to meet.
+    Returns this process's rank and the number of ranks: 0 and 1 where no launcher started it. Raises ConfigError where
+    nobody says where the ranks are to meet.
     """
     place = None if "RANK" in environment else _place(environment)
-    if place is None:
-        return
+    if place is not None:
+        _adopt(place, environment)
+    return int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+
+
+def _adopt(place: list[str], environment: MutableMapping[str, str]) -> None:
     if "MASTER_ADDR" not in environment:
         raise ConfigError(
             "MASTER_ADDR is not set: mpirun and srun do not say where the ranks are to meet; put MASTER_ADDR=ADDRESS "

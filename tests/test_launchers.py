@@ -25,7 +25,7 @@ PLACE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "
 @pytest.mark.parametrize("told", [OPENMPI, SLURM])
 def test_a_place_is_adopted(told):
     environment = told | {"MASTER_ADDR": "node0"}
-    adopt_place(environment)
+    assert adopt_place(environment) == (5, 8)
     assert environment == told | {"MASTER_ADDR": "node0"} | PLACE
 
 
@@ -36,17 +36,17 @@ def test_somebody_must_say_where_to_meet(told):
 
 
 @pytest.mark.parametrize(
-    "environment",
+    ("environment", "place"),
     [
-        {},
-        {"RANK": "1", "WORLD_SIZE": "2"},
-        SLURM | {"RANK": "0"},
-        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        (SLURM | {"RANK": "0"}, (0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1)),
     ],
 )
-def test_who_has_a_place_or_none_keeps_it(environment):
+def test_who_has_a_place_or_none_keeps_it(environment, place):
     before = dict(environment)
-    adopt_place(environment)
+    assert adopt_place(environment) == place
     assert environment == before
 
 

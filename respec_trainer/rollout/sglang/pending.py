@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.engine import Pending
+from respec_trainer.rollout.plugin_contract import read_origins
 from respec_trainer.rollout.sample import Request, Sample
-from respec_trainer.rollout.sglang.inside.plugin import read_origins
 from respec_trainer.rollout.sglang.process import SGLangProcess
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from typing import Any
 
 from respec_trainer.errors import EngineError
 from respec_trainer.processes import kill_and_wait
+from respec_trainer.rollout.plugin_contract import plugin_settings
 from respec_trainer.rollout.sglang import workers as sglang_workers
 from respec_trainer.rollout.sglang.arguments import server_arguments, step_environment
 from respec_trainer.rollout.sglang.delivery import Deliveries, delivery_environment
-from respec_trainer.rollout.sglang.inside.plugin import plugin_settings
 from respec_trainer.rollout.sglang.isolation import environment_of, side_effects_undone
 from respec_trainer.rollout.sglang.settings import EngineSettings
 

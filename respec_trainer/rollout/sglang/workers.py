@@ -71,7 +71,7 @@ class Worker:
     """Target of one of sglang's processes."""
 
     device: str
-    plugin_settings: str  # for sglang_plugin, JSON
+    plugin_settings: str  # for inside/plugin.py, JSON
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -87,16 +87,17 @@ class SchedulerWorker(Worker):
     """Runs sglang's scheduler once this package's plugin is active in it."""
 
     def __call__(self, *args: Any) -> None:
-        from respec_trainer.rollout.sglang.inside import plugin as sglang_plugin
+        from respec_trainer.rollout.plugin_contract import SETTINGS
+        from respec_trainer.rollout.sglang.inside.plugin import require_active
 
-        os.environ[sglang_plugin.SETTINGS] = self.plugin_settings
+        os.environ[SETTINGS] = self.plugin_settings
         from sglang.srt.managers.scheduler import run_scheduler_process
         from sglang.srt.model_loader import weight_utils
         from sglang.srt.plugins import load_plugins
 
         weight_utils.tqdm = weight_utils.DisabledTqdm  # its bars would run through the trainer's display
         load_plugins()
-        sglang_plugin.require_active()
+        require_active()
         collect_garbage_again()
         run_scheduler_process(*args)
 

@@ -1,4 +1,4 @@
-"""rollout/sglang/workers.py and sglang_plugin.py: what happens in sglang's processes, and what must not elsewhere."""
+"""rollout/sglang/workers.py and inside/plugin.py: what happens in sglang's processes, and what must not elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 import pytest
 
 from respec_trainer.errors import EngineError, UnsupportedVersionError
+from respec_trainer.rollout.plugin_contract import SETTINGS, plugin_settings
 from respec_trainer.rollout.sglang import workers as sglang_workers
 from respec_trainer.rollout.sglang.inside import plugin as sglang_plugin
 from tests.support.processes.forking import spawned
@@ -79,7 +80,7 @@ def test_another_sglang_is_refused(monkeypatch):
     monkeypatch.setattr("respec_trainer.compat.versions.version", lambda _: "0.5.22")
     with pytest.raises(UnsupportedVersionError, match=r"sglang 0\.5\.22 is installed, but sglang==0\.5\.21"):
         sglang_workers.prepare_process("cpu")
-    monkeypatch.setenv(sglang_plugin.SETTINGS, sglang_plugin.plugin_settings("cpu", False))
+    monkeypatch.setenv(SETTINGS, plugin_settings("cpu", False))
     with pytest.raises(UnsupportedVersionError, match="inside.plugin"):
         sglang_plugin.activate()
     with pytest.raises(EngineError, match="did not load"):

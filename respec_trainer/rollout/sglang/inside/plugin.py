@@ -25,10 +25,8 @@ from respec_trainer.compat.versions import require_version
 from respec_trainer.errors import EngineError
 from respec_trainer.models.registry import FAMILIES
 from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.rollout.plugin_contract import ORIGINS, SETTINGS
 from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
-
-SETTINGS = "RESPEC_ENGINE_PLUGIN"
-ORIGINS = "respec_origins"  # of response tokens, in a request's meta_info; absent without speculation
 
 # What `activate` hooked; None until it is through. sglang only logs a plugin that failed and a hook that it could not
 # apply, so `require_active` looks.
@@ -36,10 +34,6 @@ _hooked: list[str] | None = None
 
 
 Hooks = dict[str, tuple[Callable, str]]  # target -> (function, kind of hook)
-
-
-def plugin_settings(device: str, seeded: bool, steps: DepthSettings | None = None) -> str:
-    return json.dumps({"device": device, "seeded": seeded, "steps": steps and steps.to_json()})
 
 
 def activate() -> None:
@@ -83,14 +77,6 @@ def require_active() -> None:
     missing = [target for target in _hooked if target not in HookRegistry._patched]
     if missing:
         raise EngineError(f"sglang did not apply respec_trainer's hooks on {', '.join(missing)}; see its log above")
-
-
-def read_origins(meta: dict[str, Any], tokens: int, key: str) -> list[int]:
-    """The origins of a response of `tokens` tokens, out of its meta_info. Requests of one message fill up with None."""
-    origins = [origin or UNDRAFTED for origin in meta.get(ORIGINS, [UNDRAFTED] * tokens)]
-    if len(origins) != tokens:
-        raise EngineError(f"request {key}: {len(origins)} origins for {tokens} tokens")
-    return origins
 
 
 def outside(outer: Hooks, inner: Hooks) -> Hooks:

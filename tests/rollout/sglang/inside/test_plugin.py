@@ -8,14 +8,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from respec_trainer.errors import EngineError
-from respec_trainer.rollout.sglang.inside.plugin import (
-    ORIGINS,
-    _note_prefill,
-    _with_distinct_drafts,
-    _with_origins,
-    read_origins,
-)
+from respec_trainer.rollout.plugin_contract import ORIGINS
+from respec_trainer.rollout.sglang.inside.plugin import _note_prefill, _with_distinct_drafts, _with_origins
 
 
 def request(tokens: int, origins=None, finished=False, retracted=False):
@@ -56,13 +50,6 @@ def test_a_token_without_a_verify_pass_is_noted_before_it_is_sent(monkeypatch, a
     drawn = request(4, algorithm and [0, 1, 2])
     _note_prefill(drawn, 1)
     assert drawn.customized_info == expected
-
-
-def test_origins_are_read_and_counted():
-    assert read_origins({ORIGINS: [None, 1, 2]}, 3, "k") == [0, 1, 2]
-    assert read_origins({}, 2, "k") == [0, 0]
-    with pytest.raises(EngineError, match="request k: 2 origins for 3 tokens"):
-        read_origins({ORIGINS: [0, 1]}, 3, "k")
 
 
 def test_padding_of_ngram_trees_becomes_different_tokens():

@@ -1,0 +1,64 @@
+"""The table of layers as a section of a document: a picture of the arrows, and a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+BEGIN, END = "<!-- layers: written by python -m tests.test_layering -->", "<!-- end of layers -->"
+
+
+def with_section(text: str, section: str) -> str:
+    """`text` with `section` in place of what is between BEGIN and END. Raises ValueError where they are not there."""
+    before, _, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"no {BEGIN} ... {END} in the document")
+    return f"{before}{BEGIN}\n{section}{end}{after}"
+
+
+def shown(layers: Mapping[str, Mapping[str, str]], allowed: Mapping[str, Set[str]]) -> str:
+    """Markdown: a Mermaid flowchart of the layers, top first, and a table of what each package may import.
+
+    The first layer is one box without arrows, since nearly every package uses it. Of the other arrows the picture
+    leaves out those that a path of others implies. Where a package may import all that is below, the table says so.
+    """
+    (foundation, low), *upper = layers.items()
+    return "\n".join([*_picture(foundation, low, upper, allowed), "", *_table(layers, allowed), ""])
+
+
+def _picture(foundation: str, low: Mapping[str, str], upper: list, allowed: Mapping[str, Set[str]]) -> list[str]:
+    lines = ["```mermaid", "flowchart TB"]
+    for number, (title, packages) in reversed(list(enumerate(upper))):
+        lines.append(f'  subgraph layer{number} ["{title}"]')
+        lines += [f'    {_node(package)}["{_name(package)}"]' for package in packages]
+        lines.append("  end")
+    lines += [
+        f'  subgraph base ["{foundation}: for every package"]',
+        f'    {foundation}["{", ".join(_name(package) for package in low if "." not in package)}"]',
+        "  end",
+    ]
+    arrows = {package: allowed[package] - low.keys() for _, packages in upper for package in packages}
+    for package, names in reversed(arrows.items()):
+        direct = names - {below for name in names for below in arrows[name]}
+        if direct:
+            lines.append(f"  {_node(package)} --> {' & '.join(_node(name) for name in sorted(direct))}")
+    return [*lines, f"  layer0 ~~~ {foundation}", "```"]
+
+
+def _table(layers: Mapping[str, Mapping[str, str]], allowed: Mapping[str, Set[str]]) -> list[str]:
+    lines = ["| layer | package | may import |", "|---|---|---|"]
+    for title, packages in reversed(layers.items()):
+        for package in reversed(packages):
+            everything = packages[package] == "*"
+            names = "everything below" if everything else ", ".join(f"`{_name(n)}`" for n in sorted(allowed[package]))
+            lines.append(f"| {title} | `{_name(package)}` | {names or 'nothing'} |")
+            title = ""
+    return lines
+
+
+def _name(package: str) -> str:
+    return package.replace(".", "/")
+
+
+def _node(package: str) -> str:
+    return package.replace(".", "_")
