@@ -51,7 +51,6 @@ LAYERS: dict[str, dict[str, str]] = {
         "weights": "dtypes errors models",
         "objective": "config errors registry rollout",
         "rewards": "collectives config data errors registry rollout",
-        "agreement": "errors rollout",
     },
     "mechanisms": {
         "checkpoint": "collectives config config_file dtypes errors models weights",
@@ -71,8 +70,8 @@ LAYERS: dict[str, dict[str, str]] = {
     },
     "parts of many ranks": {
         "rollout.remote": "config errors hosts placement rollout rollout.sglang",
-        "rollout.fleet": "agreement collectives config errors placement rollout rollout.remote",
-        "resync": "agreement collectives config dtypes errors models rollout weights",
+        "rollout.fleet": "collectives config errors placement rollout rollout.remote",
+        "resync": "collectives config dtypes errors models rollout weights",
         "convert": "actor checkpoint drafter dtypes errors models weights",
         "telemetry": "collectives config config_file errors registry rewards rollout speculation "
         "speculation.algorithms speculation.simulation",

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from respec_trainer.collectives import gather
 from respec_trainer.config import RewardConfig
 from respec_trainer.errors import RewardError
 from respec_trainer.rewards.contract import RewardItem, Score, score_batch
@@ -70,19 +70,11 @@ class Scorer:
             results = score_batch(self.name, self.reward, mine) if mine else []
         except RewardError as raised:
             error = raised
-        told = self._gather((results, error and str(error)))
+        told = gather((results, error and str(error)), self.control)
         failures = [text for _, text in told if text]
         if failures:
             raise RewardError(failures[0]) from error
         return [result for part, _ in told for result in part]
-
-    def _gather(self, mine: Any) -> list[Any]:
-        """What each rank has, in rank order, on every rank."""
-        if not dist.is_initialized():
-            return [mine]
-        told: list[Any] = [None] * dist.get_world_size(self.control)
-        dist.all_gather_object(told, mine, group=self.control)
-        return told
 
 
 def as_tensor(scores: Sequence[Score | None]) -> torch.Tensor:
