@@ -1,7 +1,7 @@
 """The schema of the configuration: typed sections, their defaults, and the combinations that cannot work.
 
-`config_file.py` reads a file into it. Only what the file itself decides is checked here; `preflight/` checks it against
-files and machine.
+`config_file.py` reads a file into it. Only what the file itself decides is checked here. What depends on the
+speculation algorithm is checked by `speculation/algorithms/`, what depends on files and machine by `preflight/`.
 """
 
 from __future__ import annotations
