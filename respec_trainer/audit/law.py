@@ -5,14 +5,11 @@ Shapes: R prefixes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from respec_trainer.rollout.sample import SamplingParams
-
-# Prefixes (token ids, prompt included) -> logits [R, V] float32 of the token after each.
-LogitsAfter = Callable[[Sequence[Sequence[int]]], torch.Tensor]
 
 
 def shaped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
