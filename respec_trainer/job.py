@@ -119,10 +119,10 @@ class Job:
         shared = {"trainer": trainer, "prompts": self.prompts, "alarm": self.alarm, "audit": self.audit}
         shared["lengths"] = self.fleet.dealer
         own = {"fleet": self.fleet} | ({"learner": self.learner} if isinstance(self.learner, OnlineDrafter) else {})
-        folders = {"drafter": self._drafter_copy} if self.config.speculation.algorithm == "eagle3" else {}
+        folders = {"drafter": self.drafter_copy} if self.config.speculation.algorithm == "eagle3" else {}
         return Parts(self.actor, shared, own, folders, immutable=("learner/buffer",))
 
-    def _drafter_copy(self) -> Callable[[Path], None]:
+    def drafter_copy(self) -> Callable[[Path], None]:
         if not isinstance(self.learner, OnlineDrafter):
             return partial(shutil.copytree, self.config.drafter.path)
         drafter, ids = copy.deepcopy(self.learner.drafter).cpu(), self.learner.wants.draft_ids
@@ -168,7 +168,7 @@ class Job:
                 self.report.message(f"what this run had exported before is now in {earlier}")
         export_actor(self.actor, Path(self.config.model.path), actor)
         if first and self.config.speculation.algorithm == "eagle3":
-            export_drafter(self._drafter_copy(), drafter, DTYPE_NAMES[self.config.model.dtype])
+            export_drafter(self.drafter_copy(), drafter, DTYPE_NAMES[self.config.model.dtype])
         return actor
 
     def close(self) -> None:

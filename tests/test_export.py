@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +12,28 @@ from respec_trainer.drafter.format import load_drafter
 from respec_trainer.errors import ConfigError
 from respec_trainer.export import export_drafter, set_aside
 from respec_trainer.job import Job
-from tests.drafter.online import test_online as online
+from tests.support import online
 from tests.support.drafters import DRAFT_IDS, target_config
 
-folder, make, model = online.folder, online.make, online.model
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return online.save_start(tmp_path_factory.mktemp("online"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return online.target_model()
+
+
+@pytest.fixture
+def make(folder):
+    return functools.partial(online.make_learner, folder)
 
 
 def copy_of(learner, config):
     """What a job hands to the export."""
-    return Job._drafter_copy(SimpleNamespace(learner=learner, config=config))
+    return Job.drafter_copy(SimpleNamespace(learner=learner, config=config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import time
 from pathlib import Path
 
 from tests.support.models import save_tiny_model, tiny_config, tiny_tokenizer
@@ -51,3 +53,12 @@ def train(config, watchdog=None) -> None:
 def numbers(steps: list[dict]) -> list[dict]:
     """Metrics without what is measured in seconds."""
     return [{k: v for k, v in step.items() if not k.startswith("time/") and "per_second" not in k} for step in steps]
+
+
+def wait_for(file: Path, process: subprocess.Popen, seconds: float = 180) -> None:
+    """Until a run that writes to a pipe has made `file`. Fails with its words if it ends first."""
+    deadline = time.monotonic() + seconds
+    while not file.is_file():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"no {file.name} within the time"
+        time.sleep(0.1)

@@ -66,7 +66,7 @@ class RolloutFleet:
         self.logs: list[DecodeLog] = []  # of this rank's engine, from before it was last asked aside
         self.depth_state = ""  # state of its policy of draft steps, as it was last heard
         self.forgot = False  # whether the engine began anew since
-        self._agree(self._start if self.engine else None)
+        self.agree(self._start if self.engine else None)
 
     def start(self, requests: Sequence[Request]) -> FleetPending:
         """Hand each engine its share of the requests and return at once.
@@ -85,42 +85,42 @@ class RolloutFleet:
 
     def ask_each(self, request: Request) -> list[Sample]:
         """Every engine's answer to the same request, on every rank. Rollouts' step logs do not hold it."""
-        return self._agree((lambda: self._ask(request)) if self.engine else None)
+        return self.agree((lambda: self._ask(request)) if self.engine else None)
 
     def check(self) -> None:
         """Raise EngineLostError on every rank if an engine died since it was last heard of."""
-        self._agree(self._check if self.engine else None)
+        self.agree(self._check if self.engine else None)
 
     def restart(self) -> None:
         """Start every dead engine anew, on another host where its own is gone.
 
         Raises EngineLostError on every rank if one does not start, HostAbsentError if no host comes for it in time.
         """
-        absent = [text for text in self._agree(self._restart if self.engine else None) if text]
+        absent = [text for text in self.agree(self._restart if self.engine else None) if text]
         if absent:
             raise HostAbsentError("; ".join(absent))
 
     def sleep(self) -> None:
         """Make room for the actor, where engines and actor share a GPU."""
         if self.sleeps:
-            self._agree(self.engine.sleep if self.engine else None)
+            self.agree(self.engine.sleep if self.engine else None)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Take that room back, in two stages; the weights must be pushed between them."""
         if self.sleeps:
-            self._agree((lambda: self.engine.wake(part)) if self.engine else None)
+            self.agree((lambda: self.engine.wake(part)) if self.engine else None)
 
     def take_counts(self) -> Counter[str]:
         """Sums over all engines since the last call: restarts, lost_tokens, resumed_tokens."""
         counts, self.counts = self.counts, Counter()
-        return sum(self._agree(lambda: counts), Counter())
+        return sum(self.agree(lambda: counts), Counter())
 
     def take_decode_log(self) -> list[DecodeLog]:
         """What the engines' batches did since the last call, on every rank; engines that log none add nothing.
 
         One log an engine, and one more for each time that a rollout of its was interrupted.
         """
-        return [log for logs in self._agree(self._take_decode_log if self.engine else None) for log in logs]
+        return [log for logs in self.agree(self._take_decode_log if self.engine else None) for log in logs]
 
     def state_dict(self) -> dict[str, str]:
         """What the policy of draft steps has learnt, in this rank's engine."""
@@ -141,20 +141,20 @@ class RolloutFleet:
     def _ask(self, request: Request) -> Sample:
         self.logs = self._take_decode_log()
         answer = self.engine.submit([request]).collect()[0]
-        self.logs += [DecodeLog(failures=log.failures) for log in (self._take_log(),) if log.failures]
+        self.logs += [DecodeLog(failures=log.failures) for log in (self.take_log(),) if log.failures]
         return answer
 
     def _take_decode_log(self) -> list[DecodeLog]:
         logs, self.logs = self.logs, []
-        return [log for log in (*logs, self._take_log()) if len(log) or log.failures]
+        return [log for log in (*logs, self.take_log()) if len(log) or log.failures]
 
-    def _take_log(self) -> DecodeLog:
+    def take_log(self) -> DecodeLog:
         log = self.engine.take_decode_log()
         if not self.forgot:
             self.depth_state = log.state
         return log
 
-    def _restore_chooser(self) -> None:
+    def restore_chooser(self) -> None:
         """Before requests: let an engine that began anew choose its draft steps by what was learnt before."""
         if self.forgot and self.depth_state:
             self.engine.restore_depth_chooser(self.depth_state)
@@ -176,7 +176,7 @@ class RolloutFleet:
             self.forgot = True
         return None
 
-    def _agree(self, action: Callable[[], Any] | None) -> list[Any]:
+    def agree(self, action: Callable[[], Any] | None) -> list[Any]:
         """Run `action`, None on ranks that own no engine; every rank gets every owner's result, or all raise."""
         results = agree(action, self.engine, self.control)
         return [results[owner] for owner in self.owners]

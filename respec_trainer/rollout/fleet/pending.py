@@ -41,7 +41,7 @@ class FleetPending:
         Raises EngineLostError on every rank if an engine died, once the others have finished. What they drew is kept:
         after `RolloutFleet.restart` and a push of the same weights, collect again.
         """
-        shares = self.fleet._agree(self._collect if self.fleet.engine else None)
+        shares = self.fleet.agree(self.collect_own if self.fleet.engine else None)
         drawn = dict(pair for share in shares for pair in share)
         samples = [drawn[position] for position in range(len(self.requests))]
         self.fleet.dealer.observe(samples)
@@ -74,7 +74,7 @@ class FleetPending:
             return
         requests = self.ledger.remaining()
         if requests or self.queue is not None:
-            self.fleet._restore_chooser()
+            self.fleet.restore_chooser()
         if requests:
             self.parts, self.asked = [self.fleet.engine.submit(requests)], len(requests)
         if self.queue is not None:
@@ -88,7 +88,8 @@ class FleetPending:
         self.parts.append(self.fleet.engine.submit(requests))
         self.asked += len(requests)
 
-    def _collect(self) -> list[tuple[int, Sample]]:
+    def collect_own(self) -> list[tuple[int, Sample]]:
+        """(position, sample) of what this rank's own engine drew. Raises EngineError if it died."""
         self._submit()
         drawn: list[list[Sample]] = []
         try:

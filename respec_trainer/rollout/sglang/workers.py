@@ -79,7 +79,7 @@ class Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the trainer, which ends the engine
         _die_with_parent()
         prepare_process(self.device)
-        _exit_instead_of_signalling()
+        exit_instead_of_signalling()
 
 
 class SchedulerWorker(Worker):
@@ -123,7 +123,8 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _exit_instead_of_signalling() -> None:
+def exit_instead_of_signalling() -> None:
+    """From now on this process, where it would signal its parent that it failed, ends with status FAILED instead."""
     import psutil
 
     original = psutil.Process.send_signal

@@ -44,7 +44,7 @@ def planted(activate=plugin.activate):
 
     drafting.draft_chain = noted
     if {stock}:
-        drafting._is_simple = lambda *_: False  # sglang's own passes
+        drafting.is_simple = lambda *_: False  # sglang's own passes
     activate()
 
 plugin.activate = planted

@@ -68,14 +68,14 @@ def store():
 
 
 def start(engine, mine, queue, resume=True):
-    fleet = SimpleNamespace(engine=engine, resume=resume, room=5, _restore_chooser=lambda: None, counts=Counter())
+    fleet = SimpleNamespace(engine=engine, resume=resume, room=5, restore_chooser=lambda: None, counts=Counter())
     return FleetPending(fleet, REQUESTS, mine, queue)
 
 
 def collect(*phases):
     """What each rank's engine drew, by position; all at once, as ranks do."""
     with ThreadPoolExecutor() as threads:
-        return [future.result() for future in [threads.submit(phase._collect) for phase in phases]]
+        return [future.result() for future in [threads.submit(phase.collect_own) for phase in phases]]
 
 
 def test_a_queue_gives_each_unit_once(store):
@@ -104,11 +104,11 @@ def test_what_a_dying_engine_took_stays_its_own(store, resume):
     engine = Engine(0.01, life=10)
     phase = start(engine, UNITS[:2], Queue(UNITS[4:], store, "phase"), resume)
     with pytest.raises(EngineError, match="died"):
-        phase._collect()
+        phase.collect_own()
     owed = list(phase.positions)
     assert owed == [0, 1, 2, 3, *range(8, 16)][: len(owed)] and len(owed) == 12, "the last two were refused"
     before, engine.life, engine.failure = list(engine.given), 10**6, None
-    drawn = phase._collect()
+    drawn = phase.collect_own()
     assert [position for position, _ in drawn] == [0, 1, 2, 3, *range(8, 40)]
     again = [] if resume else before
     assert engine.given[len(before) :][: len(again) + 2] == [*again, "14", "15"]
@@ -121,19 +121,19 @@ def test_a_dead_engine_leaves_the_queue_to_the_others(store):
         start(engine, UNITS[i : i + 2], Queue(UNITS[4:], store, "phase")) for engine, i in ((dying, 0), (well, 2))
     ]
     with ThreadPoolExecutor() as threads:
-        first, second = [threads.submit(phase._collect) for phase in phases]
+        first, second = [threads.submit(phase.collect_own) for phase in phases]
         with pytest.raises(EngineError):
             first.result()
         others = second.result()
     dying.life, dying.failure = 10**6, None
-    mine, same = phases[0]._collect(), phases[1]._collect()
+    mine, same = phases[0].collect_own(), phases[1].collect_own()
     assert [position for position, _ in same] == [position for position, _ in others], "it is not asked again"
     assert sorted(position for position, _ in [*mine, *same]) == list(range(40))
 
 
 def test_an_engine_with_no_share_draws_from_the_queue(store):
     phase = start(Engine(0.0), [], Queue(UNITS[18:], store, "phase"))
-    assert [position for position, _ in phase._collect()] == [36, 37, 38, 39]
+    assert [position for position, _ in phase.collect_own()] == [36, 37, 38, 39]
 
 
 def test_a_store_that_is_gone_ends_the_phase():
@@ -142,7 +142,7 @@ def test_a_store_that_is_gone_ends_the_phase():
 
     phase = start(Engine(0.0), UNITS[:1], Queue(UNITS[1:], SimpleNamespace(add=gone), "phase"))
     with pytest.raises(EngineError, match="store .* Connection reset"):
-        phase._collect()
+        phase.collect_own()
 
 
 def test_a_feeder_that_is_stopped_takes_no_more(store):

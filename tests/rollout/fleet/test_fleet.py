@@ -20,7 +20,7 @@ REQUESTS = [Request(str(i), (i, i), SamplingParams(max_new_tokens=4)) for i in r
 
 
 def pending_on(engine) -> FleetPending:
-    fleet = SimpleNamespace(engine=engine, resume=False, _restore_chooser=lambda: None)
+    fleet = SimpleNamespace(engine=engine, resume=False, restore_chooser=lambda: None)
     return FleetPending(fleet, REQUESTS, [Unit((0, 1, 2), 3.0)])
 
 
@@ -167,6 +167,6 @@ def test_what_policies_have_learnt_outlives_their_engines(tmp_path):
 def test_an_engine_that_learns_nothing_is_told_nothing(tmp_path):
     engine = SimpleNamespace(take_decode_log=DecodeLog)  # which refuses restore_depth_chooser
     fleet = SimpleNamespace(engine=engine, depth_state="", forgot=True)
-    RolloutFleet._restore_chooser(fleet)
-    RolloutFleet._take_log(fleet)
+    RolloutFleet.restore_chooser(fleet)
+    RolloutFleet.take_log(fleet)
     assert (fleet.depth_state, fleet.forgot) == ("", False)

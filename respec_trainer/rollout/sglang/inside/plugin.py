@@ -115,7 +115,7 @@ def _cpu_hooks() -> Hooks:
     worker = f"{srt}.speculative.eagle_worker_v2.EagleDraftWorker"
     rejection = "sglang.kernels.ops.speculative.reject_sampling.chain_speculative_sampling_triton"
     return {
-        f"{srt}.speculative.eagle_utils._verify_uses_greedy": (_verify_uses_greedy, "REPLACE"),
+        f"{srt}.speculative.eagle_utils._verify_uses_greedy": (verify_uses_greedy, "REPLACE"),
         rejection: (chain_speculative_sampling, "REPLACE"),
         f"{srt}.model_executor.forward_batch_info.compute_position_torch": (_compute_position, "REPLACE"),
         f"{srt}.models.qwen2.Qwen2Model.forward": (target_forward, "AROUND"),
@@ -128,7 +128,8 @@ def _cpu_hooks() -> Hooks:
     }
 
 
-def _verify_uses_greedy(*, is_all_greedy: bool, **_kwargs) -> bool:
+def verify_uses_greedy(*, is_all_greedy: bool, **_kwargs) -> bool:
+    """Whether a batch is verified greedily: where all of its requests are greedy, and on a CPU too nowhere else."""
     return is_all_greedy
 
 
