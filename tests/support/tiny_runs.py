@@ -21,14 +21,20 @@ SMALL = [
 ]  # fmt: skip
 
 
-def tiny_run(folder: Path) -> list[str]:
-    """Make actor and prompts in `folder`; what launch/train.py is given besides for a short run with them."""
-    actor, data = folder / "tiny_actor", folder / "prompts.jsonl"
-    save_tiny_model(actor, tiny_config("qwen3"))
-    tiny_tokenizer().save_pretrained(actor)
+def save_prompts(folder: Path) -> Path:
+    """A file of 32 short questions with their answers, in `folder`."""
+    data = folder / "prompts.jsonl"
     rows = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(32)]
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    own = [f"model.path={actor}", f"data.path={data}", f"run.dir={folder / 'runs'}"]
+    return data
+
+
+def tiny_run(folder: Path) -> list[str]:
+    """Make actor and prompts in `folder`; what launch/train.py is given besides for a short run with them."""
+    actor = folder / "tiny_actor"
+    save_tiny_model(actor, tiny_config("qwen3"))
+    tiny_tokenizer().save_pretrained(actor)
+    own = [f"model.path={actor}", f"data.path={save_prompts(folder)}", f"run.dir={folder / 'runs'}"]
     return ["--config", str(REPOSITORY / "configs/quickstart.yaml"), *SMALL, *own]
 
 

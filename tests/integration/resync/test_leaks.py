@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.configs import smallest_config
 from tests.support.processes.ranks import run_ranks
 from tests.support.resyncs import greedy, live
 
+pytestmark = pytest.mark.long
 PUSHES, BETWEEN_RECONNECTS, WARM = 200, 20, 60
 
 

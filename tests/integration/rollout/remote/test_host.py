@@ -43,6 +43,7 @@ def test_it_says_so_when_its_rank_is_gone_and_nobody_says_why(host):
     check_ends_with(process, "error: rank 0, for which this host holds an engine, or the link to it is gone")
 
 
+@pytest.mark.long
 def test_it_does_not_outlive_the_job_s_store(host):
     process, store = host
     job_store(60).queue_pop("respec_hosts_of_engine_0")
