@@ -104,9 +104,9 @@ print(dict(HookRegistry._hooks))
 
 
 def test_a_scheduler_without_the_plugin_does_not_start(monkeypatch):
-    monkeypatch.setattr(sglang_plugin, "_hooked", None)
+    monkeypatch.setattr(sglang_plugin, "hooked", None)
     with pytest.raises(EngineError, match="SGLANG_PLUGINS"):
         sglang_plugin.require_active()
-    monkeypatch.setattr(sglang_plugin, "_hooked", ["sglang.no.such.function"])
+    monkeypatch.setattr(sglang_plugin, "hooked", ["sglang.no.such.function"])
     with pytest.raises(EngineError, match=r"hooks on sglang\.no\.such\.function"):
         sglang_plugin.require_active()

@@ -31,7 +31,7 @@ ORIGINS = "respec_origins"  # of response tokens, in a request's meta_info; abse
 
 # What `activate` hooked; None until it is through. sglang only logs a plugin that failed and a hook that it could not
 # apply, so `require_active` looks.
-_hooked: list[str] | None = None
+hooked: list[str] | None = None
 
 
 Hooks = dict[str, tuple[Callable, str]]  # target -> (function, kind of hook)
@@ -43,7 +43,7 @@ def plugin_settings(device: str, seeded: bool, steps: DepthSettings | None = Non
 
 def activate() -> None:
     """Entry point: register this package's hooks, in this package's engine only."""
-    global _hooked
+    global hooked
     if SETTINGS not in os.environ:
         return
     require_version("sglang", "0.5.21", "respec_trainer.rollout.sglang.inside.plugin")
@@ -67,19 +67,19 @@ def activate() -> None:
         hooks = outside(DraftDepth(DepthSettings.of_json(settings["steps"]), settings["device"]).hooks(), hooks)
     for target, (function, kind) in hooks.items():
         HookRegistry.register(target, function, HookType[kind])
-    _hooked = list(hooks)
+    hooked = list(hooks)
 
 
 def require_active() -> None:
     """Raise EngineError unless `activate` ran here and every hook it registered is in place."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    if _hooked is None:
+    if hooked is None:
         raise EngineError(
             "sglang did not load respec_trainer's plugin; install the package (pip install -e .), and name "
             "respec_trainer in SGLANG_PLUGINS if that is set"
         )
-    missing = [target for target in _hooked if target not in HookRegistry._patched]
+    missing = [target for target in hooked if target not in HookRegistry._patched]
     if missing:
         raise EngineError(f"sglang did not apply respec_trainer's hooks on {', '.join(missing)}; see its log above")
 
