@@ -35,7 +35,7 @@ def load() -> dict[str, float]:
 def save(measured: Mapping[str, float]) -> None:
     """Put measured files into the table; drop those that are not there any more."""
     known = load() | {name: round(seconds, 1) for name, seconds in measured.items()}
-    there = {name: known[name] for name in sorted(known) if TABLE.with_name(name).is_file()}
+    there = {name: known[name] for name in sorted(known) if (TABLE.parent / name).is_file()}
     TABLE.write_text(json.dumps(there, indent=1) + "\n")
 
 

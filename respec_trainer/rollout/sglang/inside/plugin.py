@@ -54,9 +54,9 @@ def activate() -> None:
     settings = json.loads(os.environ[SETTINGS])
     hooks = _cpu_hooks() if settings["device"] == "cpu" else {}
     processor = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
-    hooks[f"{processor}._resolve_spec_v2_tokens"] = (_with_origins, "AROUND")
-    hooks["sglang.srt.managers.schedule_batch.Req.update_finish_state"] = (_note_prefill, "BEFORE")
-    hooks["sglang.srt.speculative.ngram_worker.NGRAMWorker._prepare_draft_tokens"] = (_with_distinct_drafts, "AFTER")
+    hooks[f"{processor}._resolve_spec_v2_tokens"] = (with_origins, "AROUND")
+    hooks["sglang.srt.managers.schedule_batch.Req.update_finish_state"] = (note_prefill, "BEFORE")
+    hooks["sglang.srt.speculative.ngram_worker.NGRAMWorker._prepare_draft_tokens"] = (with_distinct_drafts, "AFTER")
     hooks |= digest_hooks()
     if settings["seeded"]:
         batch = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
@@ -143,7 +143,7 @@ def _compute_position(extend_prefix_lens, extend_seq_lens):
     return positions, start.to(extend_seq_lens.dtype)
 
 
-def _with_distinct_drafts(result, worker, _batch):
+def with_distinct_drafts(result, worker, _batch):
     """(drafts [B * n], mask [B * n * n]) with no token twice below a root. Padding is below the root and last."""
     import numpy as np
 
@@ -158,7 +158,7 @@ def _with_distinct_drafts(result, worker, _batch):
     return drafts, mask
 
 
-def _with_origins(original, processor, result, batch):
+def with_origins(original, processor, result, batch):
     """Note where each token of a verify pass came from; sglang sends such lists along with the tokens."""
     runs = original(processor, result, batch)
     drafted = (result.speculative_output_stride or result.speculative_num_draft_tokens) > 1
@@ -170,7 +170,7 @@ def _with_origins(original, processor, result, batch):
     return runs
 
 
-def _note_prefill(request, *_args, **_kwargs) -> None:
+def note_prefill(request, *_args, **_kwargs) -> None:
     """A prompt's first token, and one after a retraction, come without a verify pass, and may be sent at once."""
     from sglang.srt.runtime_context import get_spec
 
