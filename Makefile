@@ -1,5 +1,6 @@
 # make quickstart   install, make the small actor and its drafter, train: a whole run, with or without a GPU
-# make test         install, run the tests
+# make test         install, run the tests but for the long ones: 10 minutes at most on two cores
+# make test-long    install, run the long ones: kills by the dozen, runs over two hosts, hundreds of pushes
 # make test-gpu     install, run the tests that need GPUs; results in OUT and docs/gpu.md. With GPU_PYTHON=python3, say,
 #                   nothing is installed: that Python has to have everything, see docs/gpu.md
 # All can be repeated: what is done is skipped. PIP_FLAGS goes to every pip install (an index of CPU wheels, say).
@@ -22,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart actor drafter test test-gpu lint clean
+.PHONY: quickstart actor drafter test test-long test-gpu lint clean
 
 quickstart: drafter
 	$(BIN)/deepspeed --quiet --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml actor.parallel.tp=$(RANKS) $(ARGS)
@@ -34,11 +35,16 @@ drafter: actor
 	OMP_NUM_THREADS=2 $(BIN)/python tools/train_drafter.py --recipe configs/quickstart-drafter.yaml \
 	  --actor $(QUICKSTART)/actor --data $(QUICKSTART)/actor/data/train.jsonl --out $(QUICKSTART)/drafter
 
-# Files go to the workers whole: their fixtures are engines and models. And in order: the long ones of integration/ first,
-# so that the short ones even out when the workers end.
+# Files go to the workers whole: their fixtures are engines and models. And in the order of tests/durations.json, the
+# longest first, so that all workers end together.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/gpu
+
 test: $(INSTALLED)
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/gpu $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+test-long: $(INSTALLED)
+	$(PYTEST) -m long $(ARGS)
 
 OUT ?= runs/gpu-results.json
 GPU_PYTHON ?=

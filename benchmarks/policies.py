@@ -56,9 +56,9 @@ class Policy:
             max_new_tokens=self.sampling.max_new_tokens,
             pad_token_id=0,
         )
-        return [(ids, self._until_end(row)) for ids, row in zip(prompts, drawn[:, width:].tolist(), strict=True)]
+        return [(ids, self.until_end(row)) for ids, row in zip(prompts, drawn[:, width:].tolist(), strict=True)]
 
-    def _until_end(self, response: list[int]) -> list[int]:
+    def until_end(self, response: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return response[: response.index(end) + 1] if end in response else response
 

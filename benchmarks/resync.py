@@ -135,7 +135,7 @@ def raw_broadcast(resync, actor) -> None:
         found = [shape for planned in bucket for shape in planned.shapes.values()]
         shapes = {f"nothing.{number}": shape for number, shape in enumerate(found)}
         tensors = flat_tensors(shapes, torch.bfloat16, resync.workspace, "raw")
-        answer = engine.weights._send(
+        answer = engine.weights.send(
             "a raw broadcast",
             "update_weights_from_distributed",
             "UpdateWeightsFromDistributedReqInput",

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from respec_trainer.drafter.format import load_drafter
 from respec_trainer.errors import ConfigError
 from respec_trainer.export import export_drafter, set_aside
-from tests.drafter.online import test_online_drafter as online
+from tests.support import online
 from tests.support.drafters import DRAFT_IDS, target_config
 
-folder, make, model = online.folder, online.make, online.model
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return online.save_start(tmp_path_factory.mktemp("online"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return online.target_model()
+
+
+@pytest.fixture
+def make(folder):
+    return functools.partial(online.make_learner, folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -34,8 +34,8 @@ class Offload:
         self.engine = engine
         self.device = next(engine.module.parameters()).device
         self.moves = self.device.type != "cpu" if moves is None else moves
-        self._away: dict[Part, list[tuple[torch.Tensor, list[torch.Tensor]]]] = {}
-        self._spare: dict[int, list[torch.Tensor]] = {}
+        self.away: dict[Part, list[tuple[torch.Tensor, list[torch.Tensor]]]] = {}
+        self.spare: dict[int, list[torch.Tensor]] = {}
         # Before the hooks in which ZeRO-3 gathers weights.
         engine.module.register_forward_pre_hook(self._require, prepend=True)
 
@@ -45,14 +45,14 @@ class Offload:
         Call it between updates: gradients of a backward pass without its step would be kept too. Raises RuntimeError
         out of order.
         """
-        if part in self._away:
+        if part in self.away:
             return
         self._check(part, PARTS[: PARTS.index(part)], away=True)
-        self._away[part] = []
+        self.away[part] = []
         if not self.moves:
             return
-        contents = list(self._contents(part))
-        self._away[part] = [(content, self._to_host(content)) for content in contents]
+        contents = list(self.contents(part))
+        self.away[part] = [(content, self._to_host(content)) for content in contents]
         get_accelerator().synchronize()
         for content in contents:
             content.untyped_storage().resize_(0)
@@ -60,10 +60,10 @@ class Offload:
 
     def back(self, part: Part) -> None:
         """Bring `part` back; nothing happens if it is in. The weights return first, or RuntimeError is raised."""
-        if part not in self._away:
+        if part not in self.away:
             return
         self._check(part, PARTS[PARTS.index(part) + 1 :], away=False)
-        moved = self._away.pop(part)
+        moved = self.away.pop(part)
         for content, pieces in moved:
             content.untyped_storage().resize_(content.numel())
             for there, here in zip(content.split(PIECE), pieces, strict=True):
@@ -71,7 +71,7 @@ class Offload:
         if moved:
             get_accelerator().synchronize()
         for piece in (piece for _, pieces in moved for piece in pieces):
-            self._spare.setdefault(len(piece), []).append(piece)
+            self.spare.setdefault(len(piece), []).append(piece)
 
     def pieces_away(self) -> Away:
         """What is off the device now: the host memory of each emptied storage, in pieces of PIECE bytes."""
@@ -80,17 +80,17 @@ class Offload:
 
     def _check(self, part: Part, others: tuple[Part, ...], away: bool) -> None:
         for other in others:
-            if (other in self._away) != away:
+            if (other in self.away) != away:
                 order = "out after" if away else "back before"
                 raise RuntimeError(f"the actor's {part} cannot go {order} its {other}: move the {other} first")
 
     def _require(self, *_: Any) -> None:
         """A forward pass needs the weights, and one that a backward pass follows needs everything."""
-        for part in self._away:
+        for part in self.away:
             if part == "weights" or torch.is_grad_enabled():
                 raise RuntimeError(f"a forward pass while the actor's {part} is off its device: bring it back first")
 
-    def _contents(self, part: Part) -> Iterator[torch.Tensor]:
+    def contents(self, part: Part) -> Iterator[torch.Tensor]:
         """Every storage of `part` on the device, once, as its bytes [N] uint8."""
         parameters = list(self.engine.module.parameters())
         weights = _storages(parameters + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")])
@@ -108,7 +108,7 @@ class Offload:
         return pieces
 
     def _host_memory(self, size: int) -> torch.Tensor:
-        if spare := self._spare.get(size):
+        if spare := self.spare.get(size):
             return spare.pop()
         return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 

@@ -55,8 +55,8 @@ def test_kl_of_responses_is_that_of_their_whole_law(policies):
 
 def test_a_response_ends_with_its_end(policies):
     policy, _ = policies
-    assert policy._until_end([7, END, 9, END]) == [7, END]
-    assert policy._until_end([7, 9]) == [7, 9]
+    assert policy.until_end([7, END, 9, END]) == [7, END]
+    assert policy.until_end([7, 9]) == [7, 9]
     rollouts = DrafterBatch.collate([([5, 6], [40, 41, END]), ([5], [42])])
     assert policy.texts(rollouts) == [policy.tokenizer.decode([40, 41]), policy.tokenizer.decode([42])]
 

@@ -16,8 +16,8 @@ import torch
 
 from respec_trainer.checkpoint.store import checkpoints_in, latest, step_of
 from respec_trainer.errors import CheckpointError, ConfigError
-from respec_trainer.weights import safetensors_io
-from tests.support.checkpoints import KINDS, ToyRun, toy_config
+from tests.support.checkpoints import KINDS, ToyRun, damage, toy_config
+from tests.support.disks import full_disk
 
 
 def steps(run: Path) -> list[int]:
@@ -26,12 +26,6 @@ def steps(run: Path) -> list[int]:
 
 def start(tmp_path: Path, changes: dict | None = None, name: str = "run") -> ToyRun:
     return ToyRun(tmp_path / name, toy_config(tmp_path, changes))
-
-
-def damage(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
 
 
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(tmp_path):
@@ -117,32 +111,19 @@ def test_where_none_is_valid_nothing_begins_anew_in_silence(tmp_path):
     assert start(tmp_path, {"checkpoint.resume": "never"}, name="new").done == 0
 
 
-def full_disk(monkeypatch, name: str) -> None:
-    """From now on writing to the file `name` fails as on a full disk."""
-    put = safetensors_io.SafetensorsWriter._put
-
-    def fails(self, content):
-        if self.path.name == name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        put(self, content)
-
-    monkeypatch.setattr(safetensors_io.SafetensorsWriter, "_put", fails)
-
-
 @pytest.mark.parametrize("name", ["tp0_dp0.safetensors", "rank0.safetensors"])
-def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, name):
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, name):
     run = start(tmp_path)
     run.work(1)
     run.checkpoints.wait()
-    full_disk(monkeypatch, name)
-    run.work(1)
-    with pytest.raises(CheckpointError, match=rf"step 2 failed: rank 0: .*{name}: No space left on device"):
+    with full_disk(lambda path: path.name == name):
         run.work(1)
+        with pytest.raises(CheckpointError, match=rf"step 2 failed: rank 0: .*{name}: No space left on device"):
+            run.work(1)
     assert "No space left on device" in run.said[-1]
     assert steps(run.folder) == [1]
     assert latest(run.folder / "checkpoints").name == "step_1"
     assert not list((run.folder / "checkpoints").glob(".*"))
-    monkeypatch.undo()
     assert start(tmp_path).done == 1
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from respec_trainer.checkpoint.tree import copy_tree, load_tree, save_tree
-from tests.drafter.online import test_online_drafter as online
-from tests.drafter.online.test_online_drafter import iterate, same, weights
-
-folder, make, model = online.folder, online.make, online.model
+from tests.support.online import iterate, make_learner, same, save_start, target_model, weights
 
 
-def test_a_learner_saved_while_it_goes_on_goes_on_alike_later(make, model, tmp_path):
-    learner = make(retention="reservoir", matrix_lr=1e-2, compare_frozen=True)
+def test_a_learner_saved_while_it_goes_on_goes_on_alike_later(tmp_path):
+    folder, model = save_start(tmp_path), target_model()
+    learner = make_learner(folder, retention="reservoir", matrix_lr=1e-2, compare_frozen=True)
     for step in range(3):
         iterate(learner, model, step)
     copied = copy_tree({"learner": learner.state_dict()}, immutable=("learner/buffer",))
     first = [iterate(learner, model, step) for step in range(3, 5)]
     save_tree(tmp_path / "rank0.safetensors", copied)  # as the thread does, later
-    other = make(retention="reservoir", matrix_lr=1e-2, compare_frozen=True)
+    other = make_learner(folder, retention="reservoir", matrix_lr=1e-2, compare_frozen=True)
     other.load_state_dict(load_tree(tmp_path / "rank0.safetensors")["learner"])
     second = [iterate(other, model, step) for step in range(3, 5)]
     for one, two in zip(first, second, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import pytest
 from respec_trainer.config import DataConfig
 from respec_trainer.data.prompts import Prompt, PromptStream, check_tokenizer_fits, load_prompts
 from respec_trainer.errors import ConfigError, DataError
+from tests.support.data import GSM8K
 
-GSM8K = Path(os.environ.get("RESPEC_DATA", Path(__file__).parents[3] / "shared/data")) / "gsm8k"
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(5)]
 
 

@@ -164,17 +164,17 @@ def select_all(parts, pair: Pair) -> dict[str, Any]:
     The head's rows are sent in reverse, so that they are neither model's. Both models may draft well with them, because
     both have them: the digests tell.
     """
-    from respec_trainer.rollout.sglang.weights import _serialize, flat_bucket
+    from respec_trainer.rollout.sglang.weights import flat_bucket, serialize
 
     before, digests = accept_length(parts, pair), parts.engine.digests("draft")
     updater = parts.engine.weights
     head = ("lm_head.weight", parts.actor.engine.module.vocabulary_weights()[1].detach().flip(0).contiguous())
-    updater._send("selecting all", "begin_weight_update", "BeginWeightUpdateReqInput", selector="all").result(60)
+    updater.send("selecting all", "begin_weight_update", "BeginWeightUpdateReqInput", selector="all").result(60)
     content = flat_bucket([head])
-    fields = {"serialized_named_tensors": _serialize(content, 1), "load_format": "flattened_bucket"}
+    fields = {"serialized_named_tensors": serialize(content, 1), "load_format": "flattened_bucket"}
     name, message = "update_weights_from_tensor", "UpdateWeightsFromTensorReqInput"
-    updater._send("sending to all", name, message, flush_cache=True, selector="all", **fields).result(60)
-    updater._send("ending", "end_weight_update", "EndWeightUpdateReqInput").result(60)
+    updater.send("sending to all", name, message, flush_cache=True, selector="all", **fields).result(60)
+    updater.send("ending", "end_weight_update", "EndWeightUpdateReqInput").result(60)
     changed = [name for name, value in parts.engine.digests("draft").items() if digests[name] != value]
     bent = accept_length(parts, pair)
     parts.resync.push(forgot=True, prove=True)

@@ -6,9 +6,11 @@ A rehearsal (RESPEC_GPU_TESTS=cpu) says nothing of a GPU, and its times are not 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
+REPOSITORY = Path(__file__).parents[2]
 DEVICE = os.environ.get("RESPEC_GPU_TESTS", "cuda")
 ON_GPU = DEVICE == "cuda"
 
@@ -20,6 +22,11 @@ FLOAT32 = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"} if ON_GPU else {}
 def claim() -> None:
     """The first thing a rank does: `run_ranks` says CPU to every process, and DeepSpeed asks once, when imported."""
     os.environ["DS_ACCELERATOR"] = DEVICE
+
+
+def search_path() -> str:
+    """The repository, before what the environment adds."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
 
 def devices() -> int:

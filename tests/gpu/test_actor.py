@@ -9,17 +9,10 @@ import torch
 
 from tests.gpu.models import prompts
 from tests.gpu.place import DEVICE, FLOAT32, claim
-from tests.integration.actor.test_engine import (
-    build_actor,
-    expectation,
-    make_batch,
-    norm_error,
-    train,
-    variant,
-    weight_error,
-)
+from tests.support.actors import build_actor, make_batch, train, variant
 from tests.support.models import save_tiny_model, tiny_config, tiny_model
 from tests.support.processes.ranks import run_ranks
+from tests.support.reference_actor import expectation, norm_error, weight_error
 
 HERE = {"run.device": DEVICE}
 # Float32 on both sides, summed in other orders by other kernels; 3e-7 is seen between CPUs. Attention kernels of a

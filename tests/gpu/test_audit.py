@@ -9,11 +9,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-from tests.gpu.place import DEVICE, FLOAT32, ON_GPU
+from tests.gpu.place import DEVICE, FLOAT32, ON_GPU, REPOSITORY, search_path
 
-REPOSITORY = Path(__file__).parents[2]
 # Of the chain: two filters, after a resync, after a sleep; a rehearsal has time for one.
 CELLS, COUNT = ("EAGLE-3 chain, T=1.0", 5) if ON_GPU else ("EAGLE-3 chain, T=1.0, after sleep", 1)
 DRAWS, LIMIT = ("3072", "12288") if ON_GPU else ("768", "768")
@@ -46,8 +44,3 @@ def test_the_engine_draws_from_the_actors_law(small, tmp_path, record):
     record(power={cell["cell"]: cell["power"] for cell in outcome["cells"]})
     assert len(outcome["cells"]) == COUNT
     assert done.returncode == 0 and outcome["passed"], done.stdout + done.stderr
-
-
-def search_path() -> str:
-    """The repository, before what the environment adds."""
-    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))

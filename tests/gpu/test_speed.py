@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from tests.gpu.place import DEVICE, ON_GPU
-from tests.gpu.test_audit import REPOSITORY, search_path
+from tests.gpu.place import DEVICE, ON_GPU, REPOSITORY, search_path
 
 MODEL, BATCHES = ("qwen2.5-7b", (1, 4, 16, 64)) if ON_GPU else ("small", (1, 4))
 CONFIG = """

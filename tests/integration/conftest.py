@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes.forking import fork_engines
+from tests.support.resyncs import save_random_pair
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,6 +27,12 @@ def small_actor(tmp_path_factory) -> Path:
     changes = ["teaching.steps=20", "teaching.warmup_steps=5", "prompts.train=256", "prompts.test=16"]
     make_actor(load_config(REPOSITORY / "configs/quickstart-actor.yaml", changes, ActorRecipe), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_pair(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a tiny random target and of a random drafter of its shape."""
+    return save_random_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from respec_trainer.telemetry.recorder import read_metrics
 from tests.support.processes.hosts import Host, missing, two_hosts
 from tests.support.tiny_runs import REPOSITORY, numbers, tiny_run
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 TRAIN = str(REPOSITORY / "launch/train.py")
 PORT = "29500"  # nothing else runs on these hosts

@@ -1,10 +1,12 @@
 """Live engines that are killed, and that hang, in the middle of generating: what comes back is as if nothing happened.
 
-Two ranks share one engine, in float32 and greedy, so that a response drawn by two lives must equal an undisturbed one.
+In float32 and greedy, so that a response drawn by two lives must equal an undisturbed one. When restarts are enough is
+tested in test_generation.py, by engines that die on command.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,32 +15,31 @@ import time
 import pytest
 import torch
 
-from tests.integration.resync.test_engine import folders  # noqa: F401 - a fixture
+from respec_trainer.errors import EngineError
 from tests.support.configs import smallest_config
 from tests.support.processes.ranks import run_ranks
 from tests.support.resyncs import live, step
 
 NEW_TOKENS = 48
+TIMEOUT = 20  # seconds; a restart must fit in it, on a busy machine too
 PROMPTS = [[5 + i, 9, 33 + i] for i in range(6)]
 
 
-def survive(config, disturb, *args):
-    """On one rank: responses undisturbed and disturbed, then what was counted; or the error that ended it."""
-    from respec_trainer.errors import EngineLostError
-
+def survive(config, disturbances):
+    """On one rank: what engines answer undisturbed; of each disturbance what they answer, counts, words, seconds."""
     with live(config) as setup:
-        rollouts = setup.rollouts
+        rollouts, outcomes = setup.rollouts, {}
         rollouts.max_restarts = config.rollout.engine.max_restarts
-        try:
-            step(setup.actor)
-            rollouts.push()
-            calm = ask(rollouts)
+        step(setup.actor)
+        rollouts.push()
+        calm = ask(rollouts)
+        for name, (disturb, *args) in disturbances.items():
             rollouts.metrics()
+            setup.said.clear()
             began = time.monotonic()
             disturbed = disturb(rollouts, *args)
-            return calm, disturbed, rollouts.metrics(), setup.said, time.monotonic() - began
-        except EngineLostError as error:
-            return str(error), rollouts.metrics()
+            outcomes[name] = disturbed, rollouts.metrics(), list(setup.said), time.monotonic() - began
+    return calm, outcomes
 
 
 def ask(rollouts, meanwhile=lambda: None):
@@ -54,7 +55,7 @@ def while_generating(rollouts, number, kills, victim=0):
     """Signal the scheduler of rank `victim`'s engine once it has begun, in `kills` of its lives one after the other."""
     if torch.distributed.get_rank() != victim:
         return ask(rollouts)
-    watch = threading.Thread(target=_signal, args=(rollouts.fleet.engine, number, kills), daemon=True)
+    watch = threading.Thread(target=_signal, args=(rollouts, number, kills), daemon=True)
     return ask(rollouts, watch.start)
 
 
@@ -71,29 +72,28 @@ def while_pushing(rollouts, number, victim=0):
 
     transport.start = start
     rollouts.resync.held = {}
-    rollouts.push()
+    try:
+        rollouts.push()
+    finally:
+        transport.start = original
     assert sends == ["target", "target", "draft"], "interrupted; then both models, whole"
     return ask(rollouts)
 
 
-def _signal(engine, number, kills, after=12):
-    struck = set()
+def _signal(rollouts, number, kills, after=12):
+    """Once every response that is not finished has `after` tokens of this life of the engine."""
+    struck, engine = set(), rollouts.fleet.engine
     while len(struck) < kills:
         time.sleep(0.001)
-        process = engine._process
-        if process is None or process in struck or process.failure is not None:
-            continue
-        begun = [p.tokens for p in list(process.deliveries._progress.values()) if p.finish_reason is None]
-        if begun and min(begun) >= after:
-            struck.add(process)
-            os.kill(process.children[0].pid, number)
-
-
-def config_of(tmp_path, folders, *overrides):  # noqa: F811
-    target, drafter = folders
-    shape = ["actor.parallel.tp=2", "rollout.engine.span=2", "actor.optim.lr=0.01", "resync.bucket_mb=2"]
-    paths = [f"model.path={target}", "model.dtype=fp32", f"drafter.path={drafter}", "speculation.algorithm=eagle3"]
-    return smallest_config(tmp_path, "rollout.engine.resume=tokens", *paths, *shape, *overrides)
+        with contextlib.suppress(EngineError):  # between two lives
+            process = engine.process
+            if process in struck or engine.failure is not None:
+                continue
+            samples = [sample for part in rollouts.pending.parts for sample in part.delivered()]
+            begun = [len(sample.response_ids) for sample in samples if sample.finish_reason == "lost"]
+            if begun and min(begun) >= after:
+                struck.add(process)
+                os.kill(process.children[0].pid, number)
 
 
 def check_whole(calm, disturbed):
@@ -106,49 +106,65 @@ def check_whole(calm, disturbed):
     assert torch.allclose(given, wanted, atol=1e-4)
 
 
-def test_a_killed_scheduler_costs_nothing_but_time(tmp_path, folders):  # noqa: F811
-    config = config_of(tmp_path, folders)
-    first, second = run_ranks(2, survive, config, while_generating, signal.SIGKILL, 2, timeout=240)
-    calm, disturbed, counts, said, _ = first
+def play(folder, pair, disturbances, *overrides):
+    """(rank 0's, rank 1's) outcome of `survive`."""
+    target, drafter = pair
+    shape = ["actor.parallel.tp=2", "actor.optim.lr=0.01", "resync.bucket_mb=2", "rollout.engine.resume=tokens"]
+    paths = [f"model.path={target}", "model.dtype=fp32", f"drafter.path={drafter}", "speculation.algorithm=eagle3"]
+    return run_ranks(2, survive, smallest_config(folder, *paths, *shape, *overrides), disturbances, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, random_pair):
+    """Of one engine that both ranks use."""
+    disturbances = {"killed": (while_generating, signal.SIGKILL, 2), "hung": (while_generating, signal.SIGSTOP, 1)}
+    limits = ["rollout.engine.span=2", f"rollout.engine.timeout={TIMEOUT}"]
+    return play(tmp_path_factory.mktemp("shared"), random_pair, disturbances, *limits)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, random_pair):
+    """Of an engine on each rank; it is always the second that is struck."""
+    disturbances = {
+        "killed": (while_generating, signal.SIGKILL, 1, 1),
+        "killed in a push": (while_pushing, signal.SIGKILL, 1),
+        "hung in a push": (while_pushing, signal.SIGSTOP, 1),
+    }
+    limits = ["rollout.engine.span=1", "resync.timeout=10"]
+    return play(tmp_path_factory.mktemp("own"), random_pair, disturbances, *limits)
+
+
+def test_a_killed_scheduler_costs_nothing_but_time(shared):
+    (calm, first), (_, second) = shared
+    disturbed, counts, said, _ = first["killed"]
     check_whole(calm, disturbed)
-    assert [s.response_ids for s in second[1]] == [s.response_ids for s in disturbed]
+    assert [s.response_ids for s in second["killed"][0]] == [s.response_ids for s in disturbed]
     assert max(s.restarts for s in disturbed) == 2 and min(s.restarts for s in calm) == 0
     assert counts["engine/restarts"] == 2 and counts["engine/lost_tokens"] == 0
     assert counts["engine/resumed_tokens"] >= 12
     assert "signal 9" in said[0] and "restart 2 of 3" in said[1]
 
 
-def test_a_hanging_scheduler_is_noticed_in_time(tmp_path, folders):  # noqa: F811
-    timeout = 35.0  # a restart must fit in it, on a busy machine too
-    config = config_of(tmp_path, folders, f"rollout.engine.timeout={timeout}")
-    first, _ = run_ranks(2, survive, config, while_generating, signal.SIGSTOP, 1, timeout=240)
-    calm, disturbed, counts, said, seconds = first
+def test_a_hanging_scheduler_is_noticed_in_time(shared):
+    calm, outcomes = shared[0]
+    disturbed, counts, said, seconds = outcomes["hung"]
     check_whole(calm, disturbed)
-    assert counts["engine/restarts"] == 1 and "not answered for 35 s" in said[0]
-    assert timeout < seconds < timeout + 60
+    assert counts["engine/restarts"] == 1 and f"not answered for {TIMEOUT} s" in said[0]
+    assert TIMEOUT < seconds < TIMEOUT + 60
 
 
-def test_too_many_deaths_end_the_run_on_every_rank(tmp_path, folders):  # noqa: F811
-    limit = 1
-    config = config_of(tmp_path, folders, f"rollout.engine.max_restarts={limit}")
-    for error, counts in run_ranks(2, survive, config, while_generating, signal.SIGKILL, limit + 1, timeout=240):
-        assert "signal 9" in error and "rollout.engine.max_restarts" in error
-        assert counts["engine/restarts"] == limit
-
-
-def test_the_other_engine_joins_the_new_group(tmp_path, folders):  # noqa: F811
-    config = config_of(tmp_path, folders, "rollout.engine.span=1")
-    first, _ = run_ranks(2, survive, config, while_generating, signal.SIGKILL, 1, 1, timeout=240)
-    calm, disturbed, counts, said, _ = first
+def test_the_other_engine_joins_the_new_group(own):
+    calm, outcomes = own[0]
+    disturbed, counts, said, _ = outcomes["killed"]
     check_whole(calm, disturbed)
     assert counts["engine/restarts"] == 1 and "engine of rank 1" in said[0]
     assert [s.restarts for s in disturbed[:3]] == [0, 0, 0] and max(s.restarts for s in disturbed[3:]) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_push_that_is_interrupted_is_made_again(tmp_path, folders, number):  # noqa: F811
-    config = config_of(tmp_path, folders, "rollout.engine.span=1", "resync.timeout=10")
-    calm, disturbed, counts, said, _ = run_ranks(2, survive, config, while_pushing, number, 1, timeout=240)[0]
+@pytest.mark.parametrize("fault", ["killed in a push", "hung in a push"])
+def test_a_push_that_is_interrupted_is_made_again(own, fault):
+    calm, outcomes = own[0]
+    disturbed, counts, said, _ = outcomes[fault]
     check_whole(calm, disturbed)
     assert counts["engine/restarts"] == 2, "no engine is known to be whole"
     assert len(said) == 1

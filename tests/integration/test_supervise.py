@@ -13,8 +13,7 @@ import psutil
 
 from respec_trainer.network import free_port
 from respec_trainer.telemetry.recorder import read_metrics
-from tests.integration.test_train import wait_for
-from tests.support.tiny_runs import REPOSITORY, tiny_run
+from tests.support.tiny_runs import REPOSITORY, tiny_run, wait_for
 
 STEPS = 6  # so many that the first rank is killed before they are done
 

@@ -20,7 +20,8 @@ from respec_trainer.drafter.format import load_drafter
 from respec_trainer.network import free_port
 from respec_trainer.speculation.simulation.trace import load_trace
 from respec_trainer.telemetry.recorder import read_metrics
-from tests.data.test_prompts import GSM8K
+from tests.support.data import GSM8K
+from tests.support.tiny_runs import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 METRICS = {
@@ -126,11 +127,3 @@ def check_exported_drafter(folder: Path, checkpoint: Path, source: Path) -> None
     )
     assert all(torch.equal(tensor, learner_s[name]) for name, tensor in exported.items())
     assert any(not torch.equal(tensor, before[name]) for name, tensor in exported.items())
-
-
-def wait_for(file: Path, process: subprocess.Popen, seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not file.is_file():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"no {file.name} within the time"
-        time.sleep(0.5)

@@ -29,5 +29,5 @@ def test_who_is_gone_is_not_called_late(monkeypatch, seconds, lost, words):
     resync.actor = SimpleNamespace(version="actor-2")
     resync.held, resync.drafter = {}, None
     with pytest.raises(ResyncError, match=words) as caught:
-        resync._assemble()
+        resync.push()
     assert lost_contact(caught.value) == lost

@@ -134,14 +134,13 @@ def test_an_adaptive_policy_is_asked():
 
 @pytest.mark.parametrize("broken", ["raises", "is no candidate", "observes", "predicts"])
 def test_a_policy_that_fails_turns_speculation_off(broken, capsys):
-    policy = "Broken" if broken == "raises" else "Scripted"
+    policy = {"raises": "Broken", "predicts": "Unpredictable"}.get(broken, "Scripted")
     script = (1, 1, 1, 1, 2) if broken == "is no candidate" else (1,)
     control = DepthChooser(replace(FIXED, **chosen_by(policy, script)))
     assert [control.choose(4, 10.0, 0.0).steps for _ in range(4)] == [1] * 4
     if broken == "observes":
         control.observe(1, 4, [])
     elif broken == "predicts":
-        control._policy.predicted = lambda: 1 / 0
         assert control.predicted() == 0.0
     assert [control.choose(4, 10.0, 0.0) for _ in range(3)] == [(0, False)] * 3
     control.observe(0, 4, [])
@@ -161,8 +160,7 @@ def test_a_policy_s_state_is_handed_on():
 
 
 def test_a_policy_whose_state_cannot_be_told_turns_speculation_off(capsys):
-    control = DepthChooser(replace(FIXED, **chosen_by("Remembering", [3, 0, 1])))
-    control._policy.turn = object()
+    control = DepthChooser(replace(FIXED, **chosen_by("Untellable", [3, 0, 1])))
     assert control.state() == "" and control.failed
     assert "Traceback" in capsys.readouterr().err
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-import timeit
 
 import numpy as np
 import pytest
@@ -215,17 +213,3 @@ def test_another_s_candidates_leave_what_was_learnt_of_acceptance(candidates):
     assert found[:known] == pytest.approx(first.estimate.by_depth[:known])
     assert found[known:] == [found[known - 1]] * (candidates[-1] - known)
     assert {steps for steps, _ in play(second, [(8, 3)] * 100)} <= set(candidates)
-
-
-def test_decisions_take_less_than_50_us():
-    """With nine candidates and every batch another; in time of this process, the best of some rounds."""
-    times = StepTimes(CPU, list(range(9)), 256, 32_768)
-    scheduler = DepthScheduler(times, (0.8, 0.75, 0.7, 0.65, 0.6), 0.005)
-
-    def decide():
-        for batch in range(1, 257):
-            steps = scheduler.choose(batch, 100.0 * batch, 30.0)
-            scheduler.predicted()
-            scheduler.observe(steps, batch, [batch // 2] * steps)
-
-    assert min(timeit.repeat(decide, timer=time.process_time, number=1, repeat=10)) / 256 < 50e-6

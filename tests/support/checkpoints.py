@@ -99,6 +99,13 @@ class ToyRun:
         return make
 
 
+def damage(path: Path) -> None:
+    """Flip the last bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def toy_config(folder: Path, changes: dict | None = None) -> Config:
     """Of a run in `folder` that saves after every step."""
     model = folder / "model"

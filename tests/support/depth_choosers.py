@@ -44,6 +44,20 @@ class Remembering(Scripted):
         self.turn = state["turn"]
 
 
+class Unpredictable(Scripted):
+    """Raises when it is asked what it expects of its choice."""
+
+    def predicted(self) -> float:
+        raise ZeroDivisionError("a policy's bug")
+
+
+class Untellable(Remembering):
+    """Has a state that JSON does not know."""
+
+    def state(self) -> dict:
+        return {"turn": object()}
+
+
 class Broken(Scripted):
     """Raises at the fifth choice."""
 

@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from tests.support.models import save_tiny_model, tiny_config, tiny_tokenizer
+
 PROMPT = [5, 9, 33]
+VOCAB = 128
+
+
+def save_random_pair(root: Path) -> tuple[Path, Path]:
+    """Folders of a target and a random drafter of its shape: few drafts are accepted, and every one is verified."""
+    import torch
+
+    from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+    from respec_trainer.drafter.format import save_drafter
+
+    hf_config = tiny_config("qwen3", vocab_size=VOCAB, layers=4)
+    target = save_tiny_model(root / "target", hf_config)
+    tiny_tokenizer(VOCAB).save_pretrained(target)
+    torch.manual_seed(0)
+    drafter = Eagle3Drafter(DrafterShape.for_target(hf_config, draft_vocab_size=VOCAB))
+    save_drafter(drafter, torch.arange(VOCAB), root / "drafter")
+    return target, root / "drafter"
 
 
 @dataclass

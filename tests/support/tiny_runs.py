@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import time
 from pathlib import Path
 
 from tests.support.models import save_tiny_model, tiny_config, tiny_tokenizer
@@ -19,14 +21,20 @@ SMALL = [
 ]  # fmt: skip
 
 
-def tiny_run(folder: Path) -> list[str]:
-    """Make actor and prompts in `folder`; what launch/train.py is given besides for a short run with them."""
-    actor, data = folder / "tiny_actor", folder / "prompts.jsonl"
-    save_tiny_model(actor, tiny_config("qwen3"))
-    tiny_tokenizer().save_pretrained(actor)
+def save_prompts(folder: Path) -> Path:
+    """A file of 32 short questions with their answers, in `folder`."""
+    data = folder / "prompts.jsonl"
     rows = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(32)]
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    own = [f"model.path={actor}", f"data.path={data}", f"run.dir={folder / 'runs'}"]
+    return data
+
+
+def tiny_run(folder: Path) -> list[str]:
+    """Make actor and prompts in `folder`; what launch/train.py is given besides for a short run with them."""
+    actor = folder / "tiny_actor"
+    save_tiny_model(actor, tiny_config("qwen3"))
+    tiny_tokenizer().save_pretrained(actor)
+    own = [f"model.path={actor}", f"data.path={save_prompts(folder)}", f"run.dir={folder / 'runs'}"]
     return ["--config", str(REPOSITORY / "configs/quickstart.yaml"), *SMALL, *own]
 
 
@@ -51,3 +59,12 @@ def train(config, watchdog=None) -> None:
 def numbers(steps: list[dict]) -> list[dict]:
     """Metrics without what is measured in seconds."""
     return [{k: v for k, v in step.items() if not k.startswith("time/") and "per_second" not in k} for step in steps]
+
+
+def wait_for(file: Path, process: subprocess.Popen, seconds: float = 180) -> None:
+    """Until a run that writes to a pipe has made `file`. Fails with its words if it ends first."""
+    deadline = time.monotonic() + seconds
+    while not file.is_file():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"no {file.name} within the time"
+        time.sleep(0.1)

@@ -154,14 +154,14 @@ class RolloutFleet:
     def _ask(self, request: Request) -> Sample:
         self.logs = self._take_decode_log()
         answer = self.engine.submit([request]).collect()[0]
-        self.logs += [DecodeLog(failures=log.failures) for log in (self._take_log(),) if log.failures]
+        self.logs += [DecodeLog(failures=log.failures) for log in (self.take_log(),) if log.failures]
         return answer
 
     def _take_decode_log(self) -> list[DecodeLog]:
         logs, self.logs = self.logs, []
-        return [log for log in (*logs, self._take_log()) if len(log) or log.failures]
+        return [log for log in (*logs, self.take_log()) if len(log) or log.failures]
 
-    def _take_log(self) -> DecodeLog:
+    def take_log(self) -> DecodeLog:
         log = self.engine.take_decode_log()
         if not self.forgot:
             self.depth_state = log.state

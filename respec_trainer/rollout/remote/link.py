@@ -48,7 +48,7 @@ def job_store(timeout: float) -> dist.Store:
     """
     limit = timedelta(seconds=timeout)
     try:
-        return dist.TCPStore(*_store_address(), is_master=False, wait_for_workers=False, timeout=limit)
+        return dist.TCPStore(*store_address(), is_master=False, wait_for_workers=False, timeout=limit)
     except RuntimeError as error:
         raise _no_answer(error) from error
 
@@ -162,19 +162,20 @@ def _look(store: dist.Store, name: str) -> None:
 
 
 def _no_answer(error: RuntimeError) -> EngineError:
-    address, port = _store_address()
+    address, port = store_address()
     first = str(error).partition("\n")[0]
     return EngineError(f"the job's store at {address}:{port} does not answer, so its first rank is not there: {first}")
 
 
-def _store_address() -> tuple[str, int]:
+def store_address() -> tuple[str, int]:
+    """(host, port) at which the job's ranks meet, as launchers set them."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _own_address() -> str:
     """The address of this machine in the network in which it reaches the job's first rank."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(_store_address())  # sends nothing
+        probe.connect(store_address())  # sends nothing
         return probe.getsockname()[0]
 
 

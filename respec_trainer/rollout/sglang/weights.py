@@ -43,7 +43,7 @@ class WeightUpdater:
 
     def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:
         self._groups.add(name)
-        return self._send(
+        return self.send(
             f"joining process group {name}",
             "init_weights_update_group",
             "InitWeightsUpdateGroupReqInput",
@@ -61,7 +61,7 @@ class WeightUpdater:
         self._groups.discard(name)
         doing = f"leaving process group {name}"
         message = "DestroyWeightsUpdateGroupReqInput"
-        self.process.wait(self._send(doing, "destroy_weights_update_group", message, group_name=name), doing)
+        self.process.wait(self.send(doing, "destroy_weights_update_group", message, group_name=name), doing)
 
     def shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
         """What an update must bring: tied heads, and what is fixed in a drafter, are left out."""
@@ -74,13 +74,13 @@ class WeightUpdater:
         if role not in self._shapes:
             raise EngineError(f"the engine has no {role} model to update: it was started without speculation")
         doing = f"beginning an update of the {role} weights"
-        self.process.wait(self._send(doing, "begin_weight_update", "BeginWeightUpdateReqInput", selector=role), doing)
+        self.process.wait(self.send(doing, "begin_weight_update", "BeginWeightUpdateReqInput", selector=role), doing)
         self.role, self._missing = role, set(names)
 
     def receive_broadcast(self, specs: Sequence[TensorSpec], role: Role, group: str) -> Future:
         self._check({spec.name: spec.shape for spec in specs}, role)
         self._missing -= {spec.name for spec in specs}
-        return self._send(
+        return self.send(
             f"receiving {len(specs)} {role} tensors from group {group}",
             "update_weights_from_distributed",
             "UpdateWeightsFromDistributedReqInput",
@@ -96,11 +96,11 @@ class WeightUpdater:
         self._check({name: tuple(tensor.shape) for name, tensor in tensors}, role)
         self._missing -= {name for name, _ in tensors}
         content = flat_bucket(tensors)
-        sent = self._send(
+        sent = self.send(
             f"loading {len(tensors)} {role} tensors",
             "update_weights_from_tensor",
             "UpdateWeightsFromTensorReqInput",
-            serialized_named_tensors=_serialize(content, self.settings.engine.tp),
+            serialized_named_tensors=serialize(content, self.settings.engine.tp),
             load_format="flattened_bucket",
             flush_cache=True,
             selector=role,
@@ -120,7 +120,7 @@ class WeightUpdater:
             self._close(f"closing the broken update of the {self.role} weights")
 
     def _close(self, doing: str) -> None:
-        self.process.wait(self._send(doing, "end_weight_update", "EndWeightUpdateReqInput"), doing)
+        self.process.wait(self.send(doing, "end_weight_update", "EndWeightUpdateReqInput"), doing)
         self.role, self._missing = None, set()
 
     def digests(self, role: Role) -> dict[str, str]:
@@ -150,7 +150,7 @@ class WeightUpdater:
             if tuple(shape) != known[name]:
                 raise EngineError(f"{role} weight {name} has shape {tuple(shape)}, but the model's is {known[name]}")
 
-    def _send(self, doing: str, method: str, message: str, **fields: Any) -> Future:
+    def send(self, doing: str, method: str, message: str, **fields: Any) -> Future:
         """Send one message; the future gives None, or raises EngineError with the engine's own words."""
         from sglang.srt.managers import io_struct
 
@@ -209,7 +209,7 @@ def _common_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(storage, first, (size,))
 
 
-def _serialize(content: dict[str, Any], tp: int) -> list[bytes]:
+def serialize(content: dict[str, Any], tp: int) -> list[bytes]:
     """One payload of handles for each rank of the engine, whose references end with its own load."""
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions

@@ -80,7 +80,7 @@ class Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the trainer, which ends the engine
         parent_death_signal(signal.SIGKILL)()  # from the first moment, and not only once sglang asks for it
         prepare_process(self.device)
-        _exit_instead_of_signalling()
+        exit_instead_of_signalling()
 
 
 class SchedulerWorker(Worker):
@@ -110,7 +110,8 @@ class DetokenizerWorker(Worker):
         run_detokenizer_process(*args)
 
 
-def _exit_instead_of_signalling() -> None:
+def exit_instead_of_signalling() -> None:
+    """From now on this process, where it would signal its parent that it failed, ends with status FAILED instead."""
     import psutil
 
     original = psutil.Process.send_signal

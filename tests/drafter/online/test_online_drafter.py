@@ -4,66 +4,34 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
 
-from respec_trainer.drafter.format import load_drafter, save_drafter
-from respec_trainer.drafter.online.online_drafter import OnlineDrafter
-from respec_trainer.drafter.online.setup import setup_learner
+from respec_trainer.drafter.format import load_drafter
+from respec_trainer.drafter.online import updates
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.sglang.weights import FIXED_IN_DRAFTER, weight_shapes
-from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
+from tests.support.drafters import target_config
 from tests.support.learners import random_samples, score
-from tests.support.models import tiny_model, tiny_run_config
-
-LENGTHS = [(3, 6 + i % 5) for i in range(16)]
-REWARDS = (torch.arange(16) % 3 == 0).float().view(4, 4)
+from tests.support.online import LENGTHS, REWARDS, iterate, make_learner, same, save_start, target_model, weights
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("online") / "drafter"
-    save_drafter(tiny_drafter(), DRAFT_IDS, folder)
-    return folder
+    return save_start(tmp_path_factory.mktemp("online"))
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(target_config())
+    return target_model()
 
 
 @pytest.fixture
 def make(folder):
-    def make(**changes) -> OnlineDrafter:
-        keys = {"path": str(folder), "weighting": "reward", "batch_size": 8, "micro_batch_size": 3, "unroll": 3}
-        keys |= {"lr": 3e-3, "matrix_lr": None} | changes
-        config = tiny_run_config(
-            "actor", {"speculation.algorithm": "eagle3"} | {f"drafter.{key}": value for key, value in keys.items()}
-        )
-        learner = setup_learner(config, target_config(), notify=(said := []).append)
-        learner.said = said
-        return learner
-
-    return make
-
-
-def iterate(learner, model, step: int, rewards=REWARDS, generating=lambda: True, samples=None) -> dict:
-    """One iteration of the loop, as trainer.py goes through it; its metrics."""
-    drafter = learner.version
-    learner.update(generating)
-    samples = samples or random_samples(LENGTHS, step, drafter)
-    learner.observe(samples, score(model, samples), rewards, 10.0)
-    return learner.metrics()
-
-
-def weights(learner) -> dict:
-    return {name: tensor.clone() for name, tensor in learner.named_tensors()}
-
-
-def same(one: dict, other: dict) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+    return functools.partial(make_learner, folder)
 
 
 def test_it_learns_from_earlier_steps_and_says_how_well_it_drafts(make, model):
@@ -180,7 +148,7 @@ def test_running_out_of_memory_drops_the_update(make, model, monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(learner.updates, "_accumulate", fail)
+        patch.setattr(updates, "drafter_loss", fail)
         assert iterate(learner, model, 1)["drafter/dropped"] == 2
     assert iterate(learner, model, 2)["drafter/updates"] > 0
 
@@ -189,13 +157,14 @@ def test_weights_that_overflow_give_way_to_those_that_served(make, model, monkey
     learner = make()
     for step in range(2):
         iterate(learner, model, step)
-    served, apply = weights(learner), learner.updates._apply
+    served, schedule = weights(learner), learner.updates.schedules[-1]
+    go_on = schedule.step  # the last thing that an update does
 
-    def overflow(weight):
-        apply(weight)
+    def overflow():
+        go_on()
         learner.drafter.fc.weight.data[3, 4] = torch.inf
 
-    monkeypatch.setattr(learner.updates, "_apply", overflow)
+    monkeypatch.setattr(schedule, "step", overflow)
     metrics = iterate(learner, model, 2)
     assert (metrics["drafter/updates"], metrics["drafter/dropped"], learner.version) == (0, 1, "drafter-1")
     assert same(weights(learner), served) and learner.bad_updates == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.integration.actor.test_engine import build_actor, make_batch, my_rows, rebuild_actor, variant
+from tests.support.actors import build_actor, make_batch, my_rows, rebuild_actor, variant
 from tests.support.drafters import DRAFT_IDS, target_config
 from tests.support.models import save_tiny_model, tiny_model
 from tests.support.processes.ranks import run_ranks

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,28 +12,24 @@ from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.rollout.sample import SamplingParams
 from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 from respec_trainer.rollout.sglang.weights import WeightUpdater
-from tests.support.processes.forking import spawned
+from tests.support.processes.forking import planted
 from tests.support.rollout_models import VOCAB, Reference, save_drafter, save_target
 
-REPOSITORY = Path(__file__).parents[3]
 PROMPTS = [tuple(range(5, 25)), (9, 40, 3)]
-STANDARD = Standard(total_variation=0.05)
+STANDARD = Standard(total_variation=0.08)
 PARAMS = SamplingParams(6, temperature=0.8, ignore_eos=True)
-# Runs before anything else in the engine's processes, where it changes what the plugin brings in.
-PLANT = """
+# Planted in the engine's scheduler, where they change what the plugin brings in.
+GREEDY = """
 import respec_trainer.rollout.sglang.inside.plugin as plugin
 
-def planted(activate=plugin.activate):
-    {bug}
-    activate()
-
-plugin.activate = planted
+plugin.verify_uses_greedy = lambda **_: True
 """
-GREEDY = "plugin._verify_uses_greedy = lambda **_: True"
-REST_AS_IT_WAS = (
-    "import sgl_kernel.sampling as s; draw = s._draw_rest; "
-    "s._draw_rest = lambda probs, candidates, rejected, uniform: draw(probs, candidates, rejected & False, uniform)"
-)
+REST_AS_IT_WAS = """
+import sgl_kernel.sampling as sampling
+
+draw = sampling.draw_rest
+sampling.draw_rest = lambda probs, candidates, rejected, uniform: draw(probs, candidates, rejected & False, uniform)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +65,7 @@ def audit(engine, reference) -> CellResult:
         logits = {n: iter(reference.logits(some)[:, -1]) for n, some in by_length.items()}
         return shaped(torch.stack([next(logits[len(prefix)]) for prefix in prefixes]), PARAMS)
 
-    return examine(engine, Plan("cell", PROMPTS, PARAMS, law), STANDARD, cells=1, limit=3000)
+    return examine(engine, Plan("cell", PROMPTS, PARAMS, law), STANDARD, cells=1, limit=1500)
 
 
 def passed(result: CellResult) -> bool:
@@ -94,23 +84,20 @@ def test_an_engine_that_is_right_passes(engine, reference):
 
 
 @pytest.mark.parametrize("bug", [GREEDY, REST_AS_IT_WAS], ids=["greedy verification", "rest not renormalised"])
-def test_broken_verification_fails(tmp_path, monkeypatch, request, folders, reference, engine, bug):
+def test_broken_verification_fails(folders, reference, engine, bug):
     engine.shutdown()  # a process holds one engine
-    (tmp_path / "sitecustomize.py").write_text(PLANT.format(bug=bug))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with spawned():
+    with planted(bug):
         broken = start(folders)
     try:
         assert refuted(audit(broken, reference))
     finally:
         broken.shutdown()
-        monkeypatch.undo()
         engine.start()
 
 
 def test_stale_prefixes_after_an_update_fail(monkeypatch, engine, reference, folders):
     """The engine keeps what the old weights made of the prompts; only the law after the update is right."""
-    whole = WeightUpdater._send
+    whole = WeightUpdater.send
 
     def unflushed(updater, *what, **fields):
         return whole(updater, *what, **fields | ({"flush_cache": False} if "flush_cache" in fields else {}))
@@ -123,7 +110,7 @@ def test_stale_prefixes_after_an_update_fail(monkeypatch, engine, reference, fol
         push(engine, new)
         assert passed(audit(engine, reference))
         reference.model.load_state_dict(old)
-        monkeypatch.setattr(WeightUpdater, "_send", unflushed)
+        monkeypatch.setattr(WeightUpdater, "send", unflushed)
         push(engine, old)
         assert refuted(audit(engine, reference))
     finally:
@@ -133,7 +120,6 @@ def test_stale_prefixes_after_an_update_fail(monkeypatch, engine, reference, fol
 
 def test_drafter_weights_in_the_target_fail(monkeypatch, engine, reference):
     """sglang would take them: the drafter's head has the target's shape."""
-    assert passed(audit(engine, reference))
     head = reference.model.state_dict()["lm_head.weight"]
     push(engine, {"lm_head.weight": head + 0.3 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))})
     try:
@@ -146,19 +132,3 @@ def push(engine, weights) -> None:
     engine.begin_weight_update("target")
     engine.receive_tensors(list(weights.items()), "target").result(60)
     engine.end_weight_update("target", "actor-1")
-
-
-def test_the_tool(tmp_path, small_actor, small_drafter):
-    """Its short form, on a real actor and drafter, resync included."""
-    out = tmp_path / "audit.json"
-    command = [sys.executable, "tools/audit_rollout.py", "--config", "configs/quickstart.yaml", "--short"]
-    # The actor has hardly been taught, so its law is broad, and takes more draws to test as finely.
-    command += ["--total-variation", "0.15", "--draws", "1536", "--limit", "1536"]
-    command += ["--json", str(out), f"model.path={small_actor}", f"drafter.path={small_drafter}", "run.device=cpu"]
-    command += [f"data.path={small_actor}/data/train.jsonl"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "PASS" in done.stdout, done.stdout + done.stderr
-    outcome = json.loads(out.read_text())
-    assert outcome["passed"] and len(outcome["cells"]) == 3
-    assert all(cell["power"] >= 0.99 and cell["tokens"] > 1000 for cell in outcome["cells"])

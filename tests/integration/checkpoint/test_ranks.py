@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 
 import pytest
 
 from respec_trainer.checkpoint.store import checkpoints_in, latest, step_of
-from tests.checkpoint.test_checkpoints import damage
-from tests.support.checkpoints import ToyRun, toy_config
+from tests.support.checkpoints import ToyRun, damage, toy_config
+from tests.support.disks import full_disk
 from tests.support.processes.ranks import run_ranks
 
 RANKS = 2
@@ -38,27 +36,17 @@ def fail_on_the_last_rank(folder: Path) -> tuple[str, str]:
     import torch.distributed as dist
 
     from respec_trainer.errors import CheckpointError
-    from respec_trainer.weights import safetensors_io
 
     run = run_on_rank(folder, {})
     run.work(1)
     run.checkpoints.wait()
-    put = safetensors_io.SafetensorsWriter._put
-
-    def fails(self, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    if dist.get_rank() == RANKS - 1:
-        safetensors_io.SafetensorsWriter._put = fails
     raised = []
-    try:
+    with full_disk(lambda path: dist.get_rank() == RANKS - 1 and path.suffix == ".safetensors"):
         for action in (lambda: run.work(1), run.checkpoints.wait):
             run.work(1)
             with pytest.raises(CheckpointError) as error:
                 action()
             raised.append(str(error.value))
-    finally:
-        safetensors_io.SafetensorsWriter._put = put
     return tuple(raised)
 
 

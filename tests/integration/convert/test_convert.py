@@ -13,7 +13,7 @@ import torch.distributed as dist
 from respec_trainer.checkpoint.progress import Silent
 from respec_trainer.convert.convert import to_megatron
 from respec_trainer.models.registry import FAMILIES
-from tests.integration.actor.test_engine import build_actor, variant
+from tests.support.actors import build_actor, variant
 from tests.support.models import save_tiny_model, tiny_config, tiny_model, tiny_run_config
 from tests.support.processes.ranks import run_ranks
 from tests.support.saved_models import read_all, same

@@ -16,7 +16,7 @@ from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.rollout.sample import BONUS, Request, SamplingParams
 from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 from tests.support.drafters import random_rollouts, target_config, tiny_drafter
-from tests.support.processes.forking import spawned
+from tests.support.processes.forking import planted
 from tests.support.rollout_models import VOCAB, save_target
 
 STEPS = 3
@@ -26,28 +26,22 @@ PROMPTS = [(5, 6, 7), (9,), (3, 100, 130, 17, 22, 64, 64, 65)]
 PROMPTS += [(*PROMPTS[2], 12, 90, 41)]  # of which the engine has read the most already
 # Of logits about 1 apart: a hundred times what float32 rounds differently in the engine's kernels and in torch's.
 MARGIN = 1e-3
-# Runs before anything else in the engine's processes: notes what a pass drafts, and after how many tokens.
+# Planted in the engine's scheduler: notes what a pass drafts, and after how many tokens.
 RECORDER = """
 import json
-import respec_trainer.rollout.sglang.inside.plugin as plugin
+import respec_trainer.rollout.sglang.inside.cpu.drafting as drafting
 
-def planted(activate=plugin.activate):
-    import respec_trainer.rollout.sglang.inside.cpu.drafting as drafting
+def noted(original, worker, batch, chain=drafting.draft_chain):
+    positions = batch.positions.tolist()  # which sglang's own passes count up
+    outcome = chain(original, worker, batch)
+    with open({log!r}, "a") as log:
+        for position, drafts in zip(positions, outcome[2].tolist()):
+            log.write(json.dumps([position + 1, drafts]) + "\\n")
+    return outcome
 
-    def noted(original, worker, batch, chain=drafting.draft_chain):
-        positions = batch.positions.tolist()  # which sglang's own passes count up
-        outcome = chain(original, worker, batch)
-        with open({log!r}, "a") as log:
-            for position, drafts in zip(positions, outcome[2].tolist()):
-                log.write(json.dumps([position + 1, drafts]) + "\\n")
-        return outcome
-
-    drafting.draft_chain = noted
-    if {stock}:
-        drafting._is_simple = lambda *_: False  # sglang's own passes
-    activate()
-
-plugin.activate = planted
+drafting.draft_chain = noted
+if {stock}:
+    drafting.is_simple = lambda *_: False  # sglang's own passes
 """
 
 
@@ -68,13 +62,11 @@ def served(request, folders, tmp_path_factory):
     """(samples, [(tokens known, drafts)] of all passes of each): one request at a time, so passes come in order."""
     folder = tmp_path_factory.mktemp("plant")
     log, stock = folder / "drafts.jsonl", request.param != "short passes"
-    (folder / "sitecustomize.py").write_text(RECORDER.format(log=str(log), stock=stock))
     target, drafter = map(str, folders)
     shape = SpeculationConfig(steps=STEPS, topk=1, draft_tokens=STEPS + 1)
     config = EngineConfig(max_total_tokens=4096)
     engine = SGLangEngine(EngineSettings(target, drafter, dtype="fp32", speculation=shape, engine=config, seeded=True))
-    with pytest.MonkeyPatch.context() as patch, spawned():
-        patch.setenv("PYTHONPATH", str(folder))
+    with planted(RECORDER.format(log=str(log), stock=stock)):
         engine.start()
     try:
         log.write_text("")  # what was drafted to warm up

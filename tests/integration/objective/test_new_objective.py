@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from respec_trainer.objective.registry import OBJECTIVES
-from tests.integration.actor.test_engine import build_actor, make_batch, my_rows, reference_scores, variant
+from tests.support.actors import build_actor, make_batch, my_rows, reference_scores, variant
 from tests.support.leave_one_out import LEAVE_ONE_OUT
 from tests.support.models import save_tiny_model, tiny_config, tiny_model
 from tests.support.processes.ranks import run_ranks

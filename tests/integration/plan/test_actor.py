@@ -9,7 +9,7 @@ import torch
 
 from respec_trainer.plan.sizes import ActorSizes
 from respec_trainer.plan.zero import ZeroSizes
-from tests.integration.actor.test_engine import build_actor, make_batch, my_rows, rebuild_actor, variant
+from tests.support.actors import build_actor, make_batch, my_rows, rebuild_actor, variant
 from tests.support.models import save_tiny_model, tiny_config
 from tests.support.processes.ranks import run_ranks
 
@@ -70,7 +70,7 @@ def measure_held(folder: Path, variants: list[dict]) -> list[dict]:
         rows = my_rows(actor, batch)
         actor.update(batch.rows(rows), actor.infer(batch.rows(rows)).logprobs, advantages[rows])
         parts = ("weights", "optimizer")
-        found.append({part: sum(content.numel() for content in offload._contents(part)) for part in parts})
+        found.append({part: sum(content.numel() for content in offload.contents(part)) for part in parts})
     leave()
     return found
 

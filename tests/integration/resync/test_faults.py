@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from respec_trainer.errors import EngineError, ProofError, ResyncError
-from tests.integration.resync.test_engine import folders  # noqa: F401 - a fixture
 from tests.support.configs import smallest_config
 from tests.support.processes.ranks import run_ranks
 from tests.support.resyncs import PROMPT, greedy, live, step
@@ -39,7 +38,7 @@ def selector_all(setup):
 
     from respec_trainer.rollout.sglang.weights import WeightUpdater
 
-    return replaced(WeightUpdater, "_send", send)
+    return replaced(WeightUpdater, "send", send)
 
 
 def dropped(setup):
@@ -134,8 +133,8 @@ def attempt(action):
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory, folders):  # noqa: F811
-    target, drafter = folders
+def planted(tmp_path_factory, random_pair):
+    target, drafter = random_pair
     config = smallest_config(
         tmp_path_factory.mktemp("faults"),
         f"model.path={target}",
@@ -209,7 +208,6 @@ def push_late(config, when):
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
     from respec_trainer.resync import Resync
-    from respec_trainer.resync import stream as module
 
     topology = init_parallel(config)
     actor = Actor(config, topology, total_updates=1)
@@ -218,20 +216,19 @@ def push_late(config, when):
     began = time.monotonic()
     if late and when == "push":
         time.sleep(config.resync.timeout * 2)
-    gather = module.ActorStream._gather
-    if late and when == "bucket":
-        module.ActorStream._gather = lambda *args: time.sleep(config.resync.timeout * 2) or gather(*args)
+    if late and when == "bucket":  # before it can send its shards, a rank takes memory for them
+        take = resync.workspace.take
+        resync.workspace.take = lambda *args: time.sleep(config.resync.timeout * 2) or take(*args)
     try:
         return attempt(resync.push), time.monotonic() - began
     finally:
-        module.ActorStream._gather = gather
         shutdown_parallel()
 
 
 @pytest.fixture
-def impatient(tmp_path, folders):  # noqa: F811
+def impatient(tmp_path, random_pair):
     settings = ["model.dtype=fp32", "actor.parallel.tp=2", "resync.timeout=2"]
-    return smallest_config(tmp_path, f"model.path={folders[0]}", *settings)
+    return smallest_config(tmp_path, f"model.path={random_pair[0]}", *settings)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +248,8 @@ def test_a_rank_that_is_in_time_is_waited_for(impatient):
     assert all(error is None for error, _ in run_ranks(2, push_late, impatient, "never", timeout=30))
 
 
-def test_another_architecture_is_refused_before_anything_is_sent(tmp_path, folders):  # noqa: F811
-    config = smallest_config(tmp_path, f"model.path={folders[0]}", "model.dtype=fp32")
+def test_another_architecture_is_refused_before_anything_is_sent(tmp_path, random_pair):
+    config = smallest_config(tmp_path, f"model.path={random_pair[0]}", "model.dtype=fp32")
     ((kind, text),) = run_ranks(1, connect_to_another, config, timeout=60)
     assert kind is ResyncError and "model.norm.weight is of shape [32] in the engine and of shape [64]" in text
     assert "the engine's initial, the trainer's actor-0" in text
@@ -262,9 +259,10 @@ def connect_to_another(config):
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
     from respec_trainer.resync import Resync
+    from respec_trainer.rollout.sglang.weights import weight_shapes
 
     actor = Actor(config, init_parallel(config), total_updates=1)
-    shapes = Resync(config, actor, None, None, Sink())._stream("target", frozen=True).shapes
+    shapes = weight_shapes(config.model.path)
     engine = SimpleNamespace(
         weight_shapes=lambda role: shapes | {"model.norm.weight": (32,)}, versions={"target": "initial"}, failure=None
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.integration.resync.test_engine import folders  # noqa: F401 - a fixture
 from tests.support.configs import smallest_config
 from tests.support.processes.ranks import run_ranks
 from tests.support.resyncs import greedy, live
 
+pytestmark = pytest.mark.long
 PUSHES, BETWEEN_RECONNECTS, WARM = 200, 20, 60
 
 
@@ -48,8 +49,8 @@ def shared_memory(process: psutil.Process) -> int:
     return len(mapped) + len(list(Path("/dev/shm").glob(f"torch_{process.pid}_*")))
 
 
-def test_nothing_is_left_behind(tmp_path, folders):  # noqa: F811
-    target, drafter = folders
+def test_nothing_is_left_behind(tmp_path, random_pair):
+    target, drafter = random_pair
     config = smallest_config(
         tmp_path,
         f"model.path={target}",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,31 +13,33 @@ import psutil
 import pytest
 
 from respec_trainer.network import free_port
+from tests.support.processes import forking
+from tests.support.processes.watched_rank import live
 
-REPOSITORY = Path(__file__).parents[3]
-LOST_AFTER = 8.0  # above what a busy machine may keep a thread from running
-HANG_TIMEOUT = 15.0  # above what starting takes, which counts too
+LOST_AFTER = 6.0  # above what a busy machine may keep a thread from running
+HANG_TIMEOUT = 10.0  # above what starting takes, which counts too
 PATIENCE = 60.0
-FIRST_BEATS = 3.0
+FIRST_BEATS = 2.0
 
 
 class WatchedRanks:
-    """Ranks started by hand: no launcher ends the others."""
+    """Ranks without a launcher that would end the others, forked with their imports done."""
 
     def __init__(self, world: int, folder: Path, victim: int = -1, fault: str = "none", hang_timeout: float = 600.0):
         self.folder, self.stop_file = folder, folder / "stop"
         self.began: float = 0.0
         shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        shared |= {"STOP_FILE": str(self.stop_file), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.support.processes.watched_rank", str(victim), fault]
-        command += [str(LOST_AFTER), str(hang_timeout)]
-        self.ranks = [
-            subprocess.Popen(
-                command, env=os.environ | shared | {"RANK": str(rank)}, stdout=(folder / f"{rank}.out").open("w"),
-                stderr=(folder / f"{rank}.err").open("w"),
-            )
-            for rank in range(world)
-        ]  # fmt: skip
+        environment = os.environ | shared | {"STOP_FILE": str(self.stop_file), "OMP_NUM_THREADS": "1"}
+        fork = multiprocessing.get_context("forkserver").Process
+        self.ranks = []
+        for rank in range(world):
+            output = [folder / f"{rank}.{kind}" for kind in ("out", "err")]
+            for file in output:
+                file.touch()  # it is looked into before the rank has begun
+            settings = victim, fault, LOST_AFTER, hang_timeout
+            with forking.ranks.in_charge():
+                self.ranks.append(fork(target=live, args=(environment | {"RANK": str(rank)}, *output, *settings)))
+                self.ranks[-1].start()
 
     def wait_until_met(self) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -51,15 +52,15 @@ class WatchedRanks:
 
     def signal(self, rank: int, number: int) -> None:
         self.began = time.monotonic()
-        self.ranks[rank].send_signal(number)
+        os.kill(self.ranks[rank].pid, number)
 
     def ended(self, but: tuple[int, ...] = ()) -> list[int | None]:
         """Exit codes once all ranks `but` those have ended."""
         for rank, process in enumerate(self.ranks):
             if rank not in but:
-                process.wait(max(0.1, PATIENCE - (time.monotonic() - self.began)))
+                process.join(max(0.1, PATIENCE - (time.monotonic() - self.began)))
         self.seconds = time.monotonic() - self.began
-        return [process.poll() for process in self.ranks]
+        return [process.exitcode for process in self.ranks]
 
     def output(self, rank: int, kind: str = "err") -> str:
         return (self.folder / f"{rank}.{kind}").read_text()
@@ -72,10 +73,10 @@ class WatchedRanks:
 
     def close(self) -> None:
         for process in self.ranks:
-            children = psutil.Process(process.pid).children() if process.poll() is None else []
+            children = psutil.Process(process.pid).children() if process.is_alive() else []
             for survivor in (*children, process):
                 survivor.kill()
-            process.wait()
+            process.join()
 
 
 def is_running(pid: int) -> bool:

@@ -184,5 +184,5 @@ def test_an_engine_that_learns_nothing_is_told_nothing(tmp_path):
     engine = SimpleNamespace(take_decode_log=DecodeLog)  # which refuses restore_depth_chooser
     fleet = SimpleNamespace(engine=engine, depth_state="", forgot=True)
     RolloutFleet.restore_chooser(fleet)
-    RolloutFleet._take_log(fleet)
+    RolloutFleet.take_log(fleet)
     assert (fleet.depth_state, fleet.forgot) == ("", False)

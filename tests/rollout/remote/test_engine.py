@@ -26,7 +26,7 @@ from respec_trainer.rollout.fleet.pending import FleetPending
 from respec_trainer.rollout.remote import host as engine_host
 from respec_trainer.rollout.remote.engine import RemoteEngine
 from respec_trainer.rollout.remote.host import EngineHost
-from respec_trainer.rollout.remote.link import HostAbsentError, LinkLostError, cut, job_store, offer
+from respec_trainer.rollout.remote.link import HostAbsentError, LinkLostError, cut, hang_up, job_store, offer, reach
 from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang.settings import EngineSettings
 
@@ -192,7 +192,7 @@ def test_a_host_that_is_gone_is_a_dead_engine_until_another_takes_its_place(job)
     remote.start()  # its second life, on this host
     pending = remote.submit(REQUESTS)
     waits = remote.receive_broadcast([SPEC], "target", "group")
-    cut(remote._caller.connection)
+    cut(first.host.connection)
     for ask in (pending.collect, pending.delivered, waits.result, lambda: remote.submit(REQUESTS)):
         with pytest.raises(EngineError, match=f"lost the connection to the host of engine 0, {remote.host}: it ended"):
             ask()
@@ -211,7 +211,7 @@ def test_a_host_that_is_gone_is_a_dead_engine_until_another_takes_its_place(job)
 def test_a_host_that_does_not_return_is_named(job):
     host, remote = Host(), impatient(0.5)
     remote.start()
-    cut(remote._caller.connection)
+    cut(host.host.connection)
     host.ended()
     with pytest.raises(HostAbsentError, match=rf"none came within 0.5 s .*start its ranks \(it was {remote.host}\)"):
         remote.start()
@@ -224,33 +224,53 @@ def test_a_run_waits_once_for_a_host_that_does_not_return(job):
     remote.start()
     fleet = RolloutFleet.__new__(RolloutFleet)
     fleet.engine, fleet.index, fleet.owners, fleet.counts, fleet.forgot = remote, 0, [0], Counter(), False
-    fleet.resume, fleet.shares_devices, fleet.agree = False, False, lambda action: [action()]
+    fleet.resume, fleet.shares_devices, fleet.agree = False, False, agree
     pending = FleetPending(fleet, REQUESTS, [Unit((0, 1, 2), 3.0)])
     assert pending.generating()
-    cut(remote._caller.connection)
+    cut(host.host.connection)
     host.ended()
     assert not pending.generating()
     said = []
     rollouts = Generation(fleet, SimpleNamespace(), SimpleNamespace(), 3, said.append)
     with pytest.raises(HostAbsentError, match="none came within 0.5 s"):
-        rollouts._retry_after_restart(lost_engine)
+        rollouts.push()
     assert fleet.counts["restarts"] == 1 and said == ["engine of rank 0; restart 1 of 3 in this phase"]
 
 
-def lost_engine():
-    raise EngineLostError("engine of rank 0")
+def agree(action):
+    """Of one rank, as all ranks of a job do it."""
+    try:
+        return [action()]
+    except EngineError as error:
+        raise EngineLostError("engine of rank 0") from error
+
+
+class Mute:
+    """A connection over which nothing is sent any more, as by a process that is stopped."""
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def __getattr__(self, name):
+        return getattr(self.connection, name)
+
+    def send(self, _message):
+        pass
 
 
 def test_a_host_is_heard_while_its_engine_is_busy_and_missed_when_it_hangs(job, monkeypatch):
-    host, remote = Host(), impatient(2.0)
+    host, remote = Host(), impatient(1.0)
     remote.start()
-    calls = remote._caller
-    monkeypatch.setattr(Engine, "weight_shapes", lambda self, role: time.sleep(3.0))
+    monkeypatch.setattr(Engine, "weight_shapes", lambda self, role: time.sleep(1.5))
     remote.weight_shapes("draft")
-    assert calls.failure is None
-    silent = host.host._over.set  # no more signs of life, as of a process that is stopped
-    monkeypatch.setattr(Engine, "weight_shapes", lambda self, role: silent() or self.finish.wait(10))
-    with pytest.raises(EngineError, match="gave no sign of life for 2 s"):
+    assert remote.failure is None
+
+    def hang(engine, role):
+        host.host.connection = Mute(host.host.connection)
+        engine.finish.wait(10)
+
+    monkeypatch.setattr(Engine, "weight_shapes", hang)
+    with pytest.raises(EngineError, match="gave no sign of life for 1 s"):
         remote.weight_shapes("draft")
     host.host.engine.finish.set()
     host.join(10)
@@ -287,7 +307,6 @@ def test_before_it_is_started(tmp_path):
 
 
 def test_a_host_that_has_made_no_engine_ends_with_its_rank(job):
-    host, remote = Host(), impatient(5)
-    caller = remote._next_host()
-    caller.close()
+    host = Host()
+    hang_up(reach(job_store(5), 0, 5))
     assert isinstance(host.ended(), LinkLostError) and "rank 0, for which" in str(host.error)

@@ -63,11 +63,11 @@ print(sgl_kernel.__file__)
 def test_a_child_that_fails_exits_and_leaves_its_parent_alone():
     code = """
 import os, psutil, signal
-from respec_trainer.rollout.sglang.workers import FAILED, _exit_instead_of_signalling
+from respec_trainer.rollout.sglang.workers import FAILED, exit_instead_of_signalling
 signal.signal(signal.SIGQUIT, lambda *_: print("hit"))
 child = os.fork()
 if child == 0:
-    _exit_instead_of_signalling()
+    exit_instead_of_signalling()
     psutil.Process().parent().send_signal(signal.SIGQUIT)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == FAILED
 print("alive")
@@ -105,9 +105,9 @@ print(dict(HookRegistry._hooks))
 
 
 def test_a_scheduler_without_the_plugin_does_not_start(monkeypatch):
-    monkeypatch.setattr(sglang_plugin, "_hooked", None)
+    monkeypatch.setattr(sglang_plugin, "hooked", None)
     with pytest.raises(EngineError, match="SGLANG_PLUGINS"):
         sglang_plugin.require_active()
-    monkeypatch.setattr(sglang_plugin, "_hooked", ["sglang.no.such.function"])
+    monkeypatch.setattr(sglang_plugin, "hooked", ["sglang.no.such.function"])
     with pytest.raises(EngineError, match=r"hooks on sglang\.no\.such\.function"):
         sglang_plugin.require_active()

@@ -20,7 +20,7 @@ from respec_trainer.speculation.profiling.view import heat_map, render
 from respec_trainer.speculation.shape import OFF, Shape, chain
 from tests.support.speculation import BATCHES, CHAINS, CPU, GPU, profile_of
 
-FIG7 = Path(__file__).parents[2] / "support/speedups_fig7.json"
+FIG7 = Path(__file__).with_name("speedups_fig7.json")
 ACCEPTANCE = [0.7, 0.6, 0.5]
 
 

@@ -69,6 +69,9 @@ class OthersTemplate(Template):
 # for SGLANG_FORCE_STREAM_INTERVAL, which `_Forked` takes up.
 READ_AT_IMPORT = {"SGLANG_SIMULATE_ACC_LEN"}
 
+# Python that an engine's scheduler runs before it brings in this package's plugin; see `planted`.
+PLANT = "RESPEC_TEST_PLANT"
+
 ranks = Template("tests.support.processes.preload_rank", {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
 engines: Template = Template("tests.support.processes.preload_engine", workers.engine_environment("cpu", threads=1))
 
@@ -102,7 +105,9 @@ def _end_with(parent: Any) -> None:
 
 
 class ForkedScheduler(_Forked, workers.SchedulerWorker):
-    pass
+    def __call__(self, *args: Any) -> None:
+        exec(os.environ.get(PLANT, ""), {})  # noqa: S102 - a test's own
+        super().__call__(*args)
 
 
 class ForkedDetokenizer(_Forked, workers.DetokenizerWorker):
@@ -129,6 +134,13 @@ def fork_engines(address: str | None = None) -> None:
         engines = OthersTemplate(address)
     sglang_process.side_effects_undone = _side_effects_undone
     workers.SchedulerWorker, workers.DetokenizerWorker = ForkedScheduler, ForkedDetokenizer
+
+
+@contextlib.contextmanager
+def planted(code: str) -> Iterator[None]:
+    """Engines that are started within the block run `code` first, in their scheduler: for faults, and to listen."""
+    with mock.patch.dict(os.environ, {PLANT: code}):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,10 +1,8 @@
 """A rank under the watchdog, as launch/train.py is, with a loop of two phases and a collective in each.
 
-    python -m tests.support.processes.watched_rank VICTIM FAULT LOST_AFTER HANG_TIMEOUT
-
 It starts a child, as a rank starts an engine, and prints one line once the ranks have met: its own process and the
-child's. On rank VICTIM the FAULT happens in phase "train" of step 3: "sleep" or "raise"; "none": never. The loop ends
-once there is a file of the name in STOP_FILE.
+child's. On rank `victim` the `fault` happens in phase "train" of step 3: "sleep" or "raise"; "none": never. The loop
+ends once there is a file of the name in STOP_FILE.
 """
 
 from __future__ import annotations
@@ -25,6 +23,17 @@ from respec_trainer.interrupt import end_on_signal, end_process
 from respec_trainer.watchdog import Watchdog
 
 FAULT_STEP = 3
+
+
+def live(environment: dict[str, str], out: Path, err: Path, *settings) -> None:
+    """Be such a rank, in a process that was forked for it: its output goes to the files `out` and `err`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
+        stream.flush()
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    main(*settings)
 
 
 def main(victim: int, fault: str, lost_after: float, hang_timeout: float) -> None:
@@ -68,7 +77,3 @@ def all_reduce(tensor: torch.Tensor, fault: str) -> None:
 
 def sleep_in_a_collective() -> None:
     time.sleep(1e6)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))

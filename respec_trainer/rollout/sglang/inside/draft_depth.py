@@ -144,7 +144,7 @@ class DraftDepth:
         from sglang.srt.managers.io_struct import DumperControlReqOutput
 
         try:
-            served = self._serve(scheduler.is_fully_idle(), **request.body)
+            served = self.serve(scheduler.is_fully_idle(), **request.body)
             output = DumperControlReqOutput(success=True, response=[served])
         except Exception as error:  # noqa: BLE001 - it would end the engine; the trainer raises it
             busy = isinstance(error, RequestsRunningError)
@@ -152,7 +152,7 @@ class DraftDepth:
         scheduler.ipc_channels.send_to_tokenizer.send_output(output, request)
         return None
 
-    def _serve(self, idle: bool, settings: str | None = None, state: str | None = None) -> dict[str, bytes]:
+    def serve(self, idle: bool, settings: str | None = None, state: str | None = None) -> dict[str, bytes]:
         """Hand out the log; with `settings`, JSON of DepthSettings, go on by them; with a policy's `state`, from it."""
         if self.worker is None:
             raise EngineError("the engine made no EAGLE worker whose steps could change")

@@ -30,7 +30,7 @@ from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
 
 # What `activate` hooked; None until it is through. sglang only logs a plugin that failed and a hook that it could not
 # apply, so `require_active` looks.
-_hooked: list[str] | None = None
+hooked: list[str] | None = None
 
 
 Hooks = dict[str, tuple[Callable, str]]  # target -> (function, kind of hook)
@@ -38,7 +38,7 @@ Hooks = dict[str, tuple[Callable, str]]  # target -> (function, kind of hook)
 
 def activate() -> None:
     """Entry point: register this package's hooks, in this package's engine only."""
-    global _hooked
+    global hooked
     if SETTINGS not in os.environ:
         return
     require_version("sglang", "0.5.21", "respec_trainer.rollout.sglang.inside.plugin")
@@ -49,9 +49,9 @@ def activate() -> None:
     settings = json.loads(os.environ[SETTINGS])
     hooks = _cpu_hooks() if settings["device"] == "cpu" else {}
     processor = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
-    hooks[f"{processor}._resolve_spec_v2_tokens"] = (_with_origins, "AROUND")
-    hooks["sglang.srt.managers.schedule_batch.Req.update_finish_state"] = (_note_prefill, "BEFORE")
-    hooks["sglang.srt.speculative.ngram_worker.NGRAMWorker._prepare_draft_tokens"] = (_with_distinct_drafts, "AFTER")
+    hooks[f"{processor}._resolve_spec_v2_tokens"] = (with_origins, "AROUND")
+    hooks["sglang.srt.managers.schedule_batch.Req.update_finish_state"] = (note_prefill, "BEFORE")
+    hooks["sglang.srt.speculative.ngram_worker.NGRAMWorker._prepare_draft_tokens"] = (with_distinct_drafts, "AFTER")
     hooks |= digest_hooks()
     if settings["seeded"]:
         batch = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
@@ -62,19 +62,19 @@ def activate() -> None:
         hooks = outside(DraftDepth(DepthSettings.of_json(settings["steps"]), settings["device"]).hooks(), hooks)
     for target, (function, kind) in hooks.items():
         HookRegistry.register(target, function, HookType[kind])
-    _hooked = list(hooks)
+    hooked = list(hooks)
 
 
 def require_active() -> None:
     """Raise EngineError unless `activate` ran here and every hook it registered is in place."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    if _hooked is None:
+    if hooked is None:
         raise EngineError(
             "sglang did not load respec_trainer's plugin; install the package (pip install -e .), and name "
             "respec_trainer in SGLANG_PLUGINS if that is set"
         )
-    missing = [target for target in _hooked if target not in HookRegistry._patched]
+    missing = [target for target in hooked if target not in HookRegistry._patched]
     if missing:
         raise EngineError(f"sglang did not apply respec_trainer's hooks on {', '.join(missing)}; see its log above")
 
@@ -102,7 +102,7 @@ def _cpu_hooks() -> Hooks:
     worker = f"{srt}.speculative.eagle_worker_v2.EagleDraftWorker"
     rejection = "sglang.kernels.ops.speculative.reject_sampling.chain_speculative_sampling_triton"
     return {
-        f"{srt}.speculative.eagle_utils._verify_uses_greedy": (_verify_uses_greedy, "REPLACE"),
+        f"{srt}.speculative.eagle_utils._verify_uses_greedy": (verify_uses_greedy, "REPLACE"),
         rejection: (chain_speculative_sampling, "REPLACE"),
         f"{srt}.model_executor.forward_batch_info.compute_position_torch": (_compute_position, "REPLACE"),
         **{f"{model}.forward": (target_forward, "AROUND") for model in _target_models()},
@@ -118,7 +118,8 @@ def _target_models() -> list[str]:
     return [model for name in FAMILIES for model in FAMILIES[name].engine_models]
 
 
-def _verify_uses_greedy(*, is_all_greedy: bool, **_kwargs) -> bool:
+def verify_uses_greedy(*, is_all_greedy: bool, **_kwargs) -> bool:
+    """Whether a batch is verified greedily: where all of its requests are greedy, and on a CPU too nowhere else."""
     return is_all_greedy
 
 
@@ -132,7 +133,7 @@ def _compute_position(extend_prefix_lens, extend_seq_lens):
     return positions, start.to(extend_seq_lens.dtype)
 
 
-def _with_distinct_drafts(result, worker, _batch):
+def with_distinct_drafts(result, worker, _batch):
     """(drafts [B * n], mask [B * n * n]) with no token twice below a root. Padding is below the root and last."""
     import numpy as np
 
@@ -147,7 +148,7 @@ def _with_distinct_drafts(result, worker, _batch):
     return drafts, mask
 
 
-def _with_origins(original, processor, result, batch):
+def with_origins(original, processor, result, batch):
     """Note where each token of a verify pass came from; sglang sends such lists along with the tokens."""
     runs = original(processor, result, batch)
     drafted = (result.speculative_output_stride or result.speculative_num_draft_tokens) > 1
@@ -159,7 +160,7 @@ def _with_origins(original, processor, result, batch):
     return runs
 
 
-def _note_prefill(request, *_args, **_kwargs) -> None:
+def note_prefill(request, *_args, **_kwargs) -> None:
     """A prompt's first token, and one after a retraction, come without a verify pass, and may be sent at once."""
     from sglang.srt.runtime_context import get_spec
 

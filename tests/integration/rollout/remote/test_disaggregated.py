@@ -145,6 +145,7 @@ def test_the_run_is_that_of_colocated_engines(run, together):
     assert numbers(apart_steps) == numbers(steps)
 
 
+@pytest.mark.long
 def test_so_is_one_that_is_taken_up_again_and_whose_engine_dies(run):
     """Data parallel. The first step's checkpoint begins the second, in which the engine dies after the canary."""
     shape = ["actor.parallel.tp=1"]

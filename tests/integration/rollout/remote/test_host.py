@@ -10,9 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from respec_trainer.network import free_port
-from respec_trainer.rollout.remote.engine import RemoteEngine
-from respec_trainer.rollout.remote.link import job_store
-from respec_trainer.rollout.sglang.settings import EngineSettings
+from respec_trainer.rollout.remote.link import hang_up, job_store, reach
 from tests.support.tiny_runs import REPOSITORY, tiny_run
 
 APART = ["rollout.placement=disaggregated", "rollout.engine_ranks=1", "rollout.engine.span=1", "actor.parallel.tp=1"]
@@ -41,11 +39,11 @@ def check_ends_with(process: subprocess.Popen, words: str) -> None:
 
 def test_it_says_so_when_its_rank_is_gone_and_nobody_says_why(host):
     process, _ = host
-    remote = RemoteEngine(EngineSettings("folder"), 0)
-    remote._next_host().close()
+    hang_up(reach(job_store(60), 0, 60))
     check_ends_with(process, "error: rank 0, for which this host holds an engine, or the link to it is gone")
 
 
+@pytest.mark.long
 def test_it_does_not_outlive_the_job_s_store(host):
     process, store = host
     job_store(60).queue_pop("respec_hosts_of_engine_0")

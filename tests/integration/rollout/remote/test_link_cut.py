@@ -20,7 +20,7 @@ from respec_trainer.rollout.remote import link
 # Sooner than the 40 s of a run: silence is asked about after 1 s, and what was sent may be unconfirmed for 3 s.
 link.WATCH = {socket.TCP_KEEPIDLE: 1, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 2, socket.TCP_USER_TIMEOUT: 3000}
 if sys.argv[1] == "trainer":
-    store = dist.TCPStore(*link._store_address(), is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(*link.store_address(), is_master=True, wait_for_workers=False)
     connection = link.reach(store, 0, 60)
     connection.send("go on")
 else:

@@ -73,8 +73,8 @@ def test_greedy_tokens_equal_transformers(engine, reference):
 def test_verification_samples_from_the_target(engine, reference):
     """The most probable tokens take turns, so what was drawn before is worth proposing again."""
     request = Request("k", PROMPTS[1], SamplingParams(5, temperature=0.8, ignore_eos=True))
-    samples = engine.submit([request] * 3000).collect()
-    assert accepted(samples) > 500, "without accepted drafts there is nothing to test"
+    samples = engine.submit([request] * 1500).collect()
+    assert accepted(samples) > 250, "without accepted drafts there is nothing to test"
     assert reference.p_value(PROMPTS[1], [s.response_ids for s in samples], 3, 0.8) > 1e-3
 
 
@@ -91,7 +91,7 @@ def test_the_token_that_fills_up_ngram_trees_keeps_its_law(engine, reference, ta
     push(engine, other.model.state_dict())
     try:
         request = Request("k", PROMPTS[0], SamplingParams(3, ignore_eos=True))
-        drawn = [sample.response_ids for sample in engine.submit([request] * 3000).collect()]
+        drawn = [sample.response_ids for sample in engine.submit([request] * 1500).collect()]
     finally:
         push(engine, reference.model.state_dict())
     assert other.p_value(PROMPTS[0], drawn, 2, 1.0) > 1e-3

@@ -58,6 +58,7 @@ def test_bf16_logprobs_agree_with_transformers(engine, target):
 
 def test_stop_strings(engine):
     tokenizer = tiny_tokenizer(VOCAB)
+    ask(engine, GREEDY)  # from here on the prompt is cached: in bf16 other shapes of products may mean other tokens
     (whole,) = ask(engine, GREEDY)
     text = tokenizer.decode(whole.response_ids[6:8])
     (stopped,) = ask(engine, SamplingParams(24, temperature=0.0, ignore_eos=True, stop=(text,)))

@@ -91,11 +91,11 @@ def test_greedy_tokens_equal_transformers_and_come_sooner(engine, reference):
 
 
 def test_verification_samples_from_the_target(engine, reference):
-    samples = ask(engine, *[SamplingParams(5, temperature=0.8, ignore_eos=True)] * 3000)
+    samples = ask(engine, *[SamplingParams(5, temperature=0.8, ignore_eos=True)] * 1500)
     for sample in samples:
         check_origins(sample, sum(depth * count for depth, count in enumerate(sample.accept_histogram)))
     accepted = sum(s.accept_histogram[1] for s in samples if len(s.accept_histogram) > 1)
-    assert accepted > 500, "without accepted drafts there is nothing to test"
+    assert accepted > 250, "without accepted drafts there is nothing to test"
     assert reference.p_value(PROMPTS[0], [s.response_ids for s in samples], 3, 0.8) > 1e-3
 
 
@@ -147,6 +147,7 @@ def push(engine, role, weights, version):
 
 def test_a_new_drafter_changes_the_speed_and_nothing_else(engine, reference, target, kind):
     """And the target's weights never reach the drafter."""
+    push(engine, "target", reference.model.state_dict(), "initial")  # no prefix is cached, as none is after an update
     before = ask(engine, GREEDY)[0]
     drafter = drafter_weights(target, KINDS[kind][3])
     if KINDS[kind][2]:

@@ -173,7 +173,7 @@ def test_results_out_of_step_count_as_a_failure():
 
 
 def ask(stepper: DraftDepth, settings: DepthSettings | None, idle: bool = True):
-    return DecodeLog.of_bytes(stepper._serve(idle, settings and settings.to_json())["log"])
+    return DecodeLog.of_bytes(stepper.serve(idle, settings and settings.to_json())["log"])
 
 
 def test_settings_change_between_rollouts_only():
@@ -211,8 +211,8 @@ def test_what_a_policy_has_learnt_leaves_with_the_log_and_comes_back():
     state = ask(stepper, None).state
     other, worker = stepper_of(settings)
     with pytest.raises(EngineError, match="while requests run"):
-        other._serve(False, state=state)
-    assert DecodeLog.of_bytes(other._serve(True, state=state)["log"]).state == state
+        other.serve(False, state=state)
+    assert DecodeLog.of_bytes(other.serve(True, state=state)["log"]).state == state
     assert [decode(other, worker, requests(2)) for _ in range(2)] == [0, 3]
 
 

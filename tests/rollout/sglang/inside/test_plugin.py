@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from respec_trainer.rollout.plugin_contract import ORIGINS
-from respec_trainer.rollout.sglang.inside.plugin import _note_prefill, _with_distinct_drafts, _with_origins
+from respec_trainer.rollout.sglang.inside.plugin import note_prefill, with_distinct_drafts, with_origins
 
 
 def request(tokens: int, origins=None, finished=False, retracted=False):
@@ -22,7 +22,7 @@ def request(tokens: int, origins=None, finished=False, retracted=False):
 def passed(requests, runs, width: int):
     """The requests' lists after a pass of `width` tokens."""
     result = SimpleNamespace(speculative_output_stride=None, speculative_num_draft_tokens=width)
-    assert _with_origins(lambda *_: runs, None, result, SimpleNamespace(reqs=requests)) is runs
+    assert with_origins(lambda *_: runs, None, result, SimpleNamespace(reqs=requests)) is runs
     return [request.customized_info and request.customized_info[ORIGINS] for request in requests]
 
 
@@ -48,7 +48,7 @@ def test_a_token_without_a_verify_pass_is_noted_before_it_is_sent(monkeypatch, a
     for name, module in (("sglang", None), ("sglang.srt", None), ("sglang.srt.runtime_context", context)):
         monkeypatch.setitem(sys.modules, name, module or ModuleType(name))
     drawn = request(4, algorithm and [0, 1, 2])
-    _note_prefill(drawn, 1)
+    note_prefill(drawn, 1)
     assert drawn.customized_info == expected
 
 
@@ -62,6 +62,6 @@ def test_padding_of_ngram_trees_becomes_different_tokens():
             tree[node] = tree[parent] * (parent >= 0)
             tree[node, node] = 1
     before = mask.copy()
-    tokens, same = _with_distinct_drafts((drafts, mask.ravel()), SimpleNamespace(draft_token_num=6), None)
+    tokens, same = with_distinct_drafts((drafts, mask.ravel()), SimpleNamespace(draft_token_num=6), None)
     assert tokens.tolist() == [7, 9, 0, 0, 1, 2, 7, 1, 0, 3, 2, 4]
     assert (same == before.ravel()).all()

@@ -18,7 +18,7 @@ from respec_trainer.rollout.sglang.inside.cpu.forward import Context, drafter_st
 def draft_chain(original, worker, forward_batch):
     """Stands for EagleDraftWorker.draft_forward: (parents, candidate numbers, draft tokens [B, steps], None)."""
     batch = forward_batch.batch_size
-    if not _is_simple(worker, forward_batch) or batch > len(worker._topk1_parents_prealloc):
+    if not is_simple(worker, forward_batch) or batch > len(worker._topk1_parents_prealloc):
         return original(worker, forward_batch)
     model, spec = worker.draft_runner.model.model, forward_batch.spec_info
     tokens, features = spec.topk_index, spec.hidden_states
@@ -43,7 +43,7 @@ def read_prompts(original, worker, batch, features, next_tokens, mm_input_embeds
     Every token gets a key and a value, but only at the last of each request is anything else asked of the drafter: with
     one layer nothing hangs on the rest.
     """
-    if mm_input_embeds is not None or not _is_simple(worker, batch):
+    if mm_input_embeds is not None or not is_simple(worker, batch):
         return original(worker, batch, features, next_tokens, mm_input_embeds)
     from sglang.srt.speculative.eagle_info import EagleDraftInput
     from sglang.srt.speculative.eagle_utils import _eagle_prefill_tail_tokens
@@ -66,7 +66,7 @@ def read_prompts(original, worker, batch, features, next_tokens, mm_input_embeds
 
 def read_verified(original, worker, batch, result) -> None:
     """Stands for EagleDraftWorker._draft_extend_for_decode: the drafter reads what was verified, as `read_prompts`."""
-    if not _is_simple(worker, batch):
+    if not is_simple(worker, batch):
         return original(worker, batch, result)
     n, count, lens = worker.speculative_num_draft_tokens, len(batch.seq_lens), batch.seq_lens  # before this round
     wanted = torch.arange(0, count * n, n) + result.accept_lens - 1
@@ -93,7 +93,7 @@ def _read(worker, batch, tokens, features, positions, ends, wanted) -> tuple[tor
     return _likeliest(worker, hidden), features
 
 
-def _is_simple(worker, batch) -> bool:
+def is_simple(worker, batch) -> bool:
     from sglang.srt.runtime_context import get_spec
 
     if not worker.speculative_algorithm.is_eagle3():

@@ -55,7 +55,7 @@ def tree_speculative_sampling_target_only(
         count, node, rejected, tokens = _walk_tree(law, accept_index, retrive_index, *links)
     request = torch.arange(len(candidates))
     last_law = target_probs[request, node]
-    tokens[request, node] = _draw_rest(last_law, candidates, rejected, uniform_samples_for_final_sampling)
+    tokens[request, node] = draw_rest(last_law, candidates, rejected, uniform_samples_for_final_sampling)
     accept_token_num.copy_(count)
     store_predictions(predicts, accept_index, count, tokens.flatten())
 
@@ -138,7 +138,7 @@ def _walk_tree(law: _Law, accept_index, retrive_index, next_token, next_sibling)
     return count, node, rejected, tokens
 
 
-def _draw_rest(probs, candidates, rejected, uniform) -> torch.Tensor:
+def draw_rest(probs, candidates, rejected, uniform) -> torch.Tensor:
     """Draw a token [B] from probs [B, V] without the rejected candidates."""
     who, which = rejected.nonzero(as_tuple=True)
     rest = probs.double()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from respec_trainer.speculation.profiling.profile import load_profile
 from respec_trainer.speculation.profiling.settings import depth_settings
 from respec_trainer.speculation.scheduler import DepthScheduler
 from respec_trainer.speculation.shape import OFF, Shape, chain
+from tests.support.processes.ranks import run_ranks
 from tests.support.rollout_models import VOCAB, save_drafter, save_target
 
 REPOSITORY = Path(__file__).parents[3]
@@ -83,6 +88,15 @@ def test_a_run_is_served_by_it(measured):
     assert DepthScheduler.of(found).choose(2, 50.0, 0.0) in found.candidates
 
 
+def refusal(folder: Path, *more: str) -> tuple[int, str]:
+    """Status and error of the tool, in a process that has its imports done."""
+    command = ["profile_speculation.py", "--quick", "--config", str(folder / "config.yaml")]
+    words, said = [*command, "--out", str(folder / "other.json"), *more], io.StringIO()
+    with mock.patch.object(sys, "argv", words), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPOSITORY / "tools/profile_speculation.py"), run_name="__main__")
+    return ended.value.code, said.getvalue()
+
+
 def test_what_cannot_be_measured_is_refused(measured):
     folder, _ = measured
     for words, more in (
@@ -90,6 +104,5 @@ def test_what_cannot_be_measured_is_refused(measured):
         ("speculation.topk=1, not eagle3 and 2", ["speculation.topk=2", "speculation.draft_tokens=6"]),
         ("leave no room to measure in", ["--steps", "1", "2", "3", "4", "5", "6", "7"]),
     ):
-        refused = tool(folder, *more)
-        assert refused.returncode == 2
-        assert re.search(words, refused.stderr), refused.stderr
+        ((status, said),) = run_ranks(1, refusal, folder, *more)
+        assert status == 2 and re.search(words, said), said

@@ -14,7 +14,7 @@ import torch
 
 from tests.gpu import results
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 ASKED = (
     *("point_1_captured_features", "point_2_sampled_verification", "point_3_the_drafter_survives", "point_4_selector"),
     *("point_5_what_keeping", "point_6_weights_arrive_by_cuda_ipc", "point_7_zero", "point_8_the_solvers_model"),

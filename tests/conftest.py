@@ -1,0 +1,27 @@
+"""All tests: files run in the order of their durations, and a test that takes long by nature is marked `long`.
+
+`make test` hands whole files to its workers. With the longest files first, the short ones at the end let all workers
+finish together.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import durations
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "write what each file took into tests/durations.json, by which the files are ordered"
+    parser.addoption("--write-durations", action="store_true", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # With workers, the process that has them gets the reports of all.
+    if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(durations.Stopwatch())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = durations.longest_first([item.nodeid for item in items], durations.load())
+    items[:] = [items[position] for position in order]

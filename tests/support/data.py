@@ -1,0 +1,8 @@
+"""Where data sets lie that tests use if they are there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+GSM8K = Path(os.environ.get("RESPEC_DATA", Path(__file__).parents[3] / "shared/data")) / "gsm8k"
