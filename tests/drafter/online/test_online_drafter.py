@@ -105,9 +105,11 @@ def test_rewards_that_say_nothing_are_counted(make, model, bad):
 def test_samples_that_the_reward_skipped_are_not_learned_from(make, model, weighting):
     learner, without = make(weighting=weighting), REWARDS.clone()
     without[1] = without[0, :2] = torch.nan
-    assert iterate(learner, model, 0, rewards=without)["drafter/uniform_fallback"] == 0
-    rows = learner.buffer.rows
-    assert sorted(row.reward for row in rows) == sorted(without[~without.isnan()].tolist()) and len(rows) == 10
+    samples = random_samples(LENGTHS, 0, learner.version)
+    assert iterate(learner, model, 0, rewards=without, samples=samples)["drafter/uniform_fallback"] == 0
+    rows, scored = learner.buffer.rows, (~without.isnan()).flatten().tolist()
+    kept = [[*s.prompt_ids, *s.response_ids] for s, is_scored in zip(samples, scored, strict=True) if is_scored]
+    assert sorted(row.tokens.tolist() for row in rows) == sorted(kept) and len(rows) == 10
     assert all(0.1 <= row.weight <= 4.0 for row in rows)
     assert iterate(learner, model, 1, rewards=torch.full((4, 4), torch.nan))["drafter/dropped"] == 0
     assert len(learner.buffer.rows) == 10, "of a step that was skipped whole nothing is stored"

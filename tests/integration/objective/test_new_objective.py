@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from respec_trainer.objective.registry import OBJECTIVES
-from tests.support.actors import build_actor, make_batch, my_rows, reference_scores, variant
+from tests.support.actors import build_actor, make_batch, my_rows, variant
 from tests.support.leave_one_out import LEAVE_ONE_OUT
 from tests.support.models import save_tiny_model, tiny_config, tiny_model
 from tests.support.processes.ranks import run_ranks
+from tests.support.reference_actor import reference_scores
 
 NAN = float("nan")
 REWARDS = [[1.0, 0.0, 0.0, NAN], [0.5, 2.0, -1.0, 0.5]]
