@@ -183,7 +183,7 @@ def round_weights(engine) -> None:
 
 def pieces_away(offload: Offload) -> Away:
     """What is off the device now: the host memory of each emptied storage, in pieces of PIECE bytes."""
-    moved = [pair for pairs in offload._away.values() for pair in pairs]
+    moved = [pair for pairs in offload.away.values() for pair in pairs]
     return {content.untyped_storage()._cdata: pieces for content, pieces in moved}
 
 
