@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from respec_trainer.network import free_port
 from respec_trainer.telemetry.recorder import read_metrics
@@ -26,6 +27,7 @@ def rank_process(process: subprocess.Popen, rank: int) -> psutil.Process:
     raise AssertionError(f"rank {rank} is not there")
 
 
+@pytest.mark.long
 def test_a_run_whose_first_rank_is_killed_goes_on_from_its_checkpoint(tmp_path):
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
     command = [sys.executable, str(REPOSITORY / "launch/supervise.py"), "--backoff", "0.1", "--", *launcher]
