@@ -30,12 +30,12 @@ def train(configs: list, steps: int, lengths=LENGTHS) -> list[tuple]:
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
     from respec_trainer.drafter.online.learner import setup_learner
-    from respec_trainer.drafter.online.record import Place
+    from respec_trainer.drafter.online.record import LearnerRank
 
     topology, results = init_parallel(configs[0]), []
     for config in configs:
         actor = Actor(config, topology, total_updates=steps)
-        learner = setup_learner(config, actor.hf_config, Place.of(topology))
+        learner = setup_learner(config, actor.hf_config, LearnerRank.of(topology))
         share = len(lengths) // topology.dp
         rows = slice(topology.dp_rank * share, (topology.dp_rank + 1) * share)
         norms, metrics = [], []
