@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from respec_trainer.config import SpeculationConfig
-from respec_trainer.errors import EngineError
+from respec_trainer.errors import ConfigError, EngineError
 from respec_trainer.rollout.engine import TensorSpec
 from respec_trainer.rollout.sglang.settings import EngineSettings
 from respec_trainer.rollout.sglang.weights import WeightUpdater, weight_shapes
@@ -29,6 +29,12 @@ def test_shapes_are_read_from_every_file(updater, tmp_path):
     expected = {"model.norm.weight": (4,), "lm_head.weight": (5, 4), "d2t": (3,)}
     assert weight_shapes(str(tmp_path / "target")) == expected
     assert weight_shapes(str(tmp_path)) == {}
+
+
+def test_a_damaged_file_is_named_before_the_engine_reads_it(updater, tmp_path):
+    (tmp_path / "target/c.safetensors").write_bytes(b"cut")
+    with pytest.raises(ConfigError, match="c.safetensors cannot be read"):
+        weight_shapes(str(tmp_path / "target"))
 
 
 @pytest.mark.parametrize(
