@@ -1,11 +1,19 @@
-"""The documents name files that exist, their links lead somewhere, and long pages begin with a summary."""
+"""The documents name files that exist, their links lead somewhere, and long pages begin with a summary.
+
+The keys in docs/configuration.md are those of the configuration, and the examples in docs/extending.md are code of
+tests/support.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from respec_trainer.config_file import valid_keys
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +53,36 @@ def test_a_long_page_begins_with_a_summary_of_about_five_lines(page):
     assert 4 <= lines[2:].index("") <= 7
 
 
+def test_the_configuration_page_has_every_key_and_no_other():
+    keys = valid_keys()
+    sections = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}
+    text = (ROOT / "docs/configuration.md").read_text().partition("## Keys\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    documented = [key for row in rows for key in re.findall(r"[\w.]+", row)]
+    assert sorted(documented) == sorted(set(keys) - sections)
+
+
+def test_examples_of_extensions_are_code_that_tests_run():
+    """Statement by statement, but for docstrings."""
+    pages = re.split(r"^## ", (ROOT / "docs/extending.md").read_text(), flags=re.MULTILINE)[1:]
+    assert len(pages) == 5
+    for page in pages:
+        (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        (source,) = re.findall(r"`(tests/support/\w+\.py)`", page)
+        lost = set(statements(example)) - set(statements((ROOT / source).read_text()))
+        assert not lost, f"{source} does not hold: {lost}"
+
+
+def statements(source: str) -> Iterator[str]:
+    """The statements of a file, without docstrings and comments."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            del body[0]
+    return map(ast.unparse, tree.body)
+
+
 def test_the_checks_find_what_is_wrong(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# One title\n\nsee [a](gone.md), [b](page.md#one-title), [c](#two) and `resync/gone.py`\n")
@@ -52,6 +90,7 @@ def test_the_checks_find_what_is_wrong(tmp_path):
     assert FILE.findall(page.read_text()) == ["resync/gone.py"] and not exists("resync/gone.py")
     assert exists("resync/stream.py") and exists("stream.py") and exists("configs/qwen2.5-*.yaml")
     assert NEW.sub("", "write `objective/mine.py` (new) and") == "write  and"
+    assert list(statements('"""Text."""\ndef f():\n    """Other."""\n    g()  # why\n')) == ["def f():\n    g()"]
 
 
 def leads(page: Path, target: str) -> bool:
