@@ -95,6 +95,18 @@ def candidates(config: Config, run: Path) -> list[Path]:
     return found
 
 
+def _saved_config(checkpoint: Path) -> Config:
+    """The configuration of the run that saved the checkpoint. Raises ConfigError if another version saved it."""
+    try:
+        return load_config(checkpoint / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{checkpoint} was saved by another version of respec_trainer, whose configuration this one does not read; "
+            "finish that run with the version that began it, or start a new one with checkpoint.resume=never. The "
+            f"configuration: {error}"
+        ) from error
+
+
 def check_compatible(checkpoint: Path, meta: Mapping[str, Any], config: Config, model: Mapping[str, Any]) -> None:
     """Raise ConfigError unless the run of `config`, with the model of config.json `model`, can go on from there."""
     if not meta["optimizer"]:
@@ -105,7 +117,7 @@ def check_compatible(checkpoint: Path, meta: Mapping[str, Any], config: Config, 
     differing = _differences(meta["model"], model, MODEL_MAY_DIFFER)
     if differing:
         raise ConfigError(f"{checkpoint} is of another model than model.path={config.model.path}: {differing}")
-    saved = _flat(load_config(checkpoint / "config.yaml").model_dump())
+    saved = _flat(_saved_config(checkpoint).model_dump())
     differing = _differences(saved, _flat(config.model_dump()), MAY_DIFFER)
     if differing:
         raise ConfigError(

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from respec_trainer.checkpoint.resume import candidates, restore_logs, run_to_continue
-from respec_trainer.config_file import valid_keys
+from respec_trainer.checkpoint.resume import candidates, check_compatible, restore_logs, run_to_continue
+from respec_trainer.config_file import dump_config, valid_keys
 from respec_trainer.errors import ConfigError
 from tests.support.configs import smallest_config
 
@@ -38,6 +38,16 @@ def test_every_key_that_may_differ_exists():
     from respec_trainer.checkpoint.resume import MAY_DIFFER
 
     assert set(MAY_DIFFER) <= set(valid_keys())
+
+
+def test_a_checkpoint_of_a_version_with_other_keys_says_so_and_what_to_do(tmp_path):
+    config = smallest_config(tmp_path)
+    meta = {"optimizer": True, "model": {}}
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    check_compatible(tmp_path, meta, config, {})
+    (tmp_path / "config.yaml").write_text(dump_config(config) + "unheard: {of: true}\n")
+    with pytest.raises(ConfigError, match=r"another version of respec_trainer.*checkpoint\.resume=never.*\n.*unheard"):
+        check_compatible(tmp_path, meta, config, {})
 
 
 def test_logs_end_where_they_did(tmp_path):
