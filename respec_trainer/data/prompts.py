@@ -1,4 +1,4 @@
-"""Prompts from the rows of a data file, tokenized, and a seeded stream of them."""
+"""Prompts: the tokenized rows of a data file, and a seeded stream of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from respec_trainer.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `key` is its row in the file, `text` what the model reads, `answer` the reference solution.
+    """One question. `key` is its line in the file, `text` the text for the model, `answer` the reference solution.
 
     `row` holds the row's other columns, for rewards.
     """
@@ -31,7 +31,7 @@ class Prompt:
 
 
 class PromptSet(Sequence[Prompt]):
-    """The prompts of a file that fit; `dropped` is how many were longer than `limit` tokens."""
+    """The prompts of a file with at most `limit` tokens; `dropped` is the number of longer ones."""
 
     def __init__(self, prompts: list[Prompt], dropped: int, limit: int):
         self._prompts, self.dropped, self.limit = prompts, dropped, limit
@@ -44,9 +44,9 @@ class PromptSet(Sequence[Prompt]):
 
 
 def load_prompts(config: DataConfig, tokenizer, limit: int) -> PromptSet:
-    """Read, template and tokenize the prompts of `data.path`; those longer than `limit` tokens are dropped and counted.
+    """Read, template and tokenize the prompts of `data.path`; drop and count those longer than `limit` tokens.
 
-    Raises DataError if the file is missing, malformed or empty, naming the line, or if no prompt fits.
+    Raises DataError, with the line, if the file is missing, malformed or empty, or if no prompt is short enough.
     """
     rows = list(read_rows(config))
     texts = [config.template.replace("{prompt}", row.prompt) for row in rows]
@@ -66,7 +66,7 @@ def load_prompts(config: DataConfig, tokenizer, limit: int) -> PromptSet:
 
 
 def check_tokenizer_fits(tokenizer, hf_config, folder: str) -> None:
-    """Raise ConfigError if the tokenizer knows ids that the model has no embedding for."""
+    """Raise ConfigError if the tokenizer has ids that the model has no embedding for."""
     if len(tokenizer) > hf_config.vocab_size:
         raise ConfigError(
             f"model.path: the tokenizer in {folder} has {len(tokenizer)} tokens, but the model's vocab_size is "
@@ -75,7 +75,7 @@ def check_tokenizer_fits(tokenizer, hf_config, folder: str) -> None:
 
 
 class PromptStream:
-    """Endless prompts, each epoch a new order that depends only on the seed and the epoch."""
+    """An endless stream of prompts. Each epoch has a new order, which depends only on the seed and the epoch."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True):
         self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
@@ -83,7 +83,7 @@ class PromptStream:
         self._order = self._shuffled()
 
     def next(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; where an epoch ends, the next one begins."""
+        """Take the next `count` prompts; after the end of an epoch the next one begins."""
         taken = []
         while len(taken) < count:
             if self.position == len(self.prompts):
@@ -98,22 +98,22 @@ class PromptStream:
         return {"epoch": self.epoch, "position": self.position} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the stream that gave `state` was.
+        """Continue at the position of the stream that returned `state`.
 
-        Raises DataError for a stream of another seed, order or prompts: its position would mean others.
+        Raises DataError for a stream with another seed, order or prompts: its position would mean other prompts.
         """
         for key, value in self._identity().items():
             if state[key] != value:
                 raise DataError(
                     f"the run was at prompt {state['position']} of epoch {state['epoch']} of a stream whose {key} is "
-                    f"{state[key]}, here it is {value}: give it the same data.path, data.template, data.shuffle and "
+                    f"{state[key]}, but now it is {value}: give the same data.path, data.template, data.shuffle and "
                     "run.seed, or start a new run (checkpoint.resume=never)"
                 )
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._shuffled()
 
     def _identity(self) -> dict[str, Any]:
-        """What makes a position mean the same prompts again."""
+        """The properties that must be equal for a position to mean the same prompts."""
         return {"seed": self.seed, "shuffle": self.shuffle, "prompts": len(self.prompts), "digest": self._digest}
 
     @cached_property

@@ -12,7 +12,7 @@ from respec_trainer.errors import DataError
 
 
 class DataRow(NamedTuple):
-    """One row of a data file; `line` counts from 1, `others` are the columns that are neither prompt nor answer."""
+    """One row of a data file; `line` counts from 1, `others` holds the columns other than prompt and answer."""
 
     line: int
     prompt: str
@@ -20,14 +20,14 @@ class DataRow(NamedTuple):
     others: Mapping[str, Any]
 
 
-NO_COLUMNS: Mapping[str, Any] = {}  # one for all rows, which are many
+NO_COLUMNS: Mapping[str, Any] = {}  # shared by all rows, to save memory
 
 
 def read_rows(config: DataConfig) -> Iterator[DataRow]:
-    """Yield every row. Raises DataError naming file and line.
+    """Yield every row. Raises DataError, with file and line, for a missing or malformed file.
 
-    The other columns hold what JSON can hold. Columns of other types in a parquet file (times, decimals, bytes such as
-    images) are left out: no reward could be given them by another process or host.
+    The other columns hold values that JSON can hold. Columns of other types in a parquet file (times, decimals, bytes
+    such as images) are left out, because they could not be sent to a reward in another process or host.
     """
     path = Path(config.path)
     if not path.is_file():
@@ -69,7 +69,7 @@ def _read_parquet(path: Path, used: Sequence[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether values of an Arrow type are what JSON can hold: texts, numbers, booleans, null, and nestings of them."""
+    """Return whether JSON can hold values of an Arrow type: text, numbers, booleans, null, and nestings of them."""
     from pyarrow import types
 
     if types.is_dictionary(kind):

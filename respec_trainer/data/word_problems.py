@@ -1,11 +1,11 @@
 """Arithmetic word problems with worked solutions, in GSM8K's format: a question, and an answer ending in `#### 42`.
 
-A problem is a short story about one running number: an opening, then events that add, take away, double or halve.
-Its difficulty is its number of arithmetic steps. The solution's wording follows from the question, so all that is
-left to get wrong is the arithmetic: a task that supervised learning starts and reinforcement learning can finish.
+A problem is a short story about one number: an opening, then events that add to it, subtract from it, double or halve
+it. Its difficulty is its number of arithmetic steps. The wording of the solution follows from the question, so only the
+arithmetic can be wrong: supervised learning can teach a part of this task, and reinforcement learning the rest.
 
-The text of a question alone decides whether it belongs to the train or the test split, so the two never share one,
-whatever their seeds.
+The text of a question alone decides whether it belongs to the train or the test split, so the two splits never share a
+question, whatever their seeds.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Story:
-    """Sentences of one setting. Fields {name}, {thing}; {a} and {b} are numbers, {c} a count of equal groups.
+    """The sentences of one kind of story. Fields: {name}, {thing}, numbers {a} and {b}, a count {c} of equal groups.
 
-    Gains and losses pair the question's sentence with what the solution calls it.
+    Gains and losses are pairs of the question's sentence and the solution's word for it.
     """
 
     unit: str  # what is counted
@@ -97,9 +97,10 @@ STORIES = (
 
 
 def make_problem(seed: int, index: int, mix: Mapping[int, float], largest: int = 30, split: Split = "train") -> Problem:
-    """The `index`-th problem of a stream. Equal arguments give equal problems, whatever else was made before.
+    """Make the `index`-th problem of a stream. Equal arguments always give equal problems.
 
-    `mix` weighs the numbers of steps, 1 to 4; `largest` bounds the numbers told (results stay below 1000).
+    `mix` maps numbers of steps, 1 to 4, to their weights; `largest` limits the numbers in the question (results stay
+    below 1000). Raises ValueError for a `mix` or `largest` that cannot be used.
     """
     check_mix(mix)
     if not 4 <= largest <= 100:
@@ -113,7 +114,7 @@ def make_problem(seed: int, index: int, mix: Mapping[int, float], largest: int =
 
 
 def check_mix(mix: Mapping[int, float]) -> None:
-    """Raise ValueError unless `mix` weighs numbers of steps that exist with weights that can be drawn from."""
+    """Raise ValueError unless `mix` maps numbers of steps from 1 to 4 to weights >= 0, not all 0."""
     if not mix or any(steps not in range(1, MAX_STEPS + 1) for steps in mix):
         raise ValueError(f"a mix weighs numbers of steps from 1 to {MAX_STEPS}, not {list(mix)}")
     if any(not 0 <= weight < float("inf") for weight in mix.values()) or not sum(mix.values()) > 0:
@@ -121,20 +122,20 @@ def check_mix(mix: Mapping[int, float]) -> None:
 
 
 def split_of(question: str) -> Split:
-    """The split a question belongs to, from its text alone."""
+    """The split of a question, computed from its text alone."""
     return "test" if zlib.crc32(question.encode()) % TEST_SHARE == 0 else "train"
 
 
 def problems(
     seed: int, mix: Mapping[int, float], largest: int = 30, split: Split = "train", start: int = 0
 ) -> Iterator[Problem]:
-    """The endless stream of problems start, start + 1, ... of a seed."""
+    """Yield the problems start, start + 1, ... of a seed, without end."""
     for index in itertools.count(start):
         yield make_problem(seed, index, mix, largest, split)
 
 
 def equations(problem: Problem) -> list[tuple[str, str]]:
-    """The arithmetic of a worked solution by itself: pairs such as ("48 + 5 =", " 53.")."""
+    """The equations of a worked solution, as pairs such as ("48 + 5 =", " 53.")."""
     return re.findall(r"(\d+ [-+*/] \d+ =)( \d+\.)", problem.answer)
 
 
@@ -147,17 +148,17 @@ def write_jsonl(path: Path, items: Iterable[Problem]) -> None:
 def _draw(rng: random.Random, steps: int, largest: int) -> Problem:
     story, words = rng.choice(STORIES), {"name": rng.choice(NAMES), "thing": rng.choice(THINGS)}
     words["unit"] = story.unit.format(**words)
-    value, told, worked = _opening(rng, story, words, largest)
+    value, sentences, worked = _opening(rng, story, words, largest)
     while len(worked) < steps:
         value, sentence, line = _event(rng, story, words, value, largest)
-        told.append(sentence)
+        sentences.append(sentence)
         worked.append(line)
-    told.append(story.ask.format(**words))
-    return Problem(" ".join(told), "\n".join([*worked, f"{MARKER} {value}"]), steps)
+    sentences.append(story.ask.format(**words))
+    return Problem(" ".join(sentences), "\n".join([*worked, f"{MARKER} {value}"]), steps)
 
 
 def _opening(rng: random.Random, story: Story, words: dict, largest: int) -> tuple[int, list[str], list[str]]:
-    """The number to start from, the sentences that tell it, and the lines of working it took (none, or a product)."""
+    """Draw the first number, the question's sentences for it, and the solution's lines for it (none, or a product)."""
     a = rng.randint(2, largest)
     if rng.random() < 0.5:
         return a, [story.start.format(a=a, **words)], []
@@ -167,7 +168,7 @@ def _opening(rng: random.Random, story: Story, words: dict, largest: int) -> tup
 
 
 def _event(rng: random.Random, story: Story, words: dict, value: int, largest: int) -> tuple[int, str, str]:
-    """One step: the new number, the question's sentence and the solution's line."""
+    """Draw one step: the new number, the question's sentence and the solution's line."""
     kinds = ["gain"] * 3 * (value + largest < LIMIT) + ["loss"] * 3 * (value > 3)
     kinds += ["double"] * (2 * value < LIMIT) + ["halve"] * (value > 3 and value % 2 == 0)
     kind = rng.choice(kinds)

@@ -1,4 +1,4 @@
-"""DrafterBatch: responses as the drafter learns from them, N rows, right-padded, in batches of like length."""
+"""DrafterBatch: the responses that a drafter learns from, N right-padded rows, split into batches of similar length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class DrafterBatch:
-    """Tokens with their response mask; `weights` says how much each row counts in the loss."""
+    """Tokens with their response mask; `weights` are the rows' weights in the loss."""
 
     tokens: torch.Tensor  # [N, S] int64, prompt, response, padding
     response_mask: torch.Tensor  # [N, S] bool, True on response tokens; never on a row's first token
@@ -27,7 +27,7 @@ class DrafterBatch:
 
     @classmethod
     def collate(cls, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int = 0) -> DrafterBatch:
-        """From (prompt ids, response ids) pairs, all with weight one. Raises ValueError where there is none."""
+        """Make a batch of (prompt ids, response ids) pairs, all of weight one. Raises ValueError for no pairs."""
         if not pairs:
             raise ValueError("no rollouts to learn from")
         width = max(len(prompt) + len(response) for prompt, response in pairs)
@@ -43,7 +43,7 @@ class DrafterBatch:
         return len(self.tokens)
 
     def rows(self, index: torch.Tensor) -> DrafterBatch:
-        """The chosen rows, cut to where the longest of them ends."""
+        """The chosen rows, cut to the length of the longest of them."""
         mask = self.response_mask[index]
         width = max(int(_ends(mask).max()), 1)
         return DrafterBatch(self.tokens[index, :width], mask[:, :width], self.weights[index])
@@ -52,14 +52,14 @@ class DrafterBatch:
         return DrafterBatch(self.tokens.to(device), self.response_mask.to(device), self.weights.to(device))
 
     def token_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each token occurs in the responses, [V] int64."""
+        """The number of times that each token occurs in the responses, [V] int64."""
         return self.tokens[self.response_mask].bincount(minlength=vocab_size)
 
     def batches(self, size: int, generator: torch.Generator, by_length: bool = True) -> Iterator[DrafterBatch]:
-        """Every row once, `size` a batch, in random order.
+        """Yield every row once, `size` rows a batch, in random order.
 
-        `by_length` puts neighbors in length together, so that little of a batch is padding; without it every batch is
-        a fair sample of the rows.
+        With `by_length` a batch holds rows of similar length and so little padding. Without it every batch is a fair
+        sample of the rows.
         """
         order = torch.randperm(len(self), generator=generator)
         if by_length:
@@ -70,5 +70,5 @@ class DrafterBatch:
 
 
 def _ends(mask: torch.Tensor) -> torch.Tensor:
-    """One past the last True of each row of `mask` [N, S]; 0 for a row without one."""
+    """The position after the last True of each row of `mask` [N, S]; 0 for a row without True."""
     return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)

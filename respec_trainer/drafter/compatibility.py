@@ -1,4 +1,4 @@
-"""Whether a drafter's folder fits the target it is to draft for: config keys, tensors and vocabulary maps.
+"""Check that a drafter's folder fits its target model: config keys, tensors and vocabulary maps.
 
 Each error names the key or the tensor, both values, and what to do.
 """
@@ -20,7 +20,7 @@ from respec_trainer.weights.hf_folder import HFFolder
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 REMEDY = "train a drafter for this actor with tools/train_drafter.py"
-# Keys at these values, or absent, mean the drafter of eagle3.py; at others SGLang would compute something else.
+# The drafter of eagle3.py has these values, or lacks the key. With other values SGLang computes a different model.
 PLAIN: dict[str, Any] = {
     "num_hidden_layers": 1,
     "hidden_act": "silu",
@@ -37,14 +37,14 @@ PLAIN: dict[str, Any] = {
 
 
 def shape_for_target(folder: Path, hf_config) -> DrafterShape:
-    """The shape in `folder`'s config.json. Raises ConfigError where it does not fit the target of `hf_config`."""
-    where = folder / "config.json"
-    config = _read(where)
-    _check_plain(config, where)
+    """Read the shape from `folder`'s config.json. Raises ConfigError if it does not fit the target of `hf_config`."""
+    path = folder / "config.json"
+    config = _read(path)
+    _check_plain(config, path)
     required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
     for key in (*required, "rms_norm_eps", "draft_vocab_size"):
         if config.get(key) is None:
-            raise ConfigError(f"drafter.path: {where} has no {key}; {REMEDY}")
+            raise ConfigError(f"drafter.path: {path} has no {key}; {REMEDY}")
     rope = _rope(config)
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     pairs = {key: (config[key], getattr(hf_config, key)) for key in ("hidden_size", "vocab_size")}
@@ -54,7 +54,7 @@ def shape_for_target(folder: Path, hf_config) -> DrafterShape:
     for key, (drafter, target) in pairs.items():
         if drafter != target:
             raise ConfigError(
-                f"drafter.path: {key} in {where} is {drafter}, but {target} in the target of model.path; {REMEDY}"
+                f"drafter.path: {key} in {path} is {drafter}, but {target} in the target of model.path; {REMEDY}"
             )
     return DrafterShape(
         **{key: config[key] for key in required},
@@ -63,7 +63,7 @@ def shape_for_target(folder: Path, hf_config) -> DrafterShape:
         rms_norm_eps=config["rms_norm_eps"],
         draft_vocab_size=config["draft_vocab_size"],
         rope=dict(hf_config.rope_parameters),  # equal, as checked above, and in the target's order
-        feature_layers=_feature_layers(config, where, hf_config.num_hidden_layers),
+        feature_layers=_feature_layers(config, path, hf_config.num_hidden_layers),
         target_layers=hf_config.num_hidden_layers,
         bos_token_id=config.get("bos_token_id"),
         eos_token_id=config.get("eos_token_id"),
@@ -81,18 +81,18 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_plain(config: dict[str, Any], where: Path) -> None:
+def _check_plain(config: dict[str, Any], path: Path) -> None:
     settings = config | (config.get("eagle_config") or {})
     for key, plain in PLAIN.items():
         value = settings.get(key)
         if value is not None and value != plain:
-            raise ConfigError(f"drafter.path: {key}={value!r} in {where}, but only {plain!r} is supported; {REMEDY}")
+            raise ConfigError(f"drafter.path: {key}={value!r} in {path}, but only {plain!r} is supported; {REMEDY}")
     if not settings.get("use_aux_hidden_state", True):
-        raise ConfigError(f"drafter.path: eagle_config.use_aux_hidden_state in {where} must be true; {REMEDY}")
+        raise ConfigError(f"drafter.path: eagle_config.use_aux_hidden_state in {path} must be true; {REMEDY}")
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """rope_type, rope_theta and the type's numbers, from either way of writing them in a config."""
+    """Return rope_type, rope_theta and the type's numbers from a config, under its new or its old keys."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
@@ -100,7 +100,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": float(theta)} | rope
 
 
-def _feature_layers(config: dict[str, Any], where: Path, target_layers: int) -> tuple[int, int, int]:
+def _feature_layers(config: dict[str, Any], path: Path, target_layers: int) -> tuple[int, int, int]:
     key = "eagle_config.eagle_aux_hidden_state_layer_ids"
     named = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     layers = tuple(named or default_feature_layers(target_layers))
@@ -110,13 +110,13 @@ def _feature_layers(config: dict[str, Any], where: Path, target_layers: int) -> 
     elif not all(isinstance(layer, int) and 0 <= layer < target_layers - 1 for layer in layers):
         problem = f"must be layers 0 to {target_layers - 2}, below the last of the target's {target_layers}"
     if problem:
-        origin = "as given" if named else "SGLang's default, for none are given"
-        raise ConfigError(f"drafter.path: {key} in {where} {problem}, not {list(layers)} ({origin}); {REMEDY}")
+        origin = "as given" if named else "SGLang's default, because the config names none"
+        raise ConfigError(f"drafter.path: {key} in {path} {problem}, not {list(layers)} ({origin}); {REMEDY}")
     return layers
 
 
 def check_tensors(files: HFFolder, expected: dict[str, tuple[int, ...]], optional: set[str]) -> None:
-    """Raise ConfigError unless the folder holds tensors of exactly these names and shapes."""
+    """Raise ConfigError unless the folder holds tensors of exactly these names and shapes; `optional` may be absent."""
     names = files.names()
     missing, extra = sorted(set(expected) - names - optional), sorted(names - set(expected))
     if missing or extra:
@@ -125,13 +125,13 @@ def check_tensors(files: HFFolder, expected: dict[str, tuple[int, ...]], optiona
     for name in sorted(names):
         if files.shape(name) != expected[name]:
             raise ConfigError(
-                f"drafter.path: {name} in {files.folder} has shape {list(files.shape(name))}, but config.json says "
+                f"drafter.path: {name} in {files.folder} has shape {list(files.shape(name))}, but config.json asks for "
                 f"{list(expected[name])}; {REMEDY}"
             )
 
 
 def check_maps(files: HFFolder, shape: DrafterShape) -> None:
-    """Raise ConfigError unless d2t and t2d describe one draft vocabulary, in ascending order."""
+    """Raise ConfigError unless d2t and t2d describe the same draft vocabulary, in ascending order."""
     difference, held = files.read("d2t"), files.read("t2d")
     if difference.is_floating_point() or held.dtype != torch.bool:
         raise ConfigError(

@@ -23,31 +23,31 @@ __all__ = ["DistillSettings", "Evaluation", "distill", "distill_loss", "evaluate
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """How a drafter is trained. Learning rate rises linearly, then falls to zero along a cosine."""
+    """Settings of a drafter's training. The learning rate rises linearly, then falls to zero along a cosine."""
 
     updates: int = 300
     batch_size: int = 32  # rows
-    by_length: bool = True  # batches of rows of like length, or fair samples of all rows
-    steps: int = 5  # K: unrolled draft steps; at least those the engine will draft
+    by_length: bool = True  # True: rows of similar length in a batch; False: batches are fair samples of all rows
+    steps: int = 5  # K: unrolled draft steps; at least as many as the engine will draft
     loss: LossKind = "kl"  # divergence.py
-    decay: float = 0.8  # of a step's weight in the loss, per step
-    lr: float = 2e-3  # of AdamW
-    matrix_lr: float | None = None  # of Muon, which then trains the matrices that are not the output layer's
+    decay: float = 0.8  # factor from one step's weight in the loss to the next one's
+    lr: float = 2e-3  # AdamW
+    matrix_lr: float | None = None  # Muon for all matrices but the output layer's; None: AdamW for everything
     warmup: float = 0.1  # share of the updates
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 1.0  # gradient norm
-    chunk: int = 1024  # tokens whose draft logits exist at one time
-    bf16: bool = False  # multiply matrices in bf16, teacher and drafter; weights and their updates stay as they are
-    seed: int = 0  # of the order of batches
+    chunk: int = 1024  # largest number of tokens whose draft logits are in memory at one time
+    bf16: bool = False  # multiply matrices in bf16, in teacher and drafter; weights and updates keep their dtype
+    seed: int = 0  # decides the order of batches
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per depth, over all drafted tokens: loss, and the two acceptances that loss.py defines.
+    """Means per depth over all drafted tokens: the loss, and the two acceptances that loss.py defines.
 
-    `accept_length[s - 1]`: tokens a verify pass with chains of s drafts, the bonus token included, under the engine's
-    default verification: those of walks along the very responses (walk.py).
+    `accept_length[s - 1]` is the number of tokens a verify pass with chains of s drafts, the bonus token included,
+    under the engine's default verification. It is counted along the recorded responses (walk.py).
     """
 
     loss: list[float]
@@ -63,11 +63,11 @@ def distill(
     settings: DistillSettings,
     progress: Callable[[dict], None] | None = None,
 ) -> list[dict]:
-    """Train `drafter` in place, in the dtype of its parameters (float32: smaller ones lose small updates).
+    """Train `drafter` in place, in the dtype of its parameters. Use float32: smaller types lose small updates.
 
     Returns one record an update: "update", "loss", "grad_norm", "lr", and "alpha" and "top1" per depth; `progress` is
-    called with each. The same seed, drafter and rollouts give the same result. Raises TrainingError at a loss or
-    gradient that is not finite, before it reaches the weights.
+    called with each record. The same seed, drafter and rollouts give the same result. Raises TrainingError if a loss or
+    gradient is not finite, before the weights change.
     """
     device = drafter.fc.weight.device
     optimizers = drafter_optimizers(drafter, settings)
@@ -95,7 +95,10 @@ def distill(
 
 @torch.no_grad()
 def evaluate(drafter: Eagle3Drafter, teacher: Teacher, rollouts: DrafterBatch, settings: DistillSettings) -> Evaluation:
-    """How well `drafter` drafts for `rollouts`, best ones that it was not trained on."""
+    """Measure how well `drafter` drafts for `rollouts`, preferably ones that it was not trained on.
+
+    Raises ValueError if there are none.
+    """
     device = drafter.fc.weight.device
     total: DepthSums | None = None
     for batch in rollouts.batches(settings.batch_size, torch.Generator().manual_seed(settings.seed)):
@@ -113,7 +116,7 @@ def _loss(drafter, teacher: Teacher, batch: DrafterBatch, settings: DistillSetti
 
 
 def drafter_optimizers(drafter: Eagle3Drafter, settings: DistillSettings) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the matrices inside the drafter if `matrix_lr` is set."""
+    """Make AdamW and, if `matrix_lr` is set, Muon for the matrices other than the output layer."""
     inner = {}
     if settings.matrix_lr is not None:
         matrices = [w for name, w in drafter.named_parameters() if w.ndim == 2 and "lm_head" not in name]
@@ -132,7 +135,7 @@ def _endless(rollouts: DrafterBatch, settings: DistillSettings) -> Iterator[Draf
 
 
 def _lr_factor(done: int, settings: DistillSettings) -> float:
-    """The share of `lr` that update number `done`, counted from 0, runs at."""
+    """The factor of `lr` for update number `done`, counted from 0."""
     warmup = max(int(settings.updates * settings.warmup), 1)
     if done < warmup:
         return (done + 1) / warmup

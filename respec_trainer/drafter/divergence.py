@@ -1,13 +1,13 @@
-"""How far a draft distribution q is from the target's: the losses a drafter can be trained with, token by token.
+"""The losses a drafter can be trained with: divergences of a draft distribution q from the target's, for each token.
 
-p is the target's distribution over its whole vocabulary, looked at where the draft vocabulary is; p~ is p restricted
+p is the target's distribution over its whole vocabulary, read at the tokens of the draft vocabulary; p~ is p restricted
 to the draft vocabulary and renormalized. Sums run over the draft vocabulary.
 
     kl               KL(p~ || q)                   gradient p~ -> q everywhere: learns from any start
     acceptance       1 - sum_v min(p, q)           1 - the probability that rejection sampling accepts the draft
                                                    (Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6)
-    log_acceptance   -log sum_v min(p, q)          drafts in a chain all have to be accepted, and the logarithm of a
-                                                   product of acceptances is the sum of these over its depths
+    log_acceptance   -log sum_v min(p, q)          every draft of a chain has to be accepted: the logarithm of the
+                                                   product of the acceptances is minus the sum of these over depths
     mixed            kl + MIX * acceptance
 
 Outside the draft vocabulary q is 0, so no acceptance exceeds p's mass inside it. (As losses for drafters: DistillSpec,
@@ -22,23 +22,24 @@ import torch
 
 LossKind = Literal["kl", "acceptance", "log_acceptance", "mixed"]
 
-# The gradient of `acceptance` vanishes where q has no mass that it could raise, as at the start; that of `kl` does not.
-# Total variation is at most 1 and KL at least twice its square (Pinsker), so at equal weights KL leads while the two
-# are far apart and acceptance once they are near: the loss passes from one to the other by itself, without a schedule.
+# The gradient of `acceptance` vanishes where q has almost no mass, as at the start of training; that of `kl` does not.
+# Total variation is at most 1 and KL at least twice its square (Pinsker). So at equal weights KL is the larger term
+# while p and q are far apart, and `acceptance` once they are close: no schedule is needed.
 MIX = 1.0
 
 
 def divergence(kind: LossKind, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """The loss [n] of draft log-probs `log_q` [n, Vd], which sum to one, under the target's `log_p` [n, Vd].
+    """The loss [n] of draft log-probs `log_q` [n, Vd] against the target's `log_p` [n, Vd].
 
-    `log_p` is normalized over the whole vocabulary, so its exponentials sum to one at most.
+    The exponentials of `log_q` sum to one. `log_p` is normalized over the whole vocabulary, so its exponentials sum to
+    one at most. Raises ValueError for an unknown `kind`.
     """
     if kind == "kl":
         return _kl(log_p, log_q)
     if kind == "acceptance":
         return 1 - acceptance(log_p, log_q)
     if kind == "log_acceptance":
-        # In logarithms throughout, so that an acceptance too small for float32 still has a gradient.
+        # Computed in logarithms, so that an acceptance too small for float32 still has a gradient.
         return -torch.minimum(log_p, log_q).logsumexp(-1)
     if kind == "mixed":
         return _kl(log_p, log_q) + MIX * (1 - acceptance(log_p, log_q))
@@ -46,7 +47,7 @@ def divergence(kind: LossKind, log_p: torch.Tensor, log_q: torch.Tensor) -> torc
 
 
 def acceptance(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """sum_v min(p, q) [n]: how often rejection sampling accepts what is drawn from q."""
+    """sum_v min(p, q) [n]: the probability that rejection sampling accepts a draft drawn from q."""
     return torch.minimum(log_p, log_q).exp().sum(-1)
 
 

@@ -1,13 +1,15 @@
-"""The EAGLE-3 drafter and its training-time test: what serving computes, unrolled over draft steps, for all positions.
+"""The EAGLE-3 drafter, and its draft steps unrolled for all positions at once, as training needs them.
 
-One layer whose input is a token's embedding beside a feature. Notation, for tokens x_0 .. x_{S-1} [B, S]: a_t is the
-target's three feature layers at t, [B, S, 3H], and e_t the embedding of x_t, [B, S, H]. From g0_t = fc(a_t), step k is
+The drafter is one layer whose input is a token's embedding next to a feature. Notation, for tokens x_0 .. x_{S-1}
+[B, S]: a_t is the output of the target's three feature layers at t, [B, S, 3H], and e_t the embedding of x_t,
+[B, S, H]. From g0_t = fc(a_t), step k is
 
     g{k+1}_t = midlayer(e_{t+1+k}, g{k}_t)         and lm_head(norm(g{k+1}_t)) predicts x_{t+2+k}.
 
-Step 0 reads the target's features, later steps the drafter's own output, as in serving. A draft that begins at t sees
-the keys of step 0 at positions 0 .. t and those of its own steps 1 .. k; the latter form a diagonal. (EAGLE-3, arXiv
-2503.01840.) Parameter names are those of SGLang's checkpoint format.
+Step 0 reads the target's features, later steps the drafter's own output, as in serving. A draft that begins at t
+attends to the keys of step 0 at positions 0 .. t and to the keys of its own steps 1 .. k; the latter form a diagonal.
+(EAGLE-3, arXiv 2503.01840, which calls this unrolling the training-time test.) Parameter names are those of SGLang's
+checkpoint format.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from respec_trainer.drafter.shape import DrafterShape, inverse_frequencies
 
 __all__ = ["DrafterShape", "Eagle3Drafter", "shift_left"]
 
-QUERY_BLOCK = 512  # queries whose attention scores exist at one time: [B, heads, 512, S]
+QUERY_BLOCK = 512  # queries whose attention scores are in memory at one time: [B, heads, 512, S]
 
 
 class Eagle3Drafter(nn.Module):
-    """The drafter of `shape`, random from `seed`. Token embeddings are the target's and not part of it."""
+    """The drafter of `shape`, with random weights from `seed`. It uses the target's token embeddings."""
 
     def __init__(self, shape: DrafterShape, seed: int = 0):
         super().__init__()
@@ -49,8 +51,8 @@ class Eagle3Drafter(nn.Module):
     def unroll(self, embeddings: torch.Tensor, features: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
         """Yield for k = 0 .. steps - 1 the hidden states [B, S, H], normed, whose logits at t predict x_{t+2+k}.
 
-        `embeddings` [B, S, H] and `features` [B, S, 3H] belong to token t at index t; shifting is done here. Rows are
-        right-padded; what is yielded at t is meaningful where x_{t+1+k} exists.
+        `embeddings` [B, S, H] and `features` [B, S, 3H] belong to token t at index t; this function shifts them. Rows
+        are right-padded; the hidden state at t is meaningful where x_{t+1+k} exists.
         """
         dtype = self.fc.weight.dtype
         embeddings = embeddings.to(dtype)
@@ -68,11 +70,11 @@ class Eagle3Drafter(nn.Module):
         return self.lm_head(hidden)
 
 
-KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # of each step so far: keys, values [B, nkv, S, d]
+KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # (keys, values) of each step so far, [B, nkv, S, d] each
 
 
 class DraftLayer(nn.Module):
-    """A Llama layer whose attention reads cat(embedding, feature), each with a norm of its own."""
+    """A Llama layer whose attention reads cat(embedding, feature), each normed on its own."""
 
     def __init__(self, shape: DrafterShape):
         super().__init__()
@@ -83,14 +85,14 @@ class DraftLayer(nn.Module):
         self.mlp = DraftMLP(shape)
 
     def forward(self, embedding, feature, angles: torch.Tensor, cache: KeyValues) -> torch.Tensor:
-        """[B, S, H] each -> [B, S, H]; appends this step's keys and values to `cache`."""
+        """Map embedding and feature, [B, S, H] each, to [B, S, H]; append this step's keys and values to `cache`."""
         joined = torch.cat([self.input_layernorm(embedding), self.hidden_norm(feature)], -1)
         attended = feature + self.self_attn(joined, angles, cache)
         return attended + self.mlp(self.post_attention_layernorm(attended))
 
 
 class DraftAttention(nn.Module):
-    """Grouped-query attention over the keys of every step so far."""
+    """Grouped-query attention over the keys of all steps so far."""
 
     def __init__(self, shape: DrafterShape):
         super().__init__()
@@ -140,7 +142,7 @@ def unrolled_attention(query: torch.Tensor, cache: KeyValues, block: int = QUERY
     Args:
         query: [B, nh, S, d].
         cache: keys and values of each step, the latest included, [B, nkv, S, d] each.
-        block: queries whose scores exist at one time; recomputed in the backward pass where there are several blocks.
+        block: queries whose scores are in memory at one time. With several blocks the backward pass recomputes them.
 
     Returns [B, nh, S, d].
     """
@@ -152,7 +154,7 @@ def unrolled_attention(query: torch.Tensor, cache: KeyValues, block: int = QUERY
         diagonal = [(key[:, :, first:last], value[:, :, first:last]) for key, value in cache[1:]]
         arguments = (query[:, :, first:last], causal, diagonal)
         if torch.is_grad_enabled() and length > block:
-            options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random to replay
+            options = {"use_reentrant": False, "preserve_rng_state": False}  # attention draws no random numbers
             blocks.append(checkpoint(_attend, *arguments, **options))
         else:
             blocks.append(_attend(*arguments))
@@ -163,7 +165,7 @@ def _attend(query: torch.Tensor, causal: tuple[torch.Tensor, torch.Tensor], diag
     """Attention of queries [B, nh, Q, d] at the last Q of T positions; `causal` [B, nkv, T, d], `diagonal` Q wide."""
     key, value = causal
     width, total = query.shape[2], key.shape[2]
-    # Query heads that share a key head become rows of one product, so no key is copied for them.
+    # Query heads that share a key head become rows of one matrix product, so that keys are not copied.
     grouped = query.unflatten(1, (key.shape[1], -1)) / math.sqrt(query.shape[-1])  # [B, nkv, group, Q, d]
     scores = (grouped.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, (-1, width))  # [B, nkv, group, Q, T]
     future = torch.ones(width, total, dtype=torch.bool, device=query.device).triu(total - width + 1)
@@ -177,14 +179,14 @@ def _attend(query: torch.Tensor, causal: tuple[torch.Tensor, torch.Tensor], diag
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """RoPE on [B, n, S, d] by `angles` [S, d / 2], pairing entry i with i + d / 2, computed in float32."""
+    """Apply RoPE to [B, n, S, d] by `angles` [S, d / 2], pairing entry i with i + d / 2, in float32."""
     cos, sin = angles.cos(), angles.sin()
     first, second = x.float().chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def shift_left(x: torch.Tensor, by: int) -> torch.Tensor:
-    """Entry t of the result is entry t + by of `x` along dimension 1; zero past the end."""
+    """Shift `x` along dimension 1: entry t of the result is entry t + by of `x`, zero past the end."""
     shifted = torch.zeros_like(x)
     kept = max(x.shape[1] - by, 0)
     shifted[:, :kept] = x[:, by:]
@@ -192,10 +194,10 @@ def shift_left(x: torch.Tensor, by: int) -> torch.Tensor:
 
 
 class Projection(nn.Linear):
-    """A linear map without a bias, undefined until the drafter initializes or loads it."""
+    """A linear map without a bias. Its weight is undefined until the drafter initializes or loads it."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: torch's own initialization would draw from the global generator."""
+        """Do nothing: torch's own initialization would draw from the global generator."""

@@ -1,7 +1,7 @@
 """A drafter as a folder that stock SGLang 0.5.21 loads: config.json and model.safetensors.
 
-SGLang drops tensors it does not know and leaves missing ones at their initial values, both in silence, and takes most
-of the config on trust. So everything is checked here, when a drafter is written and when one is read.
+SGLang ignores unknown tensors and leaves missing ones at their initial values, both without an error, and does not
+check most of the config. So this module checks everything, when it writes a drafter and when it reads one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from respec_trainer.weights.hf_folder import HFFolder
 
 
 def drafter_config(shape: DrafterShape, dtype: torch.dtype = torch.bfloat16) -> dict:
-    """The contents of config.json. `norm_output`, `fc_norm` and `norm_before_fc` stay unset: none is done."""
-    # Whole and in the target's order in both spellings: transformers builds one from the other, and SGLang shares one
-    # rope cache between target and drafter only where the order of the keys agrees too.
+    """The contents of config.json. `norm_output`, `fc_norm` and `norm_before_fc` stay unset: Eagle3Drafter has none."""
+    # rope_parameters and rope_scaling both hold all keys, in the target's order. transformers builds one from the
+    # other, and SGLang shares one rope cache between target and drafter only if the order of the keys agrees too.
     rope = dict(shape.rope)
     config = {
         "architectures": [ARCHITECTURE],
@@ -62,30 +62,30 @@ def drafter_config(shape: DrafterShape, dtype: torch.dtype = torch.bfloat16) -> 
 def save_drafter(
     drafter: Eagle3Drafter, draft_ids: torch.Tensor, folder: Path | str, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write a drafter with draft vocabulary `draft_ids` [Vd]; `folder` is complete afterwards, or absent.
+    """Write a drafter with draft vocabulary `draft_ids` [Vd]. Afterwards `folder` is complete, or absent.
 
-    Raises FileExistsError if `folder` exists, and RespecError for weights that are not finite and where the file does
-    not read back bit for bit.
+    Raises FileExistsError if `folder` exists, and RespecError if weights are not finite or the file does not read back
+    bit for bit.
     """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists; move it away, nothing is overwritten")
     tensors = _tensors(drafter, draft_ids, dtype)
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    (beside / "config.json").write_text(json.dumps(drafter_config(drafter.shape, dtype), indent=2) + "\n")
-    save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-    _check_written(beside, tensors)
-    beside.rename(folder)
+    unfinished = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / "config.json").write_text(json.dumps(drafter_config(drafter.shape, dtype), indent=2) + "\n")
+    save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+    _check_written(unfinished, tensors)
+    unfinished.rename(folder)
 
 
 def load_drafter(
     folder: Path | str, hf_config, dtype: torch.dtype | None = torch.float32
 ) -> tuple[Eagle3Drafter, torch.Tensor]:
-    """The drafter in `folder`, made for the target of `hf_config`, and its draft vocabulary [Vd].
+    """Read the drafter in `folder`, made for the target of `hf_config`, and its draft vocabulary [Vd].
 
-    Weights are converted to `dtype`, float32 for learning on; None keeps them as saved. Raises ConfigError as
+    Weights are converted to `dtype`; None keeps the saved one. Use float32 to train further. Raises ConfigError as
     `check_drafter_folder` does.
     """
     folder = Path(folder)
@@ -136,7 +136,7 @@ def _tensors(drafter: Eagle3Drafter, draft_ids: torch.Tensor, dtype: torch.dtype
 
 
 def _check_written(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise RespecError unless the file holds exactly `tensors`, every bit of them."""
+    """Raise RespecError unless the file holds exactly `tensors`, equal in every bit."""
     with HFFolder(folder) as files:
         if files.names() != set(tensors):
             raise RespecError(f"{folder}: tensors {sorted(files.names() ^ set(tensors))} differ from those written")

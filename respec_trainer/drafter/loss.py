@@ -1,11 +1,11 @@
-"""The loss of the unrolled drafter, and how likely its drafts are to be accepted, depth by depth.
+"""The loss of the unrolled drafter, and the acceptance probability of its drafts at each depth.
 
-At depth k and position t the drafter's q predicts token x_{t+2+k}, of which the target said p:
+At depth k and position t the drafter's distribution q predicts token x_{t+2+k}; p is the target's distribution of it:
 
     loss   = sum_k decay^k * mean over drafted tokens of divergence(p, q)
-    alpha  = sum_v min(p(v), q(v))     how often verification by rejection sampling accepts the draft
-    top1   = p(argmax q)               how often sampling from the target hits the drafter's first choice, which is
-                                       what SGLang's default verification of sampled requests accepts
+    alpha  = sum_v min(p(v), q(v))     probability that verification by rejection sampling accepts the draft
+    top1   = p(argmax q)               probability that a sample from the target is the drafter's first choice, which
+                                       is what SGLang's default verification of sampled requests accepts
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from respec_trainer.drafter.walk import pass_tokens, verify_passes
 
 @dataclass
 class DepthSums:
-    """Sums over drafted tokens, [K] each, so that those of batches add up. Row weights count in `loss` alone.
+    """Sums over drafted tokens, [K] each; the sums of several batches can be added. Row weights affect `loss` alone.
 
-    `passes` and `gained` are of walks along the responses (walk.py), entry s - 1 with chains of s drafts; 0 where the
-    target did not say which its draft vocabulary is.
+    `passes` and `gained` are counted along the responses (walk.py), entry s - 1 for chains of s drafts. They are 0 if
+    TeacherOutput has no `draft_ids`.
     """
 
     loss: torch.Tensor
@@ -37,13 +37,16 @@ class DepthSums:
     top1: torch.Tensor
     tokens: torch.Tensor
     passes: torch.Tensor  # verify passes that the responses would have taken
-    gained: torch.Tensor  # tokens that those passes yield: the same for every s
+    gained: torch.Tensor  # tokens that those passes yield; the same for every s
 
     def __add__(self, other: DepthSums) -> DepthSums:
         return DepthSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def means(self) -> dict[str, list[float]]:
-        """Per depth "loss", "alpha", "top1", 0 where nothing was drafted; per s "accept_length", 1 without passes."""
+        """The means: "loss", "alpha" and "top1" per depth, and "accept_length" per s.
+
+        A depth at which nothing was drafted has 0, an s without passes has accept length 1.
+        """
         tokens = self.tokens.clamp(min=1)
         return {
             "loss": _weighted_mean(self.loss, self.weight).tolist(),
@@ -62,10 +65,10 @@ def distill_loss(
     chunk: int = 1024,
     kind: LossKind = "kl",
 ) -> tuple[torch.Tensor, DepthSums]:
-    """The loss of `batch` over `steps` unrolled steps, a scalar with gradient, and its per-depth sums without.
+    """Return the loss of `batch` over `steps` unrolled steps, a scalar with gradient, and its sums per depth, without.
 
-    Rows are weighted by `batch.weights`: a weighted mean, so weights all alike change nothing and a row of weight
-    zero leaves no trace in the loss. At most `chunk` tokens' draft logits exist at one time.
+    The loss is a mean over rows weighted by `batch.weights`: equal weights change nothing, and a row of weight zero
+    does not affect it. The draft logits of at most `chunk` tokens are in memory at one time.
     """
     row_of = (batch.response_mask.flatten().cumsum(0) - 1).view_as(batch.response_mask)  # into target's M rows
     columns = []
@@ -88,15 +91,16 @@ def distill_loss(
 
 
 def drafted_positions(response_mask: torch.Tensor, depth: int) -> torch.Tensor:
-    """Positions t [B, S] where serving drafts x_{t+2+depth}: x_{t+1} was sampled, the draft is a response's."""
+    """Mark [B, S] the positions t where serving drafts x_{t+2+depth}: x_{t+1} and x_{t+2+depth} are response tokens."""
     return shift_left(response_mask, 1) & shift_left(response_mask, 2 + depth)
 
 
 def predicted_accept_length(acceptance: Sequence[float], steps: int) -> float:
-    """Tokens gained per verify pass of `steps` drafts in a chain, the bonus token included: 1 + sum of products.
+    """Predict the tokens per verify pass of a chain of `steps` drafts, the bonus token included: 1 + sum of products.
 
-    The product of the first d entries of `acceptance` is the chance that d drafts or more are accepted, if depths are
-    independent and responses never end. Neither holds, so it says too much; for chosen drafts take a walk (walk.py).
+    The product of the first d entries of `acceptance` is the probability that d drafts or more are accepted, if depths
+    are independent and responses never end. Neither is true, so the prediction is too high. For drafts that are the
+    drafter's first choice, walk.py counts exactly. Raises ValueError if `acceptance` has fewer than `steps` entries.
     """
     if len(acceptance) < steps:
         raise ValueError(f"acceptance was measured at {len(acceptance)} depths, fewer than {steps} draft steps")
@@ -104,7 +108,7 @@ def predicted_accept_length(acceptance: Sequence[float], steps: int) -> float:
 
 
 def _compare_chunks(drafter, hidden, target, rows, weights, chunk: int, kind: LossKind) -> tuple[torch.Tensor, ...]:
-    """`_compare` over chunks, whose logits are computed again in the backward pass: sums added, choices joined."""
+    """Call `_compare` on chunks, add its sums and join its choices. The backward pass computes the logits again."""
     parts = list(zip(hidden.split(chunk), rows.split(chunk), weights.split(chunk), strict=True))
     again = torch.is_grad_enabled() and len(parts) > 1
     totals = []
@@ -119,9 +123,9 @@ def _compare_chunks(drafter, hidden, target, rows, weights, chunk: int, kind: Lo
 
 
 def _compare(drafter, hidden, target: TeacherOutput, rows, weights, kind: LossKind) -> tuple[torch.Tensor, ...]:
-    """Weighted loss, alpha and top1 of the drafts from `hidden` [n, H], summed, and the chosen draft ids [n].
+    """The sums of weighted loss, alpha and top1 of the drafts from `hidden` [n, H], and the chosen draft ids [n].
 
-    `rows` [n] index the target's rows.
+    `rows` [n] are indices of the target's rows.
     """
     log_q = drafter.logits(hidden).float().log_softmax(-1)
     log_p = target.draft_logits[rows].float() - target.logsumexp[rows, None]
@@ -134,5 +138,5 @@ def _compare(drafter, hidden, target: TeacherOutput, rows, weights, kind: LossKi
 
 
 def _weighted_mean(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """total / weight, and 0 where the weight is 0."""
+    """Return total / weight, and 0 where the weight is 0."""
     return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1.0), 0.0)

@@ -1,8 +1,8 @@
 """Muon: gradient descent with momentum whose update of a matrix is made orthogonal (Jordan et al. 2024).
 
-The update G = U S V^T becomes about U V^T by five steps of a quintic Newton-Schulz iteration, whose coefficients are
-theirs. torch.optim.Muon is the same, but iterates in bf16 on every machine: some twenty times slower than float32 on
-a processor that has no instructions for it (docs/benchmarks.md). This one iterates in bf16 only where that is quick.
+Five steps of a quintic Newton-Schulz iteration, with their coefficients, turn the update G = U S V^T into about U V^T.
+torch.optim.Muon computes the same, but iterates in bf16 on every machine: some twenty times slower than float32 on a
+processor without instructions for it (docs/benchmarks.md). This one iterates in bf16 only where that is quick.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 
 from respec_trainer.compat.precision import bf16_is_quick
 
-A, B, C = 3.4445, -4.7750, 2.0315  # their slope at zero is steep; singular values end between 0.7 and 1.2
+A, B, C = 3.4445, -4.7750, 2.0315  # steep at zero, so that few steps do; singular values end between 0.7 and 1.2
 STEPS = 5
 EPS = 1e-7
 
 
 class Muon(Optimizer):
-    """For matrices [out, in]; `weight_decay` is decoupled. The learning rate grows with sqrt(out / in) above square."""
+    """Optimizer of matrices [out, in]; `weight_decay` is decoupled. If out > in, `lr` is scaled by sqrt(out / in)."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -52,11 +52,11 @@ class Muon(Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T [out, in], in its dtype, by Newton-Schulz."""
+    """Approximate U V^T of a matrix U S V^T [out, in] by Newton-Schulz, in the matrix's dtype."""
     quick = matrix.device.type == "cuda" or bf16_is_quick()
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide.to(torch.bfloat16 if quick else torch.float32)
-    x = x / x.norm().clamp(min=EPS)  # above every singular value
+    x = x / x.norm().clamp(min=EPS)  # the norm is at least the largest singular value, so all become at most 1
     for _ in range(STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)

@@ -1,4 +1,4 @@
-"""DrafterShape: the numbers that decide a drafter, and what it must share with its target."""
+"""DrafterShape: the sizes of a drafter, and what it must share with its target."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from respec_trainer.errors import ConfigError
 from respec_trainer.models.registry import family_of
 from respec_trainer.models.rules import head_dim
 
-VOCABULARY_MULTIPLE = 64  # of the draft vocabulary: SGLang pads the head's rows to it
+VOCABULARY_MULTIPLE = 64  # the draft vocabulary's size must be a multiple: SGLang pads the head's rows to one
 
 
 @dataclass(frozen=True)
 class DrafterShape:
-    """Sizes as in the target's config. Heads, rope and positions are the target's, so the engine shares one cache."""
+    """Sizes, named as in the target's config. Heads, rope and positions are the target's: both share one cache."""
 
     hidden_size: int
     intermediate_size: int
@@ -48,7 +48,7 @@ class DrafterShape:
 
     @classmethod
     def for_target(cls, hf_config, draft_vocab_size: int, intermediate_size: int | None = None) -> DrafterShape:
-        """The shape of a drafter for the target of `hf_config`; its family chooses an `intermediate_size` of None."""
+        """The shape of a drafter for the target of `hf_config`. For `intermediate_size` None its family chooses one."""
         family = family_of(hf_config)
         return cls(
             hidden_size=hf_config.hidden_size,
@@ -71,8 +71,9 @@ class DrafterShape:
 def inverse_frequencies(rope: dict[str, Any], size: int) -> torch.Tensor:
     """RoPE's inverse frequencies [size / 2] in float32 for the types "default", "linear" and "llama3".
 
-    Llama 3 stretches wavelengths by `factor`, leaves those alone that repeat more than `high_freq_factor` times in
-    the original context, and goes linearly from one to the other in between. Raises ConfigError for another type.
+    Llama 3 divides a frequency by `factor` if its wave repeats less than `low_freq_factor` times in the original
+    context, keeps it above `high_freq_factor` times, and interpolates linearly in between. Raises ConfigError for
+    another type.
     """
     frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     kind = rope.get("rope_type", "default")

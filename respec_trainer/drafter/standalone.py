@@ -1,4 +1,4 @@
-"""A drafter that is an ordinary, smaller model: whether its folder can draft for the target."""
+"""Check that an ordinary, smaller model can draft for the target."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ REMEDY = "choose a smaller model of the target's own family"
 
 
 def check_standalone(folder: str, target_folder: str, target_config, device: str):
-    """The model's config; raises ConfigError unless it can draft for the target on `device`, "cpu" or "cuda"."""
+    """Return the drafter's config. Raises ConfigError if it cannot draft for the target on `device` ("cpu" or "cuda").
+
+    It must have the target's vocabulary and tokenizer, and at least as many positions.
+    """
     if device != "cpu":
         raise ConfigError(
             "speculation.algorithm=standalone does not work on GPUs yet: the engine sleeps while the actor trains, and "
-            "the drafter's weights would be lost, for they are pushed by nobody; set speculation.algorithm=eagle3, "
+            "the drafter's weights would be lost, because no push restores them; set speculation.algorithm=eagle3, "
             "ngram or none"
         )
     config = _read_config(Path(folder))

@@ -1,7 +1,8 @@
-"""What the drafter learns from: the target's features, token embeddings and next-token distributions.
+"""TeacherOutput, which a drafter learns from: the target's features, token embeddings and next-token distributions.
 
-`distill` knows only TeacherOutput. HFTeacher computes it with transformers, for training before a run; a live actor
-can supply the same from hidden states it kept and its output weight. Nothing of size [tokens, V] outlives a chunk.
+`distill` reads only TeacherOutput. HFTeacher computes it with transformers, for training before a run; in a run
+online/recall.py computes it from the actor's stored hidden states and output weight. No tensor of size [tokens, V] is
+kept for longer than a chunk.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from respec_trainer.models.registry import family_of
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """Of one batch [B, S] with M response tokens, counted row by row. No part carries a gradient."""
+    """The target's outputs on a batch [B, S] with M response tokens, counted row by row. None has a gradient."""
 
     features: torch.Tensor  # [B, S, 3H], the three feature layers' outputs, low to high
     embeddings: torch.Tensor  # [B, S, H], of the token at each position
-    draft_logits: torch.Tensor  # [M, Vd], the target's logits for each response token, the draft vocabulary's columns
-    logsumexp: torch.Tensor  # [M] float32, over the whole vocabulary
-    draft_ids: torch.Tensor | None = None  # [Vd], the draft vocabulary; without it no walk is taken (walk.py)
+    draft_logits: torch.Tensor  # [M, Vd], the target's logits for each response token, in the draft vocabulary
+    logsumexp: torch.Tensor  # [M] float32, of the logits over the whole vocabulary
+    draft_ids: torch.Tensor | None = None  # [Vd], the draft vocabulary; None: verify passes are not counted (walk.py)
 
 
 class Teacher(Protocol):
@@ -41,8 +42,10 @@ class HFTeacher:
         folder: the actor's folder.
         draft_ids: the draft vocabulary, [Vd].
         feature_layers: 0-based layers whose outputs are the features; never the last.
-        dtype, device: of the model and all it gives.
-        chunk: tokens whose logits over the whole vocabulary exist at one time.
+        dtype, device: of the model and its outputs.
+        chunk: largest number of tokens whose logits over the whole vocabulary are in memory at one time.
+
+    Raises ValueError for feature layers that the model does not have, or the last one.
     """
 
     def __init__(
@@ -67,10 +70,10 @@ class HFTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: DrafterBatch) -> TeacherOutput:
-        # Rows are right-padded and attention is causal, so no position that counts sees padding: no mask is needed.
+        # Rows are right-padded and attention is causal, so no token attends to padding: no mask is needed.
         with LayerOutputs(self.layers, self.feature_layers) as outputs:
             hidden = self.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        rows = hidden[:, :-1][batch.response_mask[:, 1:]]  # what stands before a token predicts it
+        rows = hidden[:, :-1][batch.response_mask[:, 1:]]  # the position before a token predicts it
         logits, logsumexp = draft_scores(rows, self.model.get_output_embeddings().weight, self.draft_ids, self.chunk)
         embeddings = self.model.get_input_embeddings()(batch.tokens)
         return TeacherOutput(torch.cat(outputs, -1), embeddings, logits, logsumexp, self.draft_ids)
@@ -79,9 +82,9 @@ class HFTeacher:
 def draft_scores(
     hidden: torch.Tensor, weight: torch.Tensor, draft_ids: torch.Tensor, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the draft vocabulary [M, Vd], and log-sum-exps over the whole one [M] in float32.
+    """Compute the logits of the draft vocabulary [M, Vd], and log-sum-exps over the whole vocabulary [M] in float32.
 
-    `hidden` [M, H] after the final norm, `weight` [V, H]; at most `chunk` x V logits exist at one time.
+    `hidden` [M, H] is after the final norm, `weight` [V, H]. At most `chunk` x V logits are in memory at one time.
     """
     logits, sums = [], []
     for part in hidden.split(chunk):

@@ -1,4 +1,4 @@
-"""The draft vocabulary: the target's most frequent response tokens, and the maps between the two numberings.
+"""The draft vocabulary: the target's most frequent response tokens, and the maps between draft ids and target ids.
 
 A draft id is an index into `ids` [Vd], the draft vocabulary's target ids in ascending order.
 """
@@ -12,13 +12,13 @@ from respec_trainer.errors import ConfigError
 
 # Tensors of a drafter's folder that are not learned: the vocabulary's maps, and the target's embedding.
 FIXED = ("d2t", "t2d", "embed_tokens.weight")
-LEAST_COVERAGE = 0.9  # of response tokens by the draft vocabulary: of less the user is told, the rest is never drafted
+LEAST_COVERAGE = 0.9  # share of response tokens in the draft vocabulary, below which the user is warned
 
 
 def draft_vocabulary(counts: torch.Tensor, size: int) -> torch.Tensor:
-    """The `size` most frequent target ids, ascending, [size] int64; of equally frequent ones the lowest.
+    """Return the `size` most frequent target ids, ascending, [size] int64. Of equally frequent ids the lower one wins.
 
-    `counts` [V] says how often each token occurred in responses. Raises ConfigError unless `size` is a multiple of 64
+    `counts` [V] holds how often each token occurred in responses. Raises ConfigError unless `size` is a multiple of 64
     and at most V.
     """
     if size <= 0 or size % VOCABULARY_MULTIPLE or size > len(counts):
@@ -31,7 +31,7 @@ def draft_vocabulary(counts: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def coverage(counts: torch.Tensor, ids: torch.Tensor) -> float:
-    """Share of the counted tokens that the draft vocabulary `ids` holds; 1.0 where nothing was counted."""
+    """The share of the counted tokens that are in the draft vocabulary `ids`; 1.0 if no token was counted."""
     total = counts.sum().item()
     return counts[ids].sum().item() / total if total else 1.0
 
@@ -42,12 +42,12 @@ def d2t(ids: torch.Tensor) -> torch.Tensor:
 
 
 def t2d(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Which target ids the draft vocabulary holds, [V] bool."""
+    """SGLang's mask of the draft vocabulary, [V] bool: True for target ids that it holds."""
     held = torch.zeros(vocab_size, dtype=torch.bool, device=ids.device)
     held[ids] = True
     return held
 
 
 def ids_from_d2t(difference: torch.Tensor) -> torch.Tensor:
-    """The inverse of `d2t`."""
+    """The draft vocabulary `ids` [Vd] of a map `d2t(ids)`."""
     return difference + torch.arange(len(difference), device=difference.device)

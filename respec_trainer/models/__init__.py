@@ -1,4 +1,4 @@
-"""What each family of models has of its own, one file a family. Every other package asks the family.
+"""Model families: all that differs between them, one file a family. Other packages look it up there.
 
-Needs neither torch nor transformers, for the engine's processes ask too.
+This package imports neither torch nor transformers, because the engine's processes import it too.
 """

@@ -1,4 +1,4 @@
-"""Family: all that one family of Hugging Face models has of its own."""
+"""Family: all that is specific to one family of Hugging Face models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from respec_trainer.models.layout import Rule
 from respec_trainer.models.limits import Limit
 from respec_trainer.models.names import Names
 
-# TransformerConfig's arguments that depend on the family.
+# Arguments of Megatron's TransformerConfig that depend on the family, with their usual values.
 MEGATRON = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -30,15 +30,14 @@ class Family:
     """A family of decoders. `hf_config` is always the Hugging Face config of one of its models.
 
     Args:
-        model_type: as in config.json.
-        architectures: of config.json, those that the actor trains and SGLang serves.
-        names: where the Hugging Face model keeps its parts.
-        limits: what a config may not ask for; see limits.py.
+        model_type: the model_type of config.json.
+        architectures: the architectures of config.json that the actor trains and SGLang serves.
+        names: the module paths of the Hugging Face model.
+        limits: checks for features that are not supported; see limits.py.
         megatron: arguments of Megatron's TransformerConfig.
-        in_layer: for each parameter of a Megatron layer the rule that makes it, in the order of the Hugging Face
-            tensors.
-        outside: the same for the parameters outside the layers, under Megatron's whole names.
-        fused: for each of SGLang's fused modules the Hugging Face modules that it holds, in its order.
+        in_layer: parameter of a Megatron layer -> the rule that makes it, in the order of the Hugging Face tensors.
+        outside: the same for the parameters outside the layers, under Megatron's full names.
+        fused: SGLang's fused module -> the Hugging Face modules that it holds, in SGLang's order.
         engine_models: SGLang's classes whose forward pass rollout/sglang/inside/cpu/forward.py computes.
         feature_layers: number of the target's layers -> the three whose outputs its EAGLE-3 drafter reads by default.
         drafter_width: hf_config -> the intermediate size of its drafter by default.
@@ -57,7 +56,7 @@ class Family:
     drafter_width: Callable[[Any], int] = same_width
 
     def problems(self, hf_config) -> Iterator[str]:
-        """What `hf_config` asks for and the actor does not have, one text each, with the key and the remedy."""
+        """Yield a text for each feature of `hf_config` that the actor does not support, with its key and the remedy."""
         named = hf_config.architectures or self.architectures
         if not set(named) & set(self.architectures):
             known = " or ".join(self.architectures)

@@ -6,15 +6,15 @@ from respec_trainer.errors import ConfigError
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """The layers SGLang 0.5.21 captures where the drafter's config names none; the same for every family."""
+    """The layers that SGLang 0.5.21 captures if the drafter's config names none; the same for every family."""
     return (1, num_layers // 2 - 1, num_layers - 4)
 
 
 def feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """SGLang's choice, or for a shallow target three that differ.
+    """SGLang's default layers, or three other layers if the target has too few for those to differ.
 
-    Never the last layer: SGLang captures a layer's output at the start of the next one. Raises ConfigError for a
-    target of fewer than four layers.
+    The last layer is never among them: SGLang captures a layer's output at the start of the next one. Raises
+    ConfigError for a target of fewer than four layers.
     """
     low, middle, high = default_feature_layers(num_layers)
     if 0 <= low < middle < high:

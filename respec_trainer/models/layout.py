@@ -1,7 +1,7 @@
-"""Layout: which parts of which Hugging Face tensors make one Megatron parameter.
+"""Layout: the parts of Hugging Face tensors that make one Megatron parameter.
 
-Megatron's whole parameter is a row of segments, each a range of a Hugging Face tensor along one dimension, and
-tensor-parallel rank r holds the r-th of `tp` equal cuts of that row. For example with tp=2 and two key/value heads:
+Megatron's full parameter is a sequence of segments, each a range of a Hugging Face tensor along one dimension, and
+tensor-parallel rank r holds the r-th of `tp` equal cuts of it. For example with tp=2 and two key/value heads:
 
     linear_qkv  [ q heads of group 0 | k_0 | v_0 | q heads of group 1 | k_1 | v_1 ]      cut in two
     linear_fc1  [ gate, first half | up, first half | gate, second half | up, second half ]   cut in two
@@ -20,7 +20,7 @@ Rule = Callable[[Any, int, str], "Layout"]
 
 @dataclass(frozen=True)
 class Segment:
-    """Entries start .. start + length of Hugging Face tensor `source`; of padding, where `source` is None."""
+    """Entries start .. start + length of Hugging Face tensor `source`; padding if `source` is None."""
 
     source: str | None
     start: int
@@ -29,16 +29,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one Megatron parameter is made. `dim` is where it is cut over tensor-parallel ranks.
+    """The segments of one Megatron parameter. `dim` is the dimension that is cut over tensor-parallel ranks.
 
-    None: it is replicated, and its one segment is all of a Hugging Face vector.
+    `dim` None: every rank holds the whole parameter, and its one segment is a whole Hugging Face vector.
     """
 
     dim: int | None
     segments: tuple[Segment, ...]
 
     def extents(self) -> dict[str, int]:
-        """Size along `dim` that each Hugging Face tensor must have; empty for a replicated parameter."""
+        """The size along `dim` that each Hugging Face tensor must have; empty for a replicated parameter."""
         sizes: dict[str, int] = {}
         for segment in self.segments if self.dim is not None else ():
             if segment.source is not None:
@@ -46,7 +46,7 @@ class Layout:
         return sizes
 
     def cut(self, rank: int, tp: int) -> list[Segment]:
-        """The segments, or parts of segments, in the `rank`-th of `tp` equal cuts."""
+        """Return the segments, or parts of segments, in the `rank`-th of `tp` equal cuts."""
         share = sum(segment.length for segment in self.segments) // tp
         low, high, offset, inside = rank * share, (rank + 1) * share, 0, []
         for segment in self.segments:

@@ -1,6 +1,6 @@
-"""What a family's config may not ask for, because Megatron or the engine would silently leave it out.
+"""Checks for features of a family's config that Megatron or the engine would silently ignore.
 
-A limit is a function hf_config -> None, or what is wrong with it: the key, its value, and what to do.
+A limit is a function hf_config -> a text with the key, its value and the remedy, or None if the config is fine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def silu(hf_config) -> str | None:
 
 
 def no_bias_keys(hf_config) -> str | None:
-    """attention_bias adds one to the output projection too."""
+    """Refuse attention_bias, which adds a bias to the output projection too, and mlp_bias."""
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(hf_config, bias, False):
             return f"{bias}=true, which is not supported; Qwen2's query, key and value biases are"
@@ -40,7 +40,7 @@ def no_dropout(hf_config) -> str | None:
 
 
 def frequency_rope(hf_config) -> str | None:
-    """RoPE of all of a head, of a variant that changes nothing but frequencies."""
+    """Accept RoPE over the whole head, of a variant that changes only the frequencies."""
     rope = hf_config.rope_parameters
     if rope["rope_type"] not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)

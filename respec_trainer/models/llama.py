@@ -1,4 +1,4 @@
-"""Llama 2 and 3: no biases, and no norms but the layers' own."""
+"""Llama 2 and 3: no biases, and no norms of queries and keys."""
 
 from __future__ import annotations
 

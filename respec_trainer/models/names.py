@@ -1,4 +1,4 @@
-"""Names: where a family's Hugging Face model keeps its parts."""
+"""Names: the module paths of a family's Hugging Face model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Names:
-    """Paths of modules, from the model down; those of a layer's parts, from the layer down."""
+    """Paths of modules: first those relative to the model, then those relative to a layer."""
 
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
@@ -37,7 +37,7 @@ class Names:
 
 
 def fused_modules(names: Names) -> dict[str, tuple[str, ...]]:
-    """For each module in which SGLang holds several of a layer's matrices, theirs, in its order."""
+    """SGLang's fused module -> the layer's Hugging Face modules that it holds, in SGLang's order."""
     attention, mlp = (names.query, names.key, names.value), (names.gate, names.up)
     return {"qkv_proj": tuple(map(leaf, attention)), "gate_up_proj": tuple(map(leaf, mlp))}
 

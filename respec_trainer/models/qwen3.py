@@ -1,4 +1,4 @@
-"""Qwen3: norms of queries and keys, over each head."""
+"""Qwen3: norms of queries and keys, one for each head's vector."""
 
 from __future__ import annotations
 

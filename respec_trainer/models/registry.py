@@ -1,4 +1,4 @@
-"""FAMILIES: the model families this trainer knows, by the model_type of their config.json."""
+"""FAMILIES: the model families that this trainer supports, by the model_type of their config.json."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FAMILIES: Registry[Family] = Registry(
 
 
 def head_weights() -> tuple[str, ...]:
-    """The names that the families give the output layer's weight, each once."""
+    """All names that the families give the output layer's weight, without duplicates."""
     return tuple(dict.fromkeys(FAMILIES[name].names.head_weight for name in FAMILIES))
 
 
 def family_named(model_type: str | None, key: str = "model.path") -> Family:
-    """The family of that model_type. `key` is what named the model, for errors.
+    """The family of that model_type. `key` is the configuration key of the model, for errors.
 
-    Raises ConfigError for an unknown one, with the nearest name and all names.
+    Raises ConfigError for an unknown type, with the nearest name and all names.
     """
     if model_type not in FAMILIES:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Rules for the parameters of a Megatron GPT model, from the names of the Hugging Face modules that make them."""
+"""Rules that build the layouts of a Megatron GPT model's parameters from the names of Hugging Face modules."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from respec_trainer.models.layout import Layout, Rule, Segment
 from respec_trainer.models.names import Names
 
-Size = Callable[[Any], int]  # of an hf_config
+Size = Callable[[Any], int]  # hf_config -> a size
 
 
 def head_dim(hf_config) -> int:
-    """Size of one attention head; Qwen2's config does not name it."""
+    """Size of one attention head. Qwen2's config has no head_dim, so it is computed."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def padded_vocab_size(hf_config, tp: int) -> int:
-    """Vocabulary rows Megatron holds: the next multiple of `tp`."""
+    """The number of vocabulary rows that Megatron holds: vocab_size rounded up to a multiple of `tp`."""
     return -(-hf_config.vocab_size // tp) * tp
 
 
@@ -31,7 +31,7 @@ def outside_layers(names: Names) -> dict[str, Rule]:
 
 
 def decoder_layer(names: Names, qkv_bias: bool = False, qk_norm: bool = False) -> dict[str, Rule]:
-    """Rules for a layer's parameters: with biases of queries, keys and values, or norms of queries and keys."""
+    """Rules for a layer's parameters, with optional biases on queries, keys and values or norms on queries and keys."""
     bias = {"self_attention.linear_qkv.bias": qkv(names, "bias")}
     norms = {
         "self_attention.q_layernorm.weight": replicated(f"{names.query_norm}.weight", head_dim),
@@ -52,12 +52,12 @@ def decoder_layer(names: Names, qkv_bias: bool = False, qk_norm: bool = False) -
 
 
 def replicated(source: str, size: Size = lambda config: config.hidden_size) -> Rule:
-    """A vector that every rank holds whole."""
+    """The rule of a vector that every rank holds whole."""
     return lambda config, tp, prefix: Layout(None, (Segment(prefix + source, 0, size(config)),))
 
 
 def vocabulary(source: str) -> Rule:
-    """A weight [V, H], padded at its end to a multiple of tp."""
+    """The rule of a weight [V, H], padded at its end to a multiple of tp rows."""
 
     def layout(config, tp: int, prefix: str) -> Layout:
         padding = padded_vocab_size(config, tp) - config.vocab_size
@@ -68,12 +68,12 @@ def vocabulary(source: str) -> Rule:
 
 
 def columns(source: str, size: Size) -> Rule:
-    """A row-parallel weight [out, in]: each rank holds some of the columns, whole."""
+    """The rule of a row-parallel weight [out, in]: each rank holds some columns, with all their rows."""
     return lambda config, tp, prefix: Layout(1, (Segment(prefix + source, 0, size(config)),))
 
 
 def qkv(names: Names, kind: str) -> Rule:
-    """Weights or biases of queries, keys and values, by group of heads."""
+    """The rule of the weights or biases (`kind`) of queries, keys and values, ordered by group of heads."""
 
     def layout(config, tp: int, prefix: str) -> Layout:
         head, groups = head_dim(config), config.num_key_value_heads
@@ -88,7 +88,7 @@ def qkv(names: Names, kind: str) -> Rule:
 
 
 def gate_and_up(names: Names) -> Rule:
-    """The two weights of the gated MLP: each rank holds the same rows of both."""
+    """The rule of the two weights of the gated MLP: each rank holds the same rows of both."""
 
     def layout(config, tp: int, prefix: str) -> Layout:
         rows = config.intermediate_size // tp

@@ -1,1 +1,1 @@
-"""What the policy is trained for: advantages, the weight of each token, the loss; `objective.kind` chooses."""
+"""Objectives of the policy: advantages, token weights and the loss; `objective.kind` chooses one."""

@@ -1,4 +1,4 @@
-"""How much better a response is than the others to the same prompt: baselines without a value model."""
+"""Advantages of responses over the others to the same prompt: baselines without a value model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 from respec_trainer.config import ObjectiveConfig
 
-# Relative to the largest reward of a group: float32 sums of the same nine numbers of one sign, in another order, differ
-# by at most this. A group that spans no more than this differs in rounding alone, which a division by its standard
-# deviation would make as large as any difference that was meant.
+# Relative to the largest reward of a group: float32 sums of the same nine numbers of one sign, added in different
+# orders, differ by at most this. If the rewards of a group differ by no more, the difference is rounding. Dividing by
+# their standard deviation would make it as large as a real difference.
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
@@ -20,21 +20,23 @@ def group_advantages(rewards: torch.Tensor, config: ObjectiveConfig) -> torch.Te
     samples.
 
     Advantages are exactly 0 where a reward is NaN (the sample was skipped), in a group with fewer than two scored
-    samples, and in one whose rewards are equal up to rounding: it has nothing to teach.
+    samples, and in a group whose rewards are equal up to rounding.
+
+    Raises ValueError for rewards of another shape, or n < 2.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [groups, samples] with at least 2 samples, not {tuple(rewards.shape)}")
     rewards = rewards.float()
     scored = ~rewards.isnan()
     advantages, counts = torch.zeros_like(rewards), scored.sum(1, keepdim=True)
-    for count in counts.unique().tolist():  # groups with as many scored samples make a full matrix
+    for count in counts.unique().tolist():  # groups with equally many scored samples make a full matrix
         if count >= 2:
             chosen = scored & (counts == count)
-            advantages[chosen] = _of_full_groups(rewards[chosen].view(-1, count), config.advantage).flatten()
+            advantages[chosen] = _full_group_advantages(rewards[chosen].view(-1, count), config.advantage).flatten()
     return advantages
 
 
-def _of_full_groups(rewards: torch.Tensor, kind: str) -> torch.Tensor:
+def _full_group_advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
     centered = rewards - rewards.mean(1, keepdim=True)
     spread = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True)
     largest = rewards.abs().amax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""LossInputs: what an objective's loss may look at, for some rows of a minibatch."""
+"""LossInputs: the inputs of an objective's loss, for some rows of a minibatch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class LossInputs:
     """B rows (whole responses) of S positions, on one device. Entry [b, t] belongs to token t of row b.
 
     Log-probs and entropies are in nats, at the sampling temperature, given the tokens before t. Outside `mask` they may
-    be anything, NaN too, and must not reach the loss: `log_ratio` and `log_mismatch` are 0 there.
+    have any value, even NaN, and must not affect the loss: `log_ratio` and `log_mismatch` are 0 there.
     """
 
-    logprobs: torch.Tensor  # [B, S] float32, of the actor as it is now; the only entry with a gradient
-    entropies: torch.Tensor  # [B, S] float32, of the actor's distribution at t as it is now
+    logprobs: torch.Tensor  # [B, S] float32, of the current actor; the only entry with a gradient
+    entropies: torch.Tensor  # [B, S] float32, of the current actor's distribution at t
     old: torch.Tensor  # [B, S] float32, log-probs of the actor before the step's first update
     sampler: torch.Tensor  # [B, S] float32, log-probs of the engine when it drew the token
     advantages: torch.Tensor  # [B] float32, from the objective's `advantages`
@@ -26,7 +26,7 @@ class LossInputs:
 
     @property
     def log_ratio(self) -> torch.Tensor:
-        """logprobs - old, [B, S]: the log of how much likelier the updates so far have made each token."""
+        """logprobs - old, [B, S]: the log of the importance ratio of the current actor to that before the updates."""
         return self._masked(self.logprobs) - self._masked(self.old)
 
     @property

@@ -1,4 +1,4 @@
-"""An estimator of the divergence of two distributions, of log-probs of tokens drawn from one of them."""
+"""An estimator of the KL divergence of two distributions, from log-probs of tokens drawn from one of them."""
 
 from __future__ import annotations
 

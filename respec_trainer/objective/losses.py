@@ -1,4 +1,4 @@
-"""Losses of a policy's tokens, and what is measured of the policy beside them."""
+"""Losses of a policy's tokens, and metrics of the policy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def clipped_policy_gradient(inputs: LossInputs, config: ObjectiveConfig) -> tupl
         r    = exp(logprobs - old)
         loss = -sum of weight * rho * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) over tokens
 
-    Source: PPO (arXiv 1707.06347, eq. 7), as GRPO uses it (arXiv 2402.03300, eq. 3); two clips: DAPO (arXiv
-    2503.14476, section 3.1). rho is the factor of objective.correction, without a gradient; see `mismatch`.
+    Source: PPO (arXiv 1707.06347, eq. 7), as GRPO uses it (arXiv 2402.03300, eq. 3); separate clip_low and clip_high:
+    DAPO (arXiv 2503.14476, section 3.1). rho is the factor of objective.correction, without a gradient; see
+    mismatch.py.
     """
     mismatch = inputs.log_mismatch
     gains, clipped = clipped_gains(inputs.log_ratio.exp(), inputs.advantages[:, None], config)
@@ -31,9 +32,9 @@ def clipped_policy_gradient(inputs: LossInputs, config: ObjectiveConfig) -> tupl
 def clipped_gains(
     ratio: torch.Tensor, advantages: torch.Tensor, config: ObjectiveConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """min(r A, clip(r) A) of each token, and whether the clip is the smaller: then the token has no gradient.
+    """min(r A, clip(r) A) of each token, and True where the clipped term is the smaller: such a token has no gradient.
 
-    ratio: [B, S]. advantages: [B, S] or [B, 1].
+    ratio: [B, S]. advantages: [B, S] or [B, 1]. Both results are [B, S].
     """
     gains = ratio * advantages
     limited = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages

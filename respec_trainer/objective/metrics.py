@@ -1,11 +1,11 @@
-"""Metrics of an update: each knows how it is combined over micro-batches, minibatches and ranks, and what it tells.
+"""Metrics of an update. Each type of metric defines how it is combined over micro-batches, minibatches and ranks.
 
     Tokens(mask).mean(values)     the mean over the tokens where mask is True
     Tokens(mask).largest(values)  the largest of them; `smallest` likewise
     PerUpdate.of(value)           added up over micro-batches and ranks, then the mean over updates
 
-An objective's loss returns `Metrics` of its micro-batch; the actor combines them with `merge`, over data-parallel ranks
-with `pack` and `unpack`, and once a step copies all from the device, with `finish`.
+An objective's loss returns `Metrics` of its micro-batch. The actor combines them with `merge`, over data-parallel ranks
+with `pack` and `unpack`, and copies all of them from the device once a step, with `finish`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Metric(ABC):
     """One number of an update, in parts that can be combined. Subclasses are frozen dataclasses of Scalars."""
 
     added: ClassVar[tuple[str, ...]] = ()  # fields that add up
-    compared: ClassVar[tuple[str, ...]] = ()  # fields of which the largest stays
+    compared: ClassVar[tuple[str, ...]] = ()  # fields of which the maximum is kept
 
     @abstractmethod
     def finish(self, updates: int) -> float | None:
-        """The number, of a metric of floats that was merged over `updates` updates; None: there is none to report."""
+        """Return the number to report, from fields that are floats merged over `updates` updates; None: report none."""
 
 
 Metrics = Mapping[str, Metric]
@@ -36,7 +36,7 @@ Metrics = Mapping[str, Metric]
 
 @dataclass(frozen=True)
 class Mean(Metric):
-    """total / count. `empty` is what it tells where count is 0."""
+    """The mean, total / count; `empty` if count is 0."""
 
     total: Scalar
     count: Scalar
@@ -49,14 +49,14 @@ class Mean(Metric):
 
 @dataclass(frozen=True)
 class PerUpdate(Metric):
-    """A number of which each update has one, such as the loss: its mean over updates."""
+    """The mean over updates of a number that each update has, such as the loss."""
 
     total: Scalar
     added = ("total",)
 
     @classmethod
     def of(cls, value: torch.Tensor) -> PerUpdate:
-        """The metric of a tensor of one element, without its gradient."""
+        """Make the metric of a tensor of one element, without its gradient."""
         return cls(value.detach().double())
 
     def finish(self, updates: int) -> float:
@@ -67,7 +67,7 @@ class PerUpdate(Metric):
 class Extreme(Metric):
     """The largest of all values (sign 1), or the smallest (sign -1); not reported where count is 0."""
 
-    signed: Scalar  # sign times the extreme, so that one reduction, the largest, does for both
+    signed: Scalar  # sign times the extreme, so that a maximum combines both kinds
     count: Scalar
     sign: float
     added = ("count",)
@@ -80,14 +80,14 @@ class Extreme(Metric):
 class Tokens:
     """The tokens where mask [B, S] is True; makes metrics over them from values [B, S].
 
-    `empty` is what a mean tells where there is no such token in a whole step: 0, or None to leave it out.
+    `empty` is the value of a mean if a whole step has no such token: 0, or None to leave it out.
     """
 
     def __init__(self, mask: torch.Tensor, empty: float | None = 0.0):
         self.mask, self.count, self.empty = mask, mask.sum().double(), empty
 
     def mean(self, values: torch.Tensor) -> Mean:
-        """The mean of numbers; of booleans the share that is True."""
+        """The mean of numbers, or for booleans the share that is True."""
         inside = torch.where(self.mask, values.detach(), values.new_zeros(()))
         return Mean(inside.sum().double(), self.count, self.empty)
 
@@ -99,7 +99,7 @@ class Tokens:
 
 
 def merge(parts: Sequence[Metrics]) -> Metrics:
-    """Metrics of several micro-batches or minibatches as one. Raises ValueError where they have not the same names."""
+    """Combine the metrics of several micro-batches or minibatches. Raises ValueError if their names differ."""
     for part in parts:
         if part.keys() != parts[0].keys():
             names = ", ".join(sorted(part.keys() ^ parts[0].keys()))
@@ -111,9 +111,10 @@ def merge(parts: Sequence[Metrics]) -> Metrics:
 
 
 def pack(metrics: Metrics) -> tuple[torch.Tensor, torch.Tensor]:
-    """What adds up over ranks [N], and of what the largest stays [M], for one reduction each; `unpack` is its inverse.
+    """Put the fields to add over ranks in one tensor [N], and those to take the maximum of in another [M].
 
-    Every rank's metrics must have the same names, in the same order.
+    Each tensor needs one reduction; `unpack` is the inverse. Every rank's metrics must have the same names, in the same
+    order.
     """
     added = [getattr(metric, field) for metric in metrics.values() for field in metric.added]
     compared = [getattr(metric, field) for metric in metrics.values() for field in metric.compared]
@@ -122,7 +123,7 @@ def pack(metrics: Metrics) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unpack(metrics: Metrics, added: Iterable[Scalar], compared: Iterable[Scalar]) -> Metrics:
-    """The same metrics with other values, in the order of `pack`."""
+    """Return the same metrics with other values, given in the order of `pack`."""
     added, compared = iter(added), iter(compared)
     return {
         name: replace(
@@ -135,11 +136,11 @@ def unpack(metrics: Metrics, added: Iterable[Scalar], compared: Iterable[Scalar]
 
 
 def finish(metrics: Metrics, updates: int = 1) -> dict[str, float]:
-    """What metrics merged over `updates` updates tell, in one copy from the device."""
+    """Return the numbers to report of metrics merged over `updates` updates, with one copy from the device."""
     added, compared = pack(metrics)
     values = torch.cat([added, compared]).tolist()
-    told = unpack(metrics, values[: len(added)], values[len(added) :])
-    numbers = {name: metric.finish(updates) for name, metric in told.items()}
+    copied = unpack(metrics, values[: len(added)], values[len(added) :])
+    numbers = {name: metric.finish(updates) for name, metric in copied.items()}
     return {name: number for name, number in numbers.items() if number is not None}
 
 

@@ -1,4 +1,4 @@
-"""The mismatch between sampler and actor: what is measured of it, and how the loss is corrected for it.
+"""The mismatch between sampler and actor: its metrics, and the correction of the loss for it.
 
 The engine computes the same model's log-probs with other kernels, so its distribution is not quite the actor's. With
 the actor's log-prob before the step's updates (old) and the engine's when it drew the token (sampler),
@@ -13,11 +13,11 @@ rho_t = exp(old - sampler) is the importance ratio of token t. It has no gradien
                     with rho_geo = (rho_1 ... rho_T)^(1/T)        Optimization via Sequence Masking", 2025, section 3)
 
 The last is the length-independent form of sequence-level masked importance sampling (Liu et al., "When Speed Kills
-Stability", 2025), which masks by the product of a response's ratios and also weighs by it: a product leaves any fixed
-bounds as responses grow longer.
+Stability", 2025). That method masks and weighs by the product of a response's ratios, which leaves any fixed bounds as
+responses grow longer.
 
-Masked tokens stay in the loss's denominator, which is that of the whole minibatch: a mask takes tokens out of the sum
-and does not make the others count more, so a step that is mostly masked is a small step.
+Masked tokens stay in the loss's denominator, which is that of the whole minibatch. So a mask does not increase the
+weight of the other tokens, and a step that is mostly masked is a small step.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ THRESHOLDS = (1.1, 1.5, 2)  # of max(rho, 1 / rho), above which a token is count
 def correction_weights(
     log_ratio: torch.Tensor, mask: torch.Tensor, config: ObjectiveConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor of each token's loss, and whether truncation or a mask changed it; both [B, S].
+    """The factor of each token's loss, and True where truncation or a mask changed it; both [B, S].
 
     Args:
         log_ratio: [B, S], old - sampler, 0 outside the response. mask: [B, S] bool, the response tokens of whole rows.
 
-    A ratio that is NaN gets a factor of NaN, never 0: then the loss is not finite, and the step is refused.
+    A NaN ratio gives a NaN factor, not 0: the loss is then not finite, and the step is refused.
     """
     ratio = log_ratio.exp()
     if config.correction == "tis":
@@ -72,16 +72,16 @@ def mismatch_metrics(
     origins: torch.Tensor,
     names: Mapping[str, int] = ORIGINS,
 ) -> Metrics:
-    """`mismatch/*`: divergence, extremes and shares over tokens, and the divergence of the tokens of each origin.
+    """The `mismatch/*` metrics: k3 estimates of the divergence for all tokens and by origin, extremes and shares.
 
-    Only the divergence over all tokens is one: the origin depends on the token drawn, so the origins divide its sum by
-    how easy tokens are to draft.
+    Only the mean over all tokens estimates a KL divergence. The origin depends on the token drawn, so the means by
+    origin are not divergences: they split the sum by how easy tokens are to draft.
 
     Args:
         log_ratio, mask: as for `correction_weights`, which returns `changed`.
         origins: [B, S] int8, as Sample.origins. names: the origins to report, by their names.
     """
-    # In float64, because where sampler and actor nearly agree k3 is the small difference of two like numbers.
+    # In float64: if sampler and actor nearly agree, k3 is a small difference of two nearly equal numbers.
     log_ratio = log_ratio.double()
     ratio, divergence, distance, tokens = log_ratio.exp(), k3(log_ratio), log_ratio.abs(), Tokens(mask)
     metrics = {"mismatch/kl": tokens.mean(divergence), "mismatch/clipped": tokens.mean(changed)}

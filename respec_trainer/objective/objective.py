@@ -1,4 +1,4 @@
-"""Objective: what `objective.kind` chooses, as three pure functions of tensors and the `objective` section."""
+"""Objective: three pure functions of tensors and the `objective` section, chosen by `objective.kind`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from respec_trainer.objective.metrics import Metrics
 
 @dataclass(frozen=True)
 class Objective:
-    """The three functions of one objective. To change one of another's: `dataclasses.replace(GRPO, loss=...)`."""
+    """The three functions of one objective. `dataclasses.replace(GRPO, loss=...)` changes one of another objective."""
 
     # (rewards [G, n] float, config) -> advantages [G, n] float32. One row a prompt, on the CPU, the same on every rank;
     # NaN where a sample was skipped, whose advantage must be 0.

@@ -1,4 +1,4 @@
-"""The objectives that `objective.kind` chooses among, and the one that it chose with a run's settings."""
+"""OBJECTIVES: the values of `objective.kind`; RunObjective: the chosen objective with a run's settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OBJECTIVES: Registry[Objective] = Registry("objective.kind", {"grpo": GRPO})
 
 
 class RunObjective:
-    """A run's objective with its settings: what trainer and actor ask."""
+    """A run's objective with its settings, as trainer and actor call it."""
 
     def __init__(self, objective: Objective, config: ObjectiveConfig):
         self._functions, self._config = objective, config
@@ -23,7 +23,7 @@ class RunObjective:
     def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         """Advantages [G, n] float32 of rewards [G, n], NaN where a sample was skipped.
 
-        Raises ValueError where the objective's are not one for each reward.
+        Raises ValueError unless the objective returns one advantage for each reward.
         """
         advantages = self._functions.advantages(rewards, self._config)
         if advantages.shape != rewards.shape:
@@ -34,7 +34,7 @@ class RunObjective:
         return advantages
 
     def token_weights(self, mask: torch.Tensor, tokens: float, sequences: float) -> torch.Tensor:
-        """Weight [B, S] in the loss of each token of mask [B, S]; `tokens` and `sequences` count the minibatch's."""
+        """The weight [B, S] of each token of mask [B, S] in the loss; see `aggregation.token_weights`."""
         return self._functions.token_weights(mask, tokens, sequences, self._config)
 
     def loss(self, inputs: LossInputs) -> tuple[torch.Tensor, Metrics]:
@@ -43,5 +43,5 @@ class RunObjective:
 
 
 def setup_objective(config: ObjectiveConfig) -> RunObjective:
-    """The objective that `objective.kind` names. Raises ConfigError, with the nearest name, where there is none."""
+    """The objective that `objective.kind` names. Raises ConfigError, with the nearest name, for an unknown kind."""
     return RunObjective(OBJECTIVES[config.kind], config)

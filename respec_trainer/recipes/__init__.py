@@ -1,1 +1,1 @@
-"""How the models that a run starts from are made: the small actor of the quickstart, and a drafter for any actor."""
+"""Recipes for the models that a run starts from: the small actor of the quickstart, and a drafter for any actor."""

@@ -1,4 +1,4 @@
-"""A drafter for any actor: sample the actor's own responses, distill it from them, measure it on responses kept back.
+"""A drafter for any actor: sample the actor's responses, distill the drafter on most of them, measure it on the rest.
 
 The responses come from the same engine that serves the run, without speculation.
 """
@@ -39,15 +39,15 @@ from respec_trainer.errors import ConfigError, DataError
 from respec_trainer.recipes.folder import fingerprint, make_once
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
-# Raise it whenever the code makes something else of an equal recipe: folders made before are then made anew.
+# Increase it whenever an equal recipe gives another result than before: older folders are then made again.
 REVISION = 3
 
-Log = Callable[[str], None]
+Notify = Callable[[str], None]
 Sampler = Callable[[Sequence[Request]], list[Sample]]
 
 
 class PromptFormat(Section):
-    """How prompts are read; the same as the run's `data` section."""
+    """Settings for reading prompts, with the meanings of the run's `data` section."""
 
     prompt_column: str = "question"
     answer_column: str = "answer"
@@ -56,19 +56,19 @@ class PromptFormat(Section):
 
 
 class RolloutRecipe(Section):
-    prompts: PositiveInt  # distinct ones, drawn at random from the data; fewer if it holds fewer
+    prompts: PositiveInt  # number of different prompts, drawn at random from the data; all if it holds fewer
     samples_per_prompt: PositiveInt = 2
-    held_out: PositiveInt = 64  # of the prompts, whose responses only measure the drafter
+    held_out: PositiveInt = 64  # number of prompts whose responses only measure the drafter
     max_new_tokens: PositiveInt
     engine: EngineConfig = EngineConfig()
 
 
 class TrainingRecipe(Section):
     updates: PositiveInt | None = None
-    epochs: PositiveInt | None = None  # over the responses; instead of updates
+    epochs: PositiveInt | None = None  # passes over the responses, instead of `updates`
     batch_size: PositiveInt = 32  # responses
-    by_length: bool = True  # batches of responses of like length: less padding, but no fair samples
-    unroll: PositiveInt = 5  # draft steps simulated in training; at least those the engine will draft
+    by_length: bool = True  # True: responses of similar length in a batch, less padding; False: fair samples
+    unroll: PositiveInt = 5  # draft steps unrolled in training; at least as many as the engine will draft
     loss: LossKind = "kl"  # drafter/divergence.py
     decay: Fraction = 0.8
     lr: PositiveFloat = 2e-3  # AdamW: norms and the output layer, or everything if matrix_lr is null
@@ -82,14 +82,14 @@ class TrainingRecipe(Section):
         return self
 
     def updates_for(self, responses: int) -> int:
-        """How many updates `responses` responses to learn from take."""
+        """The number of updates for `responses` responses to learn from."""
         return self.updates or self.epochs * math.ceil(responses / self.batch_size)
 
 
 class DrafterRecipe(Section):
     seed: NonNegativeInt = 0
     draft_vocab: Annotated[int, Field(ge=64, multiple_of=64)]
-    draft_steps: PositiveInt = 3  # s: for which an accept length is predicted
+    draft_steps: PositiveInt = 3  # draft steps for which an accept length is predicted
     prompts: PromptFormat = PromptFormat()
     rollouts: RolloutRecipe
     training: TrainingRecipe
@@ -101,18 +101,19 @@ def make_drafter(
     data: Path,
     folder: Path,
     start: Path | None = None,
-    log: Log = print,
+    notify: Notify = print,
     sampler: Sampler | None = None,
 ) -> bool:
-    """Train a drafter for `actor` on its responses to the prompts of `data`; returns whether it was made now.
+    """Train a drafter for `actor` on its responses to the prompts of `data`. Returns False if it existed already.
 
-    A folder made before by the same recipe, actor, data and start is left as it is.
+    A folder made before by the same recipe, actor, data and start is not changed.
 
     Args:
-        start: an existing drafter for this actor to train on from, with its draft vocabulary; default: a new one.
-        sampler: answers requests; default: an engine on this machine.
+        start: an existing drafter for this actor to train further, with its draft vocabulary; default: a new one.
+        notify: informs the user.
+        sampler: draws responses to requests; default: an engine on this machine.
 
-    Raises ConfigError or DataError where actor, data or start cannot be used.
+    Raises ConfigError or DataError if actor, data or start cannot be used.
     """
     for path, what in ((actor, "actor"), (data, "data"), *(((start, "drafter to start from"),) if start else ())):
         if not path.exists():
@@ -127,10 +128,12 @@ def make_drafter(
         "start": fingerprint(start) if start else None,
         **recipe.model_dump(mode="json"),
     }
-    return make_once(folder, description, lambda out: _make(recipe, actor, data, out, start, log, sampler))
+    return make_once(folder, description, lambda out: _make(recipe, actor, data, out, start, notify, sampler))
 
 
-def _make(recipe: DrafterRecipe, actor: Path, data: Path, out: Path, start: Path | None, log: Log, sampler) -> dict:
+def _make(
+    recipe: DrafterRecipe, actor: Path, data: Path, out: Path, start: Path | None, notify: Notify, sampler
+) -> dict:
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hf_config, prompts = _read(recipe, actor, data)
@@ -139,29 +142,29 @@ def _make(recipe: DrafterRecipe, actor: Path, data: Path, out: Path, start: Path
     held_out = recipe.rollouts.held_out * recipe.rollouts.samples_per_prompt
     unseen, seen = (_rollouts(part) for part in (samples[:held_out], samples[held_out:]))
     sampling = time.perf_counter() - began
-    log(f"{len(samples)} responses, {sum(len(s.response_ids) for s in samples)} tokens, in {sampling:.0f} s")
+    notify(f"{len(samples)} responses, {sum(len(s.response_ids) for s in samples)} tokens, in {sampling:.0f} s")
     if ids is None:
         ids = draft_vocabulary(seen.token_counts(hf_config.vocab_size), recipe.draft_vocab)
     drafter.to(device)
     teacher = HFTeacher(actor, ids, drafter.shape.feature_layers, device=device)
     settings = _settings(recipe, device, len(seen))
-    distill(drafter, teacher, seen, settings, _progress(log, settings.updates))
-    # What is measured is what is served: the weights as saved, in bf16.
+    distill(drafter, teacher, seen, settings, _progress(notify, settings.updates))
+    # Measure the weights as an engine will serve them: as saved, in bf16.
     save_drafter(drafter, ids, out)
     measured = evaluate(load_drafter(out, hf_config)[0].to(device), teacher, unseen, settings)
     covered = coverage(unseen.token_counts(hf_config.vocab_size), ids)
     facts = _facts(measured, covered, recipe.draft_steps, time.perf_counter() - began)
     for line in summary(facts, recipe.draft_steps):
-        log(line)
+        notify(line)
     return facts
 
 
 def _begin(recipe: DrafterRecipe, hf_config, start: Path | None) -> tuple[Eagle3Drafter, torch.Tensor | None]:
-    """The drafter to train, and its draft vocabulary if it has one yet; before a response is sampled for it."""
+    """Make the drafter to train, and its draft vocabulary if it has one; refuse errors before the costly sampling."""
     if start:
         return load_drafter(start, hf_config)
     shape = DrafterShape.for_target(hf_config, recipe.draft_vocab)
-    inverse_frequencies(shape.rope, shape.head_dim)  # refuses a rope that no drafter can have
+    inverse_frequencies(shape.rope, shape.head_dim)  # raises for a rope type that drafters do not support
     return Eagle3Drafter(shape, seed=recipe.seed), None
 
 
@@ -176,7 +179,7 @@ def _facts(measured: Evaluation, covered: float, steps: int, seconds: float) -> 
 
 
 def summary(facts: dict[str, Any], steps: int) -> list[str]:
-    """What training came to, for people."""
+    """The results of training as lines of text."""
     row = "  ".join(f"{p:.3f}" for p in facts["acceptance"])
     overlap = "  ".join(f"{p:.3f}" for p in facts["overlap"])
     lines = [
@@ -193,7 +196,7 @@ def summary(facts: dict[str, Any], steps: int) -> list[str]:
 
 
 def _read(recipe: DrafterRecipe, actor: Path, data: Path) -> tuple[Any, list[Prompt]]:
-    """The actor's config, and prompts in a seeded order, the ones to hold out first."""
+    """Read the actor's config, and prompts in a seeded order, the held-out ones first."""
     define_torchvision_operators()
     from transformers import AutoConfig, AutoTokenizer
 
@@ -217,7 +220,7 @@ def _requests(recipe: DrafterRecipe, prompts: list[Prompt]) -> list[Request]:
 
 
 def engine_sampler(recipe: DrafterRecipe, actor: Path, device: str) -> Sampler:
-    """Answers requests with an SGLang engine that lives as long as the call."""
+    """Return a sampler that starts an SGLang engine for each call, and stops it at the end."""
     from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
     def sample(requests: Sequence[Request]) -> list[Sample]:
@@ -257,10 +260,10 @@ def _settings(recipe: DrafterRecipe, device: str, responses: int) -> DistillSett
     )
 
 
-def _progress(log: Log, updates: int) -> Callable[[dict], None]:
+def _progress(notify: Notify, updates: int) -> Callable[[dict], None]:
     def progress(record: dict) -> None:
         if record["update"] % 50 == 0 or record["update"] == updates:
             depths = " ".join(f"{p:.3f}" for p in record["top1"])
-            log(f"update {record['update']}/{updates}  loss {record['loss']:.3f}  acceptance by depth {depths}")
+            notify(f"update {record['update']}/{updates}  loss {record['loss']:.3f}  acceptance by depth {depths}")
 
     return progress

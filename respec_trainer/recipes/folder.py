@@ -1,4 +1,4 @@
-"""Folders that are made once: what is asked for is hashed, and a folder that carries the same hash is left as it is."""
+"""Folders that are made once: a folder keeps the hash of its recipe, and is not made again for the same recipe."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ RECIPE = "recipe.json"
 
 
 def make_once(folder: Path, recipe: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> bool:
-    """Have `make` fill `folder`, unless it was filled by an equal recipe before. Returns whether it was made now.
+    """Make `folder` with `make`, unless an equal recipe made it before. Returns whether it was made now.
 
-    `make` creates the folder it is given, beside the final one, which it replaces only when complete: an interrupted
-    run leaves nothing that looks finished, and what a killed one leaves is removed by the next to make `folder`. What
-    `make` returns is kept in recipe.json.
+    `make` creates a new folder at the path it gets, next to the final one. The new folder replaces the final one only
+    when complete, so an interrupted run leaves nothing that looks finished; the next call removes what a killed run
+    left. The facts that `make` returns are kept in recipe.json.
 
-    Raises ConfigError if `folder` holds something that was not made here, instead of replacing it.
+    Raises ConfigError, and does not replace `folder`, if it holds something that no recipe made.
     """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     made = read_recipe(folder)
@@ -42,7 +42,7 @@ def make_once(folder: Path, recipe: dict[str, Any], make: Callable[[Path], dict[
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
-    """What recipe.json says: `hash`, `recipe`, `facts`. None if `folder` was not made by a recipe."""
+    """Read recipe.json: `hash`, `recipe`, `facts`. None if `folder` was not made by a recipe."""
     try:
         made = json.loads((folder / RECIPE).read_text())
     except (OSError, json.JSONDecodeError):

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from respec_trainer.data.word_problems import Problem, equations
 
-IGNORED = -100  # a target that is not learned, torch's default
+IGNORED = -100  # a target that is not learned, torch's default ignore_index
 POOL = 16  # batches drawn together and sorted by length, so that little of a batch is padding
-SHEET_TOKENS = 64
+SHEET_TOKENS = 64  # least length of a row of equations
 
 
 @dataclass(frozen=True)
 class Row:
     ids: list[int]
-    targets: list[int]  # ids, or IGNORED, position for position
+    targets: list[int]  # at each position its id, or IGNORED
 
 
 class Lessons:
@@ -54,11 +54,11 @@ class Lessons:
         ]
 
     def _answer(self, problem: Problem) -> str:
-        """The worked solution, or its last line alone."""
+        """Return the worked solution or, with probability `direct`, its last line alone."""
         return problem.answer.splitlines()[-1] if self.random.random() < self.direct else problem.answer
 
     def _sheet_rows(self, count: int) -> list[Row]:
-        """Equations one after the other; what stands right of the equals sign is learned."""
+        """Make rows of equations, one after the other; the results after the equals signs are the targets."""
         rows = []
         while len(rows) < count:
             pairs = [pair for problem in self._take(8 * POOL) for pair in equations(problem)]

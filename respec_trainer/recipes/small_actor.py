@@ -1,8 +1,8 @@
 """The small actor of the quickstart: a Qwen3 that has nearly learned arithmetic word problems, ready for RL.
 
-It answers in two ways. Mostly it works the problem out line by line, and is mostly right; for a share of the problems
-it was shown the bare answer, and guesses. Reinforcement learning finds that working it out pays, as it does for large
-models, and reward climbs within tens of steps.
+It answers in two ways, because its teaching shows worked solutions for most problems and only the final answer for the
+others. With a worked solution it is mostly right; without one it guesses. Reinforcement learning makes worked solutions
+more frequent, as it does in large models, and the reward rises within tens of steps.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from respec_trainer.recipes.solve import solve_rate
 from respec_trainer.recipes.supervised import train_supervised
 from respec_trainer.recipes.tokenizer import train_tokenizer
 
-# Raise it whenever the code makes something else of an equal recipe: folders made before are then made anew.
+# Increase it whenever an equal recipe gives another result than before: older folders are then made again.
 REVISION = 3
-# The streams of problems of one seed: what the model is taught, what RL trains on, and what tests it.
+# The streams of problems of one seed: those for supervised learning, for RL, and for tests.
 TEACHING, TRAINING, TESTING = 0, 1, 2
 
-Log = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 class ModelRecipe(Section):
@@ -46,7 +46,7 @@ class ModelRecipe(Section):
 
 class ProblemRecipe(Section):
     mix: dict[int, float]  # weight of each number of arithmetic steps, 1 to 4
-    largest: Annotated[int, Field(ge=4, le=100)] = 30  # of the numbers told
+    largest: Annotated[int, Field(ge=4, le=100)] = 30  # limit of the numbers in a question
     template: str = "Q: {prompt}\nA: "
 
     @model_validator(mode="after")
@@ -58,8 +58,8 @@ class ProblemRecipe(Section):
 class TeachingRecipe(Section):
     steps: PositiveInt
     problems: PositiveInt = 8  # word problems a batch
-    sheets: NonNegativeInt = 8  # sheets of bare equations a batch: several times more arithmetic a token
-    direct: Fraction = 0.4  # share of the word problems shown with the bare answer
+    sheets: NonNegativeInt = 8  # rows of equations without text a batch: several times more arithmetic per token
+    direct: Fraction = 0.4  # share of the word problems shown with the final answer alone
     lr: PositiveFloat = 3e-3  # AdamW: embeddings, norms, output layer
     matrix_lr: PositiveFloat = 2e-2  # Muon: the layers' matrices
     warmup_steps: NonNegativeInt = 50
@@ -79,16 +79,16 @@ class ActorRecipe(Section):
     prompts: PromptRecipe = PromptRecipe()
 
 
-def make_actor(recipe: ActorRecipe, folder: Path, log: Log = print) -> bool:
-    """Make tokenizer, model and data/{train,test}.jsonl in `folder`, unless they were made by an equal recipe.
+def make_actor(recipe: ActorRecipe, folder: Path, notify: Notify = print) -> bool:
+    """Make tokenizer, model and data/{train,test}.jsonl in `folder`, unless an equal recipe made them before.
 
-    Returns whether they were made now.
+    Returns whether they were made now. `notify` informs the user.
     """
     description = {"kind": "small actor", "revision": REVISION, **recipe.model_dump(mode="json")}
-    return make_once(folder, description, lambda scratch: _make(recipe, scratch, log))
+    return make_once(folder, description, lambda scratch: _make(recipe, scratch, notify))
 
 
-def _make(recipe: ActorRecipe, folder: Path, log: Log) -> dict[str, Any]:
+def _make(recipe: ActorRecipe, folder: Path, notify: Notify) -> dict[str, Any]:
     define_torchvision_operators()
     began = time.perf_counter()
     torch.manual_seed(recipe.seed)
@@ -102,13 +102,13 @@ def _make(recipe: ActorRecipe, folder: Path, log: Log) -> dict[str, Any]:
     tokenizer.save_pretrained(folder)
     model = _new_model(recipe.model, tokenizer)
     lessons = Lessons(tokenizer, recipe.problems, recipe.teaching, lambda i: _problem(recipe, TEACHING, i), recipe.seed)
-    loss = train_supervised(model, lessons, recipe.teaching, log)
+    loss = train_supervised(model, lessons, recipe.teaching, notify)
     model.to(torch.bfloat16).save_pretrained(folder)
     model.to(torch.bfloat16 if bf16_is_quick() else torch.float32)
     test = [_problem(recipe, TESTING, i, "test") for i in range(128)]
     rate = solve_rate(model, tokenizer, recipe.problems.template, test)
     seconds = time.perf_counter() - began
-    log(f"small actor made in {seconds:.0f} s: solves {rate:.0%} of unseen problems at temperature 1")
+    notify(f"small actor made in {seconds:.0f} s: solves {rate:.0%} of unseen problems at temperature 1")
     return {"loss": loss, "solve_rate": rate, "seconds": round(seconds, 1)}
 
 
@@ -133,6 +133,6 @@ def _new_model(recipe: ModelRecipe, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # On short sequences without a GPU, plain matrix products train 1.6x faster than torch's fused attention.
+    # For short sequences without a GPU, plain matrix products train 1.6x faster than torch's fused attention.
     config._attn_implementation = "eager"
     return Qwen3ForCausalLM(config)

@@ -1,4 +1,4 @@
-"""How many word problems a model solves."""
+"""Measure the share of word problems that a model solves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from respec_trainer.rewards.exact import exact_answer_reward
 def solve_rate(
     model, tokenizer, template: str, problems: Sequence[Problem], temperature: float = 1.0, new_tokens: int = 96
 ) -> float:
-    """Share of `problems` that one sampled response each solves, by transformers' own generation."""
+    """Sample one response to each of `problems` with transformers; return the share that is right."""
     texts = [template.replace("{prompt}", problem.question) for problem in problems]
     inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     model.eval()

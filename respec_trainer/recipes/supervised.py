@@ -1,4 +1,4 @@
-"""Supervised learning of a small model: Muon for the layers' matrices, AdamW for the rest, bf16 where it is quick."""
+"""Supervised learning of a small model: Muon for the layers' matrices, AdamW for the rest, bf16 where it is fast."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from respec_trainer.drafter.muon import Muon
 CLIP = 1.0
 
 
-def train_supervised(model: nn.Module, batches: Iterable, teaching, log: Callable[[str], None]) -> float:
-    """Minimise next-token cross-entropy over `batches` of (ids [B, S], targets [B, S]); the last logged loss.
+def train_supervised(model: nn.Module, batches: Iterable, teaching, notify: Callable[[str], None]) -> float:
+    """Minimize next-token cross-entropy over `batches` of (ids [B, S], targets [B, S]); return the last reported loss.
 
-    `teaching` is the recipe's section. The loss of a batch is its sum over targets divided by a constant, not by the
-    number of its targets, so that a token counts the same in a batch of short answers as in one of long ones.
+    `teaching` is the recipe's section; `notify` informs the user. The loss of a batch is its sum over targets divided
+    by a constant, not by its number of targets, so that a token has the same weight in a batch of short answers as in
+    one of long answers.
     """
     optimizers = setup_optimizers(model, teaching.lr, teaching.matrix_lr)
     schedules = [LambdaLR(optimizer, lambda step: rate(step, teaching)) for optimizer in optimizers]
@@ -39,12 +40,12 @@ def train_supervised(model: nn.Module, batches: Iterable, teaching, log: Callabl
         total, count = total + loss.item(), count + tokens
         if step % 100 == 0 or step == teaching.steps:
             average, total, count = total / count, 0.0, 0
-            log(f"step {step}/{teaching.steps}  loss {average:.3f}  {time.perf_counter() - began:.0f} s")
+            notify(f"step {step}/{teaching.steps}  loss {average:.3f}  {time.perf_counter() - began:.0f} s")
     return average
 
 
 def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-    """Cross-entropy summed over the targets that are not ignored, and how many those are."""
+    """Return the cross-entropy summed over the targets that are not ignored, and the number of those targets."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_quick()):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     wanted = targets[:, 1:]
@@ -53,7 +54,7 @@ def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 def setup_optimizers(model: nn.Module, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon takes the matrices inside the layers; embeddings, norms and the output layer are AdamW's."""
+    """Make Muon for the matrices inside the layers, and AdamW for embeddings, norms and the output layer."""
     layers = {id(weight) for weight in model.model.layers.parameters() if weight.ndim == 2}
     matrices = [weight for weight in model.parameters() if id(weight) in layers]
     others = [weight for weight in model.parameters() if id(weight) not in layers]
@@ -64,7 +65,7 @@ def setup_optimizers(model: nn.Module, lr: float, matrix_lr: float) -> list[torc
 
 
 def rate(step: int, teaching) -> float:
-    """Learning-rate factor of a step: linear warm-up, a plateau, linear decay to zero over the last `decay` share."""
+    """Learning-rate factor of a step: linear warm-up, constant, linear decay to zero over the last `decay` share."""
     warm = (step + 1) / max(1, teaching.warmup_steps)
     left = (teaching.steps - step) / max(1.0, teaching.decay * teaching.steps)
     return max(0.0, min(1.0, warm, left))

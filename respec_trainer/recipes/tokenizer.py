@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of a few hundred tokens, in which every digit stands alone."""
+"""A byte-level BPE tokenizer of a few hundred tokens, in which every digit is a token of its own."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Scoring responses: a batch of items in, a number, a Score with named parts, or None (skip the sample) for each."""
+"""Rewards: functions of a batch of items that return a number, a Score, or None (skip the sample) for each item."""

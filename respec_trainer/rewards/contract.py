@@ -1,7 +1,7 @@
-"""The contract of rewards: what a reward is given, what it may answer, and the one place where answers are checked.
+"""The contract of rewards: their input, their results, and the check of the results.
 
 A reward is a callable of a batch of items that returns one result an item, in the same order: a finite number, a Score
-with named parts, or None to skip the sample, which is then left out of its group and trains nothing.
+with named parts, or None to skip the sample. A skipped sample is left out of its group and not trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from respec_trainer.errors import RewardError
 
-CORRECT = "correct"  # the part that says whether a response is right, for reward/solve_rate
+CORRECT = "correct"  # the part for reward/solve_rate: positive if the response is right
 LARGEST = float(np.finfo(np.float32).max)  # rewards become float32
 SHOWN = 120  # characters of a text in an error
 
@@ -27,9 +27,9 @@ SHOWN = 120  # characters of a text in an error
 class RewardItem:
     """One response to be scored. A reward must not change `row`, which all items of a prompt share."""
 
-    prompt: str  # what the model read, the template's text included
+    prompt: str  # the text that the model read, the template included
     response: str  # without special tokens
-    response_ids: tuple[int, ...]  # with them
+    response_ids: tuple[int, ...]  # with special tokens
     truncated: bool  # cut off by rollout.sampling.max_new_tokens
     answer: str  # the reference, from the answer column
     row: Mapping[str, Any] = field(default_factory=dict)  # the data row's other columns
@@ -48,9 +48,9 @@ Reward = Callable[[Sequence[RewardItem]], Sequence[Result]]
 
 
 def score_batch(name: str, reward: Reward, items: Sequence[RewardItem]) -> list[Score | None]:
-    """The checked results of `reward`, one an item; `name` is the configuration's name for it, for errors.
+    """Call `reward` and check its results, one an item; `name` is the reward's name in errors.
 
-    Raises RewardError, naming the item where it is known, for a reward that fails or returns anything else.
+    Raises RewardError, with the item if it is known, if the reward fails or returns anything else than results.
     """
     try:
         results = reward(tuple(items))
@@ -86,7 +86,7 @@ def _checked(name: str, item: RewardItem, result: Any) -> Score | None:
 
 
 def _finite(value: Any) -> float | None:
-    """The number as a Python float; None for what is no number, or not finite in float32."""
+    """Return the number as a Python float; None if `value` is not a number, or not finite in float32."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, numbers.Real):
@@ -99,17 +99,17 @@ def _finite(value: Any) -> float | None:
 
 
 def failure(name: str, what: str, error: BaseException) -> RewardError:
-    """The error of a reward that raised `error` on `what`, with the line that raised it."""
+    """Make the error of a reward that raised `error` on `what`, with the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return RewardError(
-        f"{name} failed on {what}: {said} ({frame.filename}, line {frame.lineno}); a policy can write any text, so "
+        f"{name} failed on {what}: {cause} ({frame.filename}, line {frame.lineno}); a policy can write any text, so "
         "return a number for it, or None to skip the sample"
     )
 
 
 def describe(item: RewardItem) -> str:
-    """The sample in an error: the beginnings of its texts."""
+    """Return the beginnings of the item's texts, for an error."""
     return f"prompt {shorten(item.prompt)}, response {shorten(item.response)}, answer {shorten(item.answer)}"
 
 

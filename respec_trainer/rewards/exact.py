@@ -1,4 +1,4 @@
-"""Exact match of the final answer, as GSM8K is scored: what follows the last marker, numbers compared by value."""
+"""Exact match of the final answer, as GSM8K is scored: the text after the last marker; numbers compare by value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CURRENCY_AND_UNITS = "$€£%"
 
 
 def setup(config: RewardConfig) -> Reward:
-    """The reward of `reward.kind=exact_answer`."""
+    """Make the reward of `reward.kind=exact_answer`."""
     return partial(exact_answers, marker=config.marker)
 
 
@@ -22,10 +22,10 @@ def exact_answers(items: Sequence[RewardItem], marker: str) -> list[float]:
 
 
 def exact_answer_reward(response: str, answer: str, marker: str) -> float:
-    """1.0 if the response's final answer equals the reference's, else 0.0.
+    """Return 1.0 if the response's final answer equals the reference's, else 0.0.
 
     Args:
-        response: what the model wrote. Without a marker it has no answer.
+        response: the text that the model wrote. Without a marker it has no answer.
         answer: the reference, a whole solution or only its final answer.
     """
     given = final_answer(response, marker)
@@ -34,13 +34,13 @@ def exact_answer_reward(response: str, answer: str, marker: str) -> float:
 
 
 def final_answer(text: str, marker: str) -> str | None:
-    """The rest of the line after the last marker; None without one."""
+    """Return the rest of the line after the last marker; None without a marker."""
     _, found, rest = text.rpartition(marker)
     return rest.strip().partition("\n")[0].strip() if found else None
 
 
 def same_answer(given: str, expected: str) -> bool:
-    """Equal as numbers ("1,000" is "$1000.0"), or as text where one of them is no number."""
+    """Compare as numbers ("1,000" equals "$1000.0"), or as text if one of them is not a number."""
     left, right = as_number(given), as_number(expected)
     if left is None or right is None:
         return bool(given) and given.strip() == expected.strip()
@@ -48,7 +48,7 @@ def same_answer(given: str, expected: str) -> bool:
 
 
 def as_number(text: str) -> Decimal | None:
-    """The number a text states, None if it states anything else; a period at its end is punctuation."""
+    """Parse a text as a number; None if it is anything else. A period at the end is punctuation."""
     digits = text.strip().rstrip(".").strip(CURRENCY_AND_UNITS + " ").replace(",", "")
     try:
         number = Decimal(digits)

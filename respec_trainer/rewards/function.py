@@ -1,13 +1,13 @@
-"""Rewards of the user's own: a function of a Python file.
+"""Rewards that the user writes: a function in a Python file.
 
     def short(response, answer):            # one sample: number, Score, or None to skip it
         return float(len(response) < 100)
 
-    def ranked(items):                      # a batch of contract.RewardItem: a list of those, one an item
+    def ranked(items):                      # a batch of contract.RewardItem: a list of results, one an item
         return [float(not item.truncated) for item in items]
 
-The signature decides: a function whose only required parameter is named `items` takes batches, one that can be called
-with two positional arguments takes single samples, and any other is refused.
+The signature decides: a function whose first parameter is `items`, and that needs no other, takes batches; one that
+can be called with two positional arguments takes single samples; any other is refused.
 """
 
 from __future__ import annotations
@@ -23,50 +23,51 @@ from respec_trainer.rewards.contract import Result, Reward, RewardItem, describe
 
 
 def setup(config: RewardConfig) -> Reward:
-    """The reward that `reward.function`, "path/to/file.py:name", names. Raises ConfigError where it is none."""
-    place = f"reward.function={config.function}"
+    """Make the reward of `reward.function`, "path/to/file.py:name". Raises ConfigError if it cannot be used."""
+    label = f"reward.function={config.function}"
     function = load_function(config.function)
-    return function if takes_batch(function, place) else one_by_one(function, place)
+    return function if takes_batch(function, label) else one_by_one(function, label)
 
 
-def load_function(place: str) -> Callable:
-    """The function that `place`, "path/to/file.py:name", names. Its file is run.
+def load_function(location: str) -> Callable:
+    """Run the file of `location`, "path/to/file.py:name", and return its function `name`.
 
-    Raises ConfigError where there is no such file or function, or the file fails.
+    Raises ConfigError if there is no such file or function, or the file fails.
     """
-    path, colon, name = place.rpartition(":")
+    path, colon, name = location.rpartition(":")
     if not colon or not Path(path).is_file():
-        raise ConfigError(f"reward.function={place}: no file {path or place!r}; give path/to/file.py:name")
+        raise ConfigError(f"reward.function={location}: no file {path or location!r}; give path/to/file.py:name")
     spec = importlib.util.spec_from_file_location(f"reward_of_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"reward.function={place}: {path} fails: {error!r}") from error
+        raise ConfigError(f"reward.function={location}: {path} fails: {error!r}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ConfigError(f"reward.function={place}: {path} has no function {name!r}")
+        raise ConfigError(f"reward.function={location}: {path} has no function {name!r}")
     return function
 
 
-def takes_batch(function: Callable, place: str) -> bool:
-    """Whether the function takes a batch (`items`), else it takes a response and its reference answer.
+def takes_batch(function: Callable, label: str) -> bool:
+    """Return True if the function takes a batch (`items`), False if it takes a response and its reference answer.
 
-    Raises ConfigError for a function that can be called neither way, and for an async one.
+    Raises ConfigError for a function that can be called neither way, and for an async one. `label` is the key and its
+    value, for errors.
     """
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-        raise ConfigError(f"{place} is async: write it with a plain def that returns its results")
+        raise ConfigError(f"{label} is async: write it with a plain def that returns its results")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: its signature cannot be read ({error}); call it from a def of your own") from error
+        raise ConfigError(f"{label}: its signature cannot be read ({error}); call it from a def of your own") from error
     if next(iter(signature.parameters), None) == "items" and _can_take(signature, 1):
         return True
     if _can_take(signature, 2):
         return False
-    name = place.rpartition(":")[2]
+    name = label.rpartition(":")[2]
     raise ConfigError(
-        f"{place} has the signature {signature}; define {name}(response, answer), called for each sample, or "
+        f"{label} has the signature {signature}; define {name}(response, answer), called for each sample, or "
         f"{name}(items), called with a batch of respec_trainer.rewards.contract.RewardItem"
     )
 
@@ -79,8 +80,8 @@ def _can_take(signature: inspect.Signature, count: int) -> bool:
     return True
 
 
-def one_by_one(function: Callable[[str, str], Result], place: str) -> Reward:
-    """The reward that calls `function(response, answer)` for each item. It raises RewardError naming the item."""
+def one_by_one(function: Callable[[str, str], Result], label: str) -> Reward:
+    """Make the reward that calls `function(response, answer)` for each item. Its RewardError describes the item."""
 
     def score(item: RewardItem) -> Result:
         try:
@@ -88,7 +89,7 @@ def one_by_one(function: Callable[[str, str], Result], place: str) -> Reward:
         except RewardError:
             raise
         except (Exception, SystemExit) as error:
-            raise failure(place, describe(item), error) from error
+            raise failure(label, describe(item), error) from error
 
     def reward(items: Sequence[RewardItem]) -> list[Result]:
         return [score(item) for item in items]

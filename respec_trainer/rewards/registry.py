@@ -1,4 +1,4 @@
-"""The rewards that `reward.kind` chooses among: a new one is a file beside this one and a line here."""
+"""REWARDS: the values of `reward.kind`. A new reward is a file next to this one and a line here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from respec_trainer.registry import Registry
 from respec_trainer.rewards import exact, function
 from respec_trainer.rewards.contract import Reward
 
-# Each entry makes the reward of a configuration, and raises ConfigError where it cannot.
+# Each entry makes the reward of a configuration, or raises ConfigError.
 REWARDS: Registry[Callable[[RewardConfig], Reward]] = Registry(
     "reward.kind",
     {
@@ -20,10 +20,10 @@ REWARDS: Registry[Callable[[RewardConfig], Reward]] = Registry(
 
 
 def setup_reward(config: RewardConfig) -> Reward:
-    """The reward that `reward.kind` names. Raises ConfigError for an unknown kind, or one that cannot be set up."""
+    """Make the reward that `reward.kind` names. Raises ConfigError if the kind is unknown or cannot be set up."""
     return REWARDS[config.kind](config)
 
 
 def reward_name(config: RewardConfig) -> str:
-    """The name of the reward in errors: the key that chose it, with its value."""
+    """The name of the reward in errors: the configuration key that chose it, with its value."""
     return f"reward.function={config.function}" if config.function else f"reward.kind={config.kind}"

@@ -1,8 +1,9 @@
-"""Scores the samples of a step once, so that every rank trains on the same numbers.
+"""Score the samples of a step once, so that every rank trains on the same numbers.
 
-Each data-parallel copy of the model scores a share of the prompts, by the first of its tensor-parallel ranks, and all
-ranks are told all results. A reward that is not deterministic (a judge, a sandbox with a time limit) would otherwise
-give the ranks of one copy different advantages, and their shards of the weights would drift apart without an error.
+In each data-parallel copy of the model the first tensor-parallel rank scores a share of the prompts, and all ranks
+receive all results. If every rank scored for itself, a reward that is not deterministic (a judge, a sandbox with a time
+limit) would give the ranks of one copy different advantages, and their shards of the weights would diverge without an
+error.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from respec_trainer.rewards.registry import reward_name, setup_reward
 
 @dataclass(frozen=True)
 class Share:
-    """What this rank scores: of `dp` shares that of `dp_rank`, if it is the first of its tensor-parallel ranks."""
+    """The share that this rank scores: number `dp_rank` of `dp` if `tp_rank` is 0, else nothing."""
 
     dp: int = 1
     dp_rank: int = 0
@@ -34,7 +35,7 @@ class Share:
         return cls(topology.dp, topology.dp_rank, topology.tp_rank)
 
     def samples(self, prompts: int, group: int) -> slice:
-        """The samples to score of `prompts` times `group`: whole groups, as equally as they can be dealt."""
+        """The samples to score of `prompts` groups of `group` samples: whole groups, split as equally as possible."""
         if self.tp_rank:
             return slice(0, 0)
         first, end = (part * prompts // self.dp * group for part in (self.dp_rank, self.dp_rank + 1))
@@ -42,12 +43,12 @@ class Share:
 
 
 class Scorer:
-    """The reward of a run. Every rank makes one and calls it alike.
+    """The reward of a run. Every rank makes one and calls it with the same items.
 
     Args:
-        share: this rank's; by default all. control: a gloo group of all ranks that train; None: the default group.
+        share: this rank's share; by default all. control: a gloo group of all ranks that train; None: the default one.
 
-    Raises ConfigError where the reward cannot be set up.
+    Raises ConfigError if the reward cannot be set up.
     """
 
     def __init__(self, config: RewardConfig, share: Share = Share(), control: dist.ProcessGroup | None = None):
@@ -55,13 +56,13 @@ class Scorer:
         self.share, self.control = share, control
 
     def __call__(self, items: Sequence[RewardItem], group: int) -> list[Score | None]:
-        """The results of all items, the same on every rank; None: skipped.
+        """Return the results of all items, the same on every rank; None: skipped.
 
         Args:
-            items: of a step, the same on every rank; `group` items next to each other share their prompt. One call of
-                the reward holds whole groups.
+            items: the items of a step, the same on every rank; each `group` consecutive items share their prompt. A
+                call of the reward gets whole groups.
 
-        Raises the same RewardError on every rank where the reward fails, or returns what is no result, on any.
+        Raises the same RewardError on every rank if the reward fails or returns an invalid result on any.
         """
         mine = items[self.share.samples(len(items) // group, group)]
         results: list[Score | None] = []
@@ -70,13 +71,13 @@ class Scorer:
             results = score_batch(self.name, self.reward, mine) if mine else []
         except RewardError as raised:
             error = raised
-        told = gather((results, error and str(error)), self.control)
-        failures = [text for _, text in told if text]
+        gathered = gather((results, error and str(error)), self.control)
+        failures = [text for _, text in gathered if text]
         if failures:
             raise RewardError(failures[0]) from error
-        return [result for part, _ in told for result in part]
+        return [result for part, _ in gathered for result in part]
 
 
 def as_tensor(scores: Sequence[Score | None]) -> torch.Tensor:
-    """The scores' values [n] in float32, NaN where the sample is skipped."""
+    """The scores' values [n] in float32, NaN for a skipped sample."""
     return torch.tensor([math.nan if score is None else score.value for score in scores])

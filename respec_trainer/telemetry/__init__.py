@@ -1,1 +1,1 @@
-"""What a run tells its user: metrics, a live line for each phase, samples, traces, a closing summary and a page."""
+"""Reports of a run for its user: metrics, live progress, samples, traces, a summary at the end, and an HTML page."""

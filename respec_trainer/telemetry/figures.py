@@ -1,6 +1,6 @@
 """Figures of a run: its metrics over its steps. Colours are those of Okabe and Ito, safe for colour-blind readers.
 
-matplotlib is imported when a figure is drawn: it would slow the start of every run.
+matplotlib is imported only when a figure is drawn, because the import would slow the start of every run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BLACK, ORANGE, SKY, GREEN, YELLOW = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#BBBBBB"
 DARK = "#777777"
-# Phases that follow each other; `learn` runs inside `generate` for the most part, so what is left of it is "other".
+# Phases that follow each other. `learn` mostly overlaps with `generate`; its remaining time is part of "other".
 PHASES = {
     "generate": BLUE,
     "reward": YELLOW,
@@ -32,9 +32,9 @@ PHASES = {
 
 
 class Panel(NamedTuple):
-    """One plot over the steps: metrics with their labels, and a value to see them against.
+    """One plot over the steps: metrics with their labels, and a reference value `mark`.
 
-    Drawn where the run has any of them, and `needs`.
+    It is drawn if the run has at least one of the metrics, and the metric `needs`.
     """
 
     title: str
@@ -60,11 +60,11 @@ PANELS = (
     Panel("draft steps", "mean by decode time", {"spec/steps": "mean"}, needs="spec/switches"),
 )
 SMOOTHED = 5  # steps in a moving mean
-FEW = 40  # points up to which each is marked
+FEW = 40  # largest number of points that are drawn with a marker each
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that needs no display."""
+    """Make an empty figure of that size in inches. It needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -74,7 +74,7 @@ def figure_of(width: float, height: float) -> Figure:
 
 
 def bare(axes: Axes) -> None:
-    """Without what holds no data: an open frame, and faint lines to read values by."""
+    """Remove the top and right border, and draw faint horizontal lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E8E8E8", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -87,7 +87,7 @@ def png(figure: Figure) -> bytes:
 
 
 def run_figure(steps: Sequence[Mapping[str, Any]]) -> Figure:
-    """Metrics over the run's steps, of which there is at least one, and where their time went."""
+    """Draw metrics over the run's steps, of which there must be at least one, and the time of each phase."""
     drawn = [panel for panel in PANELS if panel.drawn(steps)]
     rows = (len(drawn) + 2) // 2
     figure = figure_of(12, 3.1 * rows)
@@ -104,7 +104,7 @@ def run_figure(steps: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _trend(axes: Axes, steps: Sequence[Mapping[str, Any]], panel: Panel) -> None:
-    """Metrics by step, thin; and thick their moving means, where there are enough steps for any."""
+    """Draw metrics by step as thin lines and, if there are enough steps, their moving means as thick lines."""
     at = np.arange(1, len(steps) + 1)
     smooth = len(steps) >= 4 * SMOOTHED
     for (key, label), color in zip(panel.lines.items(), (BLUE, VERMILION), strict=False):
@@ -123,7 +123,7 @@ def _trend(axes: Axes, steps: Sequence[Mapping[str, Any]], panel: Panel) -> None
 
 
 def _moving_mean(values: np.ndarray) -> np.ndarray:
-    """Of SMOOTHED values around each, of fewer at the ends; NaNs are left out."""
+    """The mean of the SMOOTHED values around each value, of fewer at the ends; NaNs are left out."""
     ones, known = np.ones(SMOOTHED), ~np.isnan(values)
     total = np.convolve(np.where(known, values, 0.0), ones, "same")
     count = np.convolve(known.astype(float), ones, "same")

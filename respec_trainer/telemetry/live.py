@@ -1,4 +1,4 @@
-"""Progress on the terminal: a panel that follows the phases of a step, or a line a step where there is no terminal."""
+"""Progress of a run: on a terminal a panel with the current phase and the last steps, elsewhere a line a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS_SHOWN = 12
 
 
 class Progress:
-    """Shows where a run is. Use as a context manager; silent on every rank but the first."""
+    """Shows the progress of a run. Use as a context manager; with mode "off" it prints nothing."""
 
     def __init__(self, steps: int, mode: Literal["auto", "panel", "lines", "off"], console: Console | None = None):
         self.steps, self.console = steps, console or Console(width=None)
@@ -46,7 +46,7 @@ class Progress:
             self._live.stop()
 
     def phase(self, name: str) -> None:
-        """A phase of the loop, or of the start, begins."""
+        """Show that a phase of the loop, or of the start, begins."""
         self.phase_name = name
         if self._live:
             self._live.update(self._panel())
@@ -54,7 +54,7 @@ class Progress:
             self.console.print(name)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """A step is complete."""
+        """Show a completed step."""
         self.rows.append({"step": step + 1, **metrics})
         if self._live:
             self._live.update(self._panel())

@@ -1,4 +1,4 @@
-"""Metrics of a step that follow from its samples, and from what the engines logged while they drew them."""
+"""Metrics of a step, computed from its samples and from the engines' logs of their decode batches."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from respec_trainer.telemetry.timeline import Timeline, acceptance_by_depth, mea
 
 
 def reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """`reward/*` of scored samples; those that the reward skipped are counted in reward/skipped, if any.
+    """The `reward/*` metrics of scored samples. reward/skipped counts samples that the reward skipped, if any.
 
-    solve_rate is the share of samples that are solved: whose part "correct", or reward where it has no such part, is
-    positive. parts/NAME is the mean of a named part over the samples that have it.
+    solve_rate is the share of samples whose part "correct" is positive; without such a part their reward counts.
+    parts/NAME is the mean of a named part over the samples that have it.
     """
     scored = [sample for sample in samples if sample.reward is not None]
     skipped = {"reward/skipped": len(samples) - len(scored)} if len(scored) < len(samples) else {}
@@ -44,7 +44,7 @@ def _part_means(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def rollout_metrics(samples: Sequence[Sample], seconds: float) -> dict[str, float]:
-    """`rollout/*`: response tokens, response tokens a second of generation, mean length, share cut off by length."""
+    """The `rollout/*` metrics: response tokens, the same per second of generation, mean length, share truncated."""
     lengths = [len(sample.response_ids) for sample in samples]
     return {
         "rollout/tokens": sum(lengths),
@@ -57,12 +57,12 @@ def rollout_metrics(samples: Sequence[Sample], seconds: float) -> dict[str, floa
 def speculation_metrics(
     samples: Sequence[Sample], speculation: SpeculationConfig, timelines: Sequence[Timeline] = ()
 ) -> dict[str, float | list[float]]:
-    """`spec/*`. lossy: 1 if drafts were accepted beyond the policy's law.
+    """The `spec/*` metrics. lossy is 1 if verification may accept drafts that do not follow the policy's distribution.
 
     accept_length counts tokens a verify pass, the bonus token included. accept_by_depth[d-1] is the share of drafts
-    kept at depth d, given that those before it were. off_fraction is the share of tokens drawn without speculation,
-    among those that could have been: a response's first token comes with its prompt, before any verify pass. Engines
-    that log their batches give more, and shares of their time instead: `step_metrics`.
+    accepted at depth d, given that those before it were. off_fraction is the share of tokens drawn without speculation.
+    It leaves out the first token of each response, which comes with the prompt, before any verify pass. For engines
+    that log their batches, `step_metrics` adds metrics, and replaces shares of tokens by shares of time.
     """
     return _sample_metrics(samples, speculation) | step_metrics(timelines)
 
@@ -86,11 +86,12 @@ def _sample_metrics(samples: Sequence[Sample], speculation: SpeculationConfig) -
 
 
 def step_metrics(timelines: Sequence[Timeline]) -> dict[str, float | list[float]]:
-    """`spec/*` of the decode batches that engines logged, all engines together; nothing where none did.
+    """The `spec/*` metrics of the decode batches that engines logged, all engines together; empty without logs.
 
-    steps, off_fraction, predicted_speedup and achieved_speedup are by decode time, which is the batches' own and what
-    lies between them. The last two need predictions and costs, and are left out without. catch_up_share is the part of
-    that time in which drafters read what they had missed, decide_us the policy's own microseconds a batch.
+    steps, off_fraction, predicted_speedup and achieved_speedup are means by decode time, which is the time of the
+    batches and between them. The last two need predictions and costs, and are left out without them. catch_up_share is
+    the share of that time in which drafters read tokens drawn without them. decide_us is the time to choose the draft
+    steps, in microseconds a batch.
     """
     failures = sum(line.log.failures for line in timelines)
     failed = {"spec/chooser_failures": failures} if any(len(line.log) for line in timelines) or failures else {}

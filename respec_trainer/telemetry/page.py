@@ -1,4 +1,4 @@
-"""report.html: a run as one file, its figures inside it. Written from the run's folder alone."""
+"""report.html: a run's metrics and figures in one file, written from the run's folder alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from respec_trainer.telemetry.timeline import load_timelines
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Rows of the table: metric, what it is called, how it is written.
+# Rows of the table: metric, label, format.
 ROWS = (
     ("reward/mean", "reward", "{:.3f}"),
     ("reward/solve_rate", "solve rate", "{:.0%}"),
@@ -29,7 +29,7 @@ ROWS = (
     ("spec/achieved_speedup", "speed-up over plain decoding", "{:.2f}"),
     ("spec/predicted_speedup", "speed-up predicted", "{:.2f}"),
     ("spec/switches", "changes of the draft steps", "{:.0f}"),
-    ("spec/chooser_failures", "failures of their policy", "{:.0f}"),
+    ("spec/chooser_failures", "failures of the depth chooser", "{:.0f}"),
     ("mismatch/kl", "mismatch KL", "{:.2g}"),
     ("time/step", "seconds an iteration", "{:.1f}"),
 )
@@ -45,16 +45,16 @@ p.note { color: #555; max-width: 60em; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px; }
 """
 INSIDE = (
-    "By time within the rollout: sequences that decode together, the draft steps chosen for them, tokens a verify pass "
-    "and sequence, and the speed-up over plain decoding: as predicted when the steps were chosen, and as achieved, by "
-    "the profile's seconds of plain decoding. Grey: without speculation."
+    "Over the time of the rollout: the sequences that decode together, the draft steps chosen for them, tokens a "
+    "verify pass and sequence, and the speed-up over plain decoding: as predicted when the steps were chosen, and as "
+    "achieved, compared with the profile's seconds of plain decoding. Grey: without speculation."
 )
 
 
 def write_page(run: Path, out: Path | None = None) -> Path:
     """Write `out`, by default report.html in the run's folder, and return its path.
 
-    Raises DataError where the folder holds no finished step, or a file that is not a run's.
+    Raises DataError if the folder holds no finished step, or a file that no run wrote.
     """
     from respec_trainer.telemetry.figures import run_figure
     from respec_trainer.telemetry.phase_figure import phase_figure
@@ -89,12 +89,12 @@ def _head(run: Path, steps: Sequence[Mapping[str, Any]]) -> str:
     facts = [f"{len(steps)} iterations", f"{seconds:,.0f} s", f"{tokens:,} response tokens"]
     failed = [index for index, step in enumerate(steps, 1) if step.get("spec/chooser_failures")]
     if failed:
-        facts.append(f"<strong>speculation was turned off: its policy failed in iteration {failed[0]}</strong>")
+        facts.append(f"<strong>speculation was turned off: the depth chooser failed in iteration {failed[0]}</strong>")
     return f"<h1>{escape(run.resolve().name)}</h1><p>{' · '.join(facts)}</p>"
 
 
 def _table(steps: Sequence[Mapping[str, Any]]) -> str:
-    """Means over the first and the last few steps, and over all."""
+    """Make the table of means over the first and the last few steps, and over all steps."""
     ends = max(1, min(END_STEPS, len(steps) // 2))
     parts = {f"first {ends}": steps[:ends], f"last {ends}": steps[-ends:], "all": steps}
     rows = ["<tr><th>mean over iterations</th>" + "".join(f"<th>{name}</th>" for name in parts) + "</tr>"]

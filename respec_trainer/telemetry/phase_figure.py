@@ -1,4 +1,4 @@
-"""The inside of rollouts: active batch, draft steps, accept length and speed-up by time, as Fig 6 of the paper."""
+"""The figure of rollouts over time: active batch, draft steps, accept length and speed-up, as in Fig 6 of the paper."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BINS = 60  # of a rollout's time
+BINS = 60  # equal parts of a rollout's time
 HEIGHTS = {"active batch": 1.2, "draft steps": 0.8, "accept length": 1.0, "speed-up": 1.2}
 
 
 def phase_figure(phases: Mapping[int, Sequence[Timeline]]) -> Figure:
-    """The inside of rollouts, a column each: batch, draft steps, accept length and speed-up by time.
+    """Draw rollouts, a column each: batch, draft steps, accept length and speed-up over time.
 
-    Of several engines the one that took longest is shown. `phases` holds at least one, by the number of its step, and
-    each has batches that decode.
+    If there are several engines, the one that took longest is shown. `phases` maps the numbers of at least one step to
+    timelines, with at least one decode batch in each step.
     """
     lines = {step: longest(timelines) for step, timelines in phases.items()}
     sped = any(not np.isnan(line.plain).all() or (line.log.predicted > 0).any() for line in lines.values())
@@ -37,14 +37,14 @@ def phase_figure(phases: Mapping[int, Sequence[Timeline]]) -> Figure:
         grid[0, column].set_title(f"iteration {step}{engines}")
         grid[-1, column].set_xlim(0.0, line.times[-1])
         grid[-1, column].set_xlabel("seconds since the rollout began")
-    # Only now: a limit that is set ends the scaling of a whole row.
+    # After all plots: setting a limit ends the automatic scaling of the whole row.
     for row, low in ((0, 0.0), (1, -0.3), (2, 0.9)):
         grid[row, 0].set_ylim(bottom=low)
     return figure
 
 
 def longest(timelines: Sequence[Timeline]) -> Timeline:
-    """Of the engine that took longest for its share, among those that decoded."""
+    """The timeline of the engine that took longest, among those that decoded."""
     return max((line for line in timelines if line.decodes.any()), key=lambda line: line.times[-1])
 
 
@@ -54,7 +54,7 @@ def _phase(axes: Sequence[Axes], line: Timeline, labels: bool) -> None:
     log, decodes = line.log, line.decodes
     time = np.append(line.times[:-1][decodes], line.times[-1])
     for each, column in zip(axes, (log.batch, log.steps), strict=False):
-        values = np.append(column[decodes], column[decodes][-1])  # the last one's, until it ends
+        values = np.append(column[decodes], column[decodes][-1])  # the last value, until its batch ends
         each.step(time, values, where="post", color=BLUE, linewidth=1.1)
         each.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     drafted = decodes & (log.steps > 0)
@@ -73,7 +73,7 @@ def _phase(axes: Sequence[Axes], line: Timeline, labels: bool) -> None:
 
 
 def _speedups(axes: Axes, line: Timeline) -> None:
-    """Ratios by bin, so that a bin's predicted and achieved speed-up are over the same time."""
+    """Draw predicted and achieved speed-up as ratios by bin, so that both are over the same time."""
     known = line.decodes & (line.log.predicted > 0)
     predicted = ratio_by_time(line, known, line.log.predicted * line.seconds, line.seconds, BINS)
     achieved = ratio_by_time(line, line.decodes, line.earned, line.seconds, BINS)
@@ -87,7 +87,7 @@ def _stairs(axes: Axes, line: Timeline, values: np.ndarray, color: str, **look: 
 
 
 def _shade_off(axes: Sequence[Axes], line: Timeline) -> None:
-    """Grey where most of the decode time went by without speculation."""
+    """Shade the bins in which most of the decode time was without speculation."""
     off = ratio_by_time(line, line.decodes, line.seconds * (line.log.steps == 0), line.seconds, BINS)
     for began, ended in spans(np.nan_to_num(off) > 0.5, edges_of(line, BINS)):
         for each in axes:

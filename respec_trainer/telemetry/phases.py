@@ -8,17 +8,17 @@ from contextlib import contextmanager
 
 
 class PhaseClock:
-    """Adds up seconds by phase name; `listen` is told of a phase as it begins, and after one inside it has ended."""
+    """Adds up seconds by phase name. Calls `on_phase` when a phase begins, and when it continues after an inner one."""
 
-    def __init__(self, listen: Callable[[str], None] = lambda name: None):
+    def __init__(self, on_phase: Callable[[str], None] = lambda name: None):
         self.seconds: dict[str, float] = {}
-        self.listen = listen
-        self._open: list[str] = []  # phases under way, the outermost first
+        self.on_phase = on_phase
+        self._open: list[str] = []  # phases that have not ended, the outermost first
         self._began = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self.listen(name)
+        self.on_phase(name)
         self._open.append(name)
         began = time.perf_counter()
         try:
@@ -27,10 +27,10 @@ class PhaseClock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
             self._open.pop()
             if self._open:
-                self.listen(self._open[-1])
+                self.on_phase(self._open[-1])
 
     def take(self) -> dict[str, float]:
-        """The times since the last take, as `time/*` metrics in seconds, with `time/step` for the whole."""
+        """Return the times since the last call as `time/*` metrics in seconds, with `time/step` for all of it."""
         now = time.perf_counter()
         metrics = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         metrics["time/step"] = now - self._began

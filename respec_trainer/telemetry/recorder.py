@@ -1,7 +1,7 @@
-"""The run's folder: config.yaml, samples.jsonl, and what the trackers write there, such as metrics.jsonl.
+"""Recorder: writes the run's folder: config.yaml, samples.jsonl, and the trackers' files, such as metrics.jsonl.
 
-Of each step N = 1, 2, ... also lengths/step_N.jsonl, a trace of its responses, and decode/step_N.npz, what the engines
-did meanwhile, if they log it.
+Each step N = 1, 2, ... also has lengths/step_N.jsonl, a trace of its responses, and decode/step_N.npz, the engines'
+decode batches, if they log them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from respec_trainer.telemetry.trackers import METRICS, start_trackers
 
 
 def new_run_folder(config: Config) -> Path:
-    """Make and return `runs/NAME`, or `NAME-2`, `NAME-3`, ... where that exists: a run never writes into another's."""
+    """Make and return `runs/NAME`, or `NAME-2`, `NAME-3`, ... if that exists: each run has a folder of its own."""
     base = Path(config.run.dir)
     number = 1
     while True:
@@ -35,7 +35,7 @@ def new_run_folder(config: Config) -> Path:
 
 
 class Recorder:
-    """Writes a run's records as they come. One process of the run has one."""
+    """Writes a run's records. Only one process of the run has a Recorder."""
 
     def __init__(self, folder: Path, config: Config):
         self.folder, self.samples_per_step = folder, config.telemetry.samples_per_step
@@ -45,7 +45,7 @@ class Recorder:
         self._samples = (folder / "samples.jsonl").open("a")
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Hand one step's metrics to every tracker."""
+        """Pass one step's metrics to every tracker."""
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
@@ -69,7 +69,7 @@ class Recorder:
         self._samples.flush()
 
     def rollout(self, step: int, samples: Sequence[Sample], timelines: Sequence[Timeline]) -> None:
-        """Write a step's trace, and its timelines if there are any; those of the newest `telemetry.traces` are kept."""
+        """Write a step's trace, and its timelines if there are any; keep only the newest `telemetry.traces` steps."""
         rows = trace_rows(samples, self.group_size, timelines)
         self._keep(f"lengths/step_{step + 1}.jsonl", lambda path: save_trace(rows, path))
         if any(len(line.log) for line in timelines):
@@ -79,7 +79,7 @@ class Recorder:
                 (self.folder / old).unlink(missing_ok=True)
 
     def _keep(self, name: str, write: Callable[[Path], None]) -> None:
-        """Write a file under another name first: a run that is ended meanwhile leaves no half of it."""
+        """Write a file under a temporary name, then rename it, so that a killed run leaves no incomplete file."""
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name(f".{path.name}")
@@ -93,11 +93,11 @@ class Recorder:
 
 
 def timeline_files(folder: Path) -> dict[int, Path]:
-    """The files of `save_timelines` in a run's folder by step, from 1, in order."""
+    """The files of `save_timelines` in a run's folder: step, counted from 1, -> path, in the order of steps."""
     found = {int(path.stem.removeprefix("step_")): path for path in (folder / "decode").glob("step_*.npz")}
     return dict(sorted(found.items()))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run, one dictionary a step."""
+    """Read the metrics of a run, one dictionary a step."""
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Report: all that a run tells its user, in one object. On ranks other than the first it only keeps time."""
+"""Report: all output of a run for its user, in one object. On ranks other than the first it only measures time."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ class Report:
         folder: Callable[[Config], Path] = new_run_folder,
         enter: Callable[[int, str], None] | None = None,
     ):
-        """`folder` is asked on the first rank for the run's; `enter` hears of each phase, with its step from 1."""
+        """Make the run's folder with `folder(config)` on the first rank; call `enter(step, phase)` for each phase.
+
+        Steps count from 1 in `enter`.
+        """
         self.first = rank == 0
-        self.enter, self.done = enter, 0  # steps
+        self.enter, self.done = enter, 0  # `done` counts steps
         self.folder = broadcast(folder(config).resolve() if self.first else None, group=control)
         self.steps: list[dict] = []
         self.recorder = Recorder(self.folder, config) if self.first else None
@@ -48,16 +51,16 @@ class Report:
             self.enter(self.done + 1, name)
 
     def notify(self, text: str) -> None:
-        """Tell the user."""
+        """Inform the user."""
         self.progress.notify(text)
 
     def loaded(self, prompts) -> None:
-        """Say how many prompts there are, and how many were dropped for their length."""
+        """Report how many prompts there are, and how many were dropped for their length."""
         dropped = f"; {prompts.dropped} dropped: longer than {prompts.limit} tokens" if prompts.dropped else ""
         self.notify(f"{len(prompts)} prompts{dropped}")
 
     def resumed(self, done: int) -> None:
-        """The run goes on where its records end, after `done` steps."""
+        """Continue a run after `done` steps, where its records end."""
         self.done = done
         if self.first:
             self.steps = read_metrics(self.folder)
@@ -85,7 +88,7 @@ class Report:
             print_summary(self.steps, self.folder)
 
     def _write_page(self) -> None:
-        """A page that cannot be drawn is no reason to end a run that has done its work."""
+        """Write report.html. An error is only reported, because the run itself has ended well."""
         try:
             write_page(self.folder)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""The closing words of a run: did the reward rise, how fast were the rollouts, where does everything lie."""
+"""The summary at the end of a run: rise of the reward, speed of the rollouts, path of the folder."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from rich.text import Text
 BARS = " ▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 60
 LOSSY = "lossy speculation: responses do not follow the policy"
-# How many steps at either end are averaged for "from" and "to": one step's mean reward is noisy.
+# Number of steps averaged at the start and at the end of the run: one step's mean reward is noisy.
 END_STEPS = 5
 
 
 def reward_rise(steps: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Mean reward over the first and over the last few steps; NaN where every sample of every step was skipped."""
+    """The mean reward over the first and over the last few steps; NaN if every sample of every step was skipped."""
     rewards = rewards_of(steps) or [math.nan]
     ends = max(1, min(END_STEPS, len(rewards) // 2))
     return fmean(rewards[:ends]), fmean(rewards[-ends:])
 
 
 def rewards_of(steps: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The mean reward of each step that has one: one whose samples were all skipped has none."""
+    """The mean reward of each step that has one; steps whose samples were all skipped have none."""
     return [step["reward/mean"] for step in steps if "reward/mean" in step]
 
 
 def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
-    """Values as one line of bars, averaged down to at most `width` columns, scaled to their own range."""
+    """Draw values as one line of bars, averaged to at most `width` columns and scaled to the range of the values."""
     if len(values) > width:
         edges = [i * len(values) // width for i in range(width + 1)]
         values = [fmean(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
@@ -42,13 +42,13 @@ def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
 
 
 def mismatch(steps: Sequence[Mapping[str, Any]]) -> str:
-    """Mean and largest divergence of the actor from the sampler; a refused step has none."""
+    """The mean and the largest divergence of the actor from the sampler, as text; refused steps have none."""
     values = [step["mismatch/kl"] for step in steps if "mismatch/kl" in step]
     return f"{fmean(values):.2g}, at most {max(values):.2g} in a step" if values else "not measured"
 
 
 def speculation_lines(steps: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What engines that choose their draft steps came to, and whether that choosing failed."""
+    """The lines for engines that choose their draft steps: the speed-up, and a warning if the choice failed."""
     lines = []
     if any("spec/achieved_speedup" in step for step in steps):
         words = [f"{_by_time(steps, 'spec/achieved_speedup'):.2f}x plain decoding"]
@@ -57,12 +57,12 @@ def speculation_lines(steps: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(f"speculation   {', '.join(words)}; off {_by_time(steps, 'spec/off_fraction'):.0%} of the time")
     failed = [index for index, step in enumerate(steps, 1) if step.get("spec/chooser_failures")]
     if failed:
-        lines.append(f"warning       speculation was turned off: its policy failed in step {failed[0]}")
+        lines.append(f"warning       speculation was turned off: the depth chooser failed in step {failed[0]}")
     return lines
 
 
 def _by_time(steps: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Mean of a metric over the steps that have it, by their time of generation."""
+    """The mean of a metric over the steps that have it, weighted by their generation time."""
     known = [step for step in steps if name in step]
     return fmean((step[name] for step in known), [step["time/generate"] for step in known])
 
@@ -71,7 +71,7 @@ def print_summary(steps: Sequence[Mapping[str, Any]], folder: Path, console: Con
     """Print the summary of a finished run's steps."""
     console = console or Console()
     if not steps:
-        console.print(f"No step was completed. The run lies in {folder}")
+        console.print(f"No step was completed. The run's folder is {folder}")
         return
     first, last = reward_rise(steps)
     tokens = sum(step["rollout/tokens"] for step in steps)

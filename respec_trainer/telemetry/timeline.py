@@ -1,8 +1,8 @@
-"""Timeline: what one engine did in a generation phase, and how long plain decoding would have taken for the same.
+"""Timeline: one engine's batches in a generation phase, and the time that plain decoding would have taken.
 
-All shares and means are by time. With the plain seconds c of each batch, of which the engine took t and drew k tokens
-a sequence, sum(k c) / sum(t) is the speed-up achieved; a predicted speed-up p averages to sum(p t) / sum(t), which is
-that same quotient if every prediction is right.
+All shares and means are weighted by time. For each batch let t be the seconds it took, k the tokens it drew a sequence,
+and c the seconds of one decode step without speculation. The achieved speed-up is sum(k c) / sum(t). The mean of the
+predicted speed-ups p is sum(p t) / sum(t), which equals the achieved speed-up if every prediction p = k c / t is right.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PlainSeconds = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Timeline:
-    """`plain`: [N] seconds a decode step without speculation takes on each batch; NaN where no costs are known."""
+    """The log of N batches; `plain` [N]: seconds of a decode step without speculation on each, NaN if unknown."""
 
     log: DecodeLog
     plain: np.ndarray
@@ -38,47 +38,47 @@ class Timeline:
 
     @cached_property
     def decodes(self) -> np.ndarray:
-        """[N] which batches decode; the others read prompts."""
+        """[N] bool: True for batches that decode, False for those that read prompts."""
         return ~self.log.prefill
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """[N] from each batch's start to the next one's; of the last, what its parts took."""
+        """[N] seconds from each batch's start to the next one's start; for the last batch the sum of its parts."""
         log = self.log
         parts = log.draft + log.verify + log.extend + log.catch_up + log.switch + log.decide
         return np.where(np.isnan(log.period), parts, log.period)
 
     @cached_property
     def earned(self) -> np.ndarray:
-        """[N] seconds of plain decoding that draw as many tokens."""
+        """[N] seconds that plain decoding needs for as many tokens."""
         return self.plain * self.log.tokens / self.log.batch
 
     @cached_property
     def times(self) -> np.ndarray:
-        """[N + 1] seconds since the phase began at which each batch began, and the last ended."""
+        """[N + 1] seconds from the start of the phase to the start of each batch, and to the end of the last."""
         began = self.log.start - self.log.start[0]
         return np.append(began, began[-1] + self.seconds[-1])
 
 
 def pool(timelines: Sequence[Timeline], column: Callable[[Timeline], np.ndarray]) -> np.ndarray:
-    """A column of all decode batches of all engines, one after the other."""
+    """A column of all decode batches, of one engine after the other."""
     return np.concatenate([np.zeros(0), *(column(line)[line.decodes] for line in timelines)])
 
 
 def steps_used(timelines: Sequence[Timeline]) -> set[int]:
-    """Every number of draft steps that a batch was decoded with."""
+    """All numbers of draft steps that decode batches used."""
     return {int(steps) for steps in pool(timelines, lambda line: line.log.steps)}
 
 
 def switches(timelines: Sequence[Timeline]) -> int:
-    """How often a batch was decoded with other steps than the one before it."""
+    """The number of decode batches with other draft steps than the batch before them."""
     return sum(int(np.count_nonzero(np.diff(line.log.steps[line.decodes]))) for line in timelines)
 
 
 def acceptance_by_depth(timelines: Sequence[Timeline]) -> list[float]:
-    """Share of drafts kept at each depth, given that those before were, over the batches that drafted that deep.
+    """The share of drafts accepted at each depth, given that those before were, over the batches that drafted so deep.
 
-    Ends before the first depth that was never tried.
+    The list ends before the first depth that was never tried.
     """
     found: list[float] = []
     while True:
@@ -95,7 +95,7 @@ def acceptance_by_depth(timelines: Sequence[Timeline]) -> list[float]:
 
 
 def mean_by_time(values: np.ndarray, seconds: np.ndarray) -> float | None:
-    """None where no time passed."""
+    """The mean of `values` weighted by `seconds`; None if no time passed."""
     total = float(seconds.sum())
     return float((values * seconds).sum()) / total if total > 0 else None
 
@@ -111,7 +111,7 @@ def save_timelines(timelines: Sequence[Timeline], path: Path) -> None:
 
 
 def load_timelines(path: Path) -> list[Timeline]:
-    """The inverse of `save_timelines`. Raises DataError for a file that is none of its own."""
+    """Read a file of `save_timelines`. Raises DataError for any other file."""
     columns: dict[int, dict[str, np.ndarray]] = {}
     try:
         with np.load(path) as file:
@@ -124,14 +124,14 @@ def load_timelines(path: Path) -> list[Timeline]:
 
 
 def edges_of(line: Timeline, count: int) -> np.ndarray:
-    """[count + 1] where stretches of equal time begin and end, in seconds since the phase began."""
+    """The edges [count + 1] of `count` equal intervals of the phase's time, in seconds since it began."""
     return np.linspace(0.0, line.times[-1], count + 1)
 
 
 def ratio_by_time(line: Timeline, chosen: np.ndarray, above: np.ndarray, below: np.ndarray, count: int) -> np.ndarray:
-    """[count] sum(above) / sum(below) over the `chosen` batches in each of `count` stretches of equal time.
+    """sum(above) / sum(below) over the `chosen` batches, [count]: one for each of `count` equal intervals of time.
 
-    A batch counts for a stretch by the share of its own time that lies in it. NaN where no chosen batch does.
+    A batch is split over intervals by the share of its time in each. NaN for an interval without a chosen batch.
     """
     edges = edges_of(line, count)
     top, bottom = (
@@ -142,6 +142,6 @@ def ratio_by_time(line: Timeline, chosen: np.ndarray, above: np.ndarray, below: 
 
 
 def spans(flags: np.ndarray, edges: np.ndarray) -> list[tuple[float, float]]:
-    """Where flags[i], of the stretch edges[i] to edges[i + 1], holds: (from, to) of each unbroken run."""
+    """The (start, end) of each unbroken run of True in `flags`, where flags[i] covers edges[i] to edges[i + 1]."""
     turns = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
     return [(float(edges[a]), float(edges[b])) for a, b in list(pairwise(turns))[::2]]

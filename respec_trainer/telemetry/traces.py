@@ -1,4 +1,4 @@
-"""Length traces: what a step's responses were, as `tools/simulate_rollout.py` replays them."""
+"""Length traces: lengths and acceptance of a step's responses, for replay by `tools/simulate_rollout.py`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from respec_trainer.telemetry.timeline import Timeline, acceptance_by_depth, ste
 
 
 def trace_rows(samples: Sequence[Sample], group_size: int, timelines: Sequence[Timeline] = ()) -> list[TraceRow]:
-    """A row for each sample, in order; `group_size` samples next to each other share their prompt.
+    """A row for each sample with a response, in order; each `group_size` consecutive samples share their prompt.
 
-    A response's own histogram tells its acceptance only if all its passes drafted equally deep. Where the steps changed
-    the acceptance is that of the whole phase. Without any drafts the rows have none: a replay needs a default then.
+    A response's own histogram gives its acceptance only if all its passes drafted equally deep. If the draft steps
+    changed, each row has the acceptance of the whole phase. Without drafts the rows have none, and a replay needs a
+    default.
     """
-    # A response that was cut off before its first token leaves nothing to replay.
+    # A response that was cut off before its first token has nothing to replay.
     numbered = [(index // group_size, sample) for index, sample in enumerate(samples) if sample.response_ids]
     used = steps_used(timelines)
     acceptance, own = None, False
@@ -36,5 +37,5 @@ def trace_rows(samples: Sequence[Sample], group_size: int, timelines: Sequence[T
 
 
 def _from_one_draft(histogram: list[int]) -> list[int]:
-    """With the zero of one draft, which sglang leaves out where no pass kept any, though all had drafted."""
+    """Add the entry of one accepted draft, 0, which sglang leaves out if no pass accepted any draft."""
     return histogram + [0] * (2 - len(histogram))

@@ -1,4 +1,4 @@
-"""Trackers: where the metrics of every step go. `telemetry.trackers` chooses them by name.
+"""Trackers: they receive the metrics of every step. `telemetry.trackers` chooses them by name.
 
 A new one is a class with the methods of `Tracker`, in a file of its own, and one line in TRACKERS.
 """
@@ -18,25 +18,25 @@ METRICS = "metrics.jsonl"
 
 
 class Tracker(Protocol):
-    """Takes the metrics of a run's steps. Only the first rank has one, made as `NAME(folder, config)`.
+    """Takes the metrics of a run's steps. Only the first rank has trackers, made as `NAME(folder, config)`.
 
-    `folder` is the run's and exists, with what an earlier part of the run has left there. A run that is resumed makes
-    its trackers before it knows at which step it goes on: the first step logged shows it, and a tracker takes back
-    what it holds of that step and later ones.
+    `folder` is the run's folder. It exists, and in a resumed run it holds the files of the earlier part. A resumed run
+    makes its trackers before it knows at which step it continues. The first call of `log` shows that step, and a
+    tracker then removes its records of that step and later ones.
     """
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Take one step's metrics, by name: each a number, or a list of numbers (one a draft depth, from 1).
 
-        Steps count from 0 and rise by 1. What is taken must be on its way when this returns: a run may be killed.
+        Steps count from 0 and rise by 1. The metrics must be written or sent when this returns: a run may be killed.
         """
 
     def close(self) -> None:
-        """End: no step follows. Not called where the run ends with an error."""
+        """Finish: no step follows. Not called if the run ends with an error."""
 
 
 class JsonlTracker:
-    """metrics.jsonl: one object a step, with its number under "step". Resuming a run cuts the file back."""
+    """metrics.jsonl: one object a step, with its number under "step". Resuming a run removes later lines."""
 
     def __init__(self, folder: Path, config: Config):
         self._file = (folder / METRICS).open("a")
@@ -50,7 +50,7 @@ class JsonlTracker:
 
 
 class TensorBoardTracker:
-    """Events in the folder tensorboard/: a scalar a number; a list becomes NAME_1, NAME_2, ..."""
+    """Events in the folder tensorboard/: a scalar for each number; a list becomes NAME_1, NAME_2, ..."""
 
     def __init__(self, folder: Path, config: Config):
         self.folder = folder / "tensorboard"
@@ -60,7 +60,7 @@ class TensorBoardTracker:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What an interrupted run showed of steps that are done again is taken back.
+            # Hides the events that an interrupted run wrote for steps that are done again.
             self._writer = SummaryWriter(str(self.folder), purge_step=step)
         for name, value in metrics.items():
             if isinstance(value, list):
@@ -86,7 +86,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         TRACKERS[name]
         if names.count(name) > 1:
-            raise ConfigError(f"{given}: {name} is given twice, and would take every step twice; give it once")
+            raise ConfigError(f"{given}: {name} is given twice, and would record every step twice; give it once")
     if "jsonl" not in names:
         raise ConfigError(
             f"{given} has no jsonl: resuming a run, its summary and its page read {METRICS}; add jsonl to the list"

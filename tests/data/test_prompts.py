@@ -1,4 +1,4 @@
-"""data/prompts.py: what a prompt holds, which are dropped, and the stream's order."""
+"""data/prompts.py: the contents of prompts, dropped prompts, and the stream's order."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def test_a_stream_continues_from_its_state():
 def test_a_stream_of_other_prompts_is_refused():
     state = PromptStream(PROMPTS, seed=3).state_dict()
     others = [
-        (PromptStream(PROMPTS, seed=4), "seed is 3, here it is 4"),
-        (PromptStream(PROMPTS, seed=3, shuffle=False), "shuffle is True, here it is False"),
-        (PromptStream(PROMPTS[:-1], seed=3), "prompts is 7, here it is 6"),
+        (PromptStream(PROMPTS, seed=4), "seed is 3, but now it is 4"),
+        (PromptStream(PROMPTS, seed=3, shuffle=False), "shuffle is True, but now it is False"),
+        (PromptStream(PROMPTS[:-1], seed=3), "prompts is 7, but now it is 6"),
         (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], answer="?")], seed=3), "digest is"),
         (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], row={"level": 1})], seed=3), "digest is"),
     ]

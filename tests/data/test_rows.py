@@ -1,4 +1,4 @@
-"""data/rows.py: files that can be read, and those that cannot, named with their line."""
+"""data/rows.py: files that can be read, and errors with the line for files that cannot."""
 
 from __future__ import annotations
 

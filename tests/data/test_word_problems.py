@@ -1,4 +1,4 @@
-"""data/word_problems.py: problems whose arithmetic is right, that repeat, and whose splits never meet."""
+"""data/word_problems.py: right arithmetic, equal problems from equal arguments, and splits that share no question."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def test_every_step_is_right_and_leads_to_the_answer():
         assert [value(left) for left, _ in pairs] == results
         assert all(0 < result < LIMIT for result in results)
         assert problem.answer.splitlines()[-1] == f"#### {results[-1]}"
-        # A step goes on from the result before it.
+        # A step continues from the result before it.
         for (left, _), before in zip(pairs[1:], results, strict=False):
             assert int(left.split()[0]) == before
 
 
-def test_the_question_tells_every_number_that_the_solution_uses():
+def test_the_question_states_every_number_that_the_solution_uses():
     for problem in SOME:
-        told = Counter(map(int, re.findall(r"\d+", problem.question)))
+        stated = Counter(map(int, re.findall(r"\d+", problem.question)))
         first, *_ = equations(problem)
         used = [int(left.split()[2]) for left, _ in equations(problem) if left.split()[1] in "+-"]
         used.append(int(first[0].split()[0]))
-        assert not Counter(used) - told, problem
+        assert not Counter(used) - stated, problem
 
 
 def test_difficulty_follows_the_mix():
@@ -62,7 +62,7 @@ def problems_of(mix, count):
     return list(itertools.islice(problems(3, mix), count))
 
 
-def test_numbers_told_stay_below_the_largest():
+def test_numbers_in_questions_stay_below_the_largest():
     for problem in itertools.islice(problems(1, MIX, largest=9), 500):
         assert max(map(int, re.findall(r"\d+", problem.question))) <= 9
 
@@ -75,8 +75,8 @@ def test_a_problem_depends_on_seed_and_index_alone():
 
 def test_questions_are_varied():
     assert len({problem.question for problem in SOME}) > 0.95 * len(SOME)
-    for told in ("dollars", "camp", "boxes", "doubles", "half of", "gives", "spends", "A bus"):
-        assert sum(told in problem.question for problem in SOME) > 20, told
+    for words in ("dollars", "camp", "boxes", "doubles", "half of", "gives", "spends", "A bus"):
+        assert sum(words in problem.question for problem in SOME) > 20, words
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -1,4 +1,4 @@
-"""drafter/rollouts.py: padding, counting, batches."""
+"""drafter/batch.py: padding, counting, batches."""
 
 from __future__ import annotations
 

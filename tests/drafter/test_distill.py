@@ -1,4 +1,4 @@
-"""drafter/distill.py: training makes drafts better, twice the same way."""
+"""drafter/distill.py: training makes drafts better, and the same seed gives the same result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""drafter/divergence.py: each loss against its formula in float64, its gradient too, and where numbers get small."""
+"""drafter/divergence.py: each loss and its gradient against the formula in float64, also for very small numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from respec_trainer.drafter.divergence import MIX, LossKind, acceptance, diverge
 KINDS = typing.get_args(LossKind)
 
 
-def laws(seed: int = 0, rows: int = 20, vocab: int = 50, drafted: int = 30):
+def random_logits(seed: int = 0, rows: int = 20, vocab: int = 50, drafted: int = 30):
     """Logits of the target, the first `drafted` tokens being the draft vocabulary, and of the drafter."""
     generator = torch.Generator().manual_seed(seed)
     target = 2 * torch.randn(rows, vocab, generator=generator)
@@ -25,7 +25,7 @@ def log_probs(target, draft):
 
 
 def formula(kind, target, draft):
-    """Plainly, from probabilities; in the dtype of the logits."""
+    """The loss computed from probabilities, in the dtype of the logits."""
     p, q = target.softmax(-1)[:, : draft.shape[1]], draft.softmax(-1)
     share = p / p.sum(-1, keepdim=True)
     kl = (share * (share / q).log()).sum(-1)
@@ -40,7 +40,7 @@ def formula(kind, target, draft):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_the_formula(kind):
-    target, draft = laws()
+    target, draft = random_logits()
     draft.requires_grad_()
     got = divergence(kind, *log_probs(target, draft))
     exact = draft.detach().double().requires_grad_()
@@ -53,8 +53,8 @@ def test_loss_and_gradient_are_those_of_the_formula(kind):
 
 
 def test_acceptance_is_what_rejection_sampling_accepts():
-    """Draws x from q, accepts with min(1, p/q); NumPy, 200,000 draws: the share's standard error is 0.0011 at most."""
-    target, draft = laws(rows=1)
+    """Draw x from q, accept with min(1, p/q), 200,000 times in NumPy: the share's standard error is at most 0.0011."""
+    target, draft = random_logits(rows=1)
     p, q = (log.exp().double()[0].numpy() for log in log_probs(target, draft))
     generator = np.random.default_rng(0)
     drawn = generator.choice(len(q), 200_000, p=q / q.sum())
@@ -63,16 +63,16 @@ def test_acceptance_is_what_rejection_sampling_accepts():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_best_draft_law_is_the_target_s(kind):
-    """With all of p inside the draft vocabulary the least loss is 0, at q = p."""
-    target, _ = laws(vocab=30)
+def test_the_best_draft_distribution_is_the_target_s(kind):
+    """If all of p is inside the draft vocabulary, the smallest loss is 0, at q = p."""
+    target, _ = random_logits(vocab=30)
     same = divergence(kind, *log_probs(target, target))
     torch.testing.assert_close(same, torch.zeros(20), rtol=0, atol=1e-6)  # a sum of 30 rounded probabilities
-    assert (divergence(kind, *log_probs(*laws(vocab=30))) > 1e-3).all()
+    assert (divergence(kind, *log_probs(*random_logits(vocab=30))) > 1e-3).all()
 
 
 def test_what_lies_outside_the_draft_vocabulary_can_not_be_accepted():
-    target, _ = laws()
+    target, _ = random_logits()
     inside = target[:, :30]
     p = target.softmax(-1)[:, :30].sum(-1)
     torch.testing.assert_close(divergence("acceptance", *log_probs(target, inside)), 1 - p)
@@ -84,10 +84,10 @@ def test_logarithms_of_acceptances_too_small_for_float32_keep_a_gradient():
     loss = divergence("log_acceptance", *log_probs(target, draft))
     assert loss.item() == pytest.approx(300.0)
     (slope,) = torch.autograd.grad(loss.sum(), draft)
-    torch.testing.assert_close(slope, torch.tensor([[-1.0, 1.0]]))  # q(0) is all that counts, and rises
+    torch.testing.assert_close(slope, torch.tensor([[-1.0, 1.0]]))  # only q(0) matters, and it rises
     assert divergence("acceptance", *log_probs(target, draft)).item() == 1.0
 
 
 def test_an_unknown_loss_is_refused():
     with pytest.raises(ValueError, match="'l2' is none of kl"):
-        divergence("l2", *log_probs(*laws()))
+        divergence("l2", *log_probs(*random_logits()))

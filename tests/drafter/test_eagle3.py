@@ -1,4 +1,4 @@
-"""drafter/eagle3.py: the unrolled drafter is what serving computes, one token at a time."""
+"""drafter/eagle3.py: the unrolled drafter computes the same as serving, which goes one token at a time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Serving:
         return out
 
     def layer(self, embedding, feature, position):
-        """The layer's output before the last norm; its keys and values join the cache."""
+        """The layer's output before the last norm; appends its keys and values to the cache."""
         w, d = self.w, self.shape.head_dim
         x = torch.cat([self.norm(embedding, "midlayer.input_layernorm"), self.norm(feature, "midlayer.hidden_norm")])
         q, k, v = ((w[f"midlayer.self_attn.{n}_proj.weight"] @ x).view(-1, d) for n in "qkv")
@@ -62,7 +62,7 @@ class Serving:
         return h + w["midlayer.mlp.down_proj.weight"] @ (F.silu(gate) * up)
 
     def draft(self, embeddings, features, last, steps):
-        """Logits of `steps` drafts after tokens x_0 .. x_{last+1}, features a_0 .. a_last; x goes on as given."""
+        """Logits of `steps` drafts after tokens x_0 .. x_{last+1}, features a_0 .. a_last; later x are as given."""
         self.cache = []
         for t in range(last + 1):  # prefill, or extension after a verification: features are the target's
             out = self.layer(embeddings[t + 1], self.w["fc.weight"] @ features[t], t)
@@ -83,7 +83,7 @@ def test_every_depth_and_position_equals_serving(family):
         for t in range(LENGTH - STEPS):
             expected = serving.draft(embeddings[row].double(), features[row].double(), t, STEPS)
             got = torch.stack([logits[row, t] for logits in unrolled]).double()
-            # float32 against float64: logits are of order 1, errors of their rounding through four layers.
+            # float32 against float64: logits are of order 1, and rounding errors add up over four layers.
             torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 

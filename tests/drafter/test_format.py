@@ -47,7 +47,7 @@ def edit_config(folder, **changes):
 
 
 def edit_tensors(folder, **changes):
-    """Replace tensors, `__` in a name standing for a dot; None removes one."""
+    """Replace tensors; `__` in a name stands for a dot, and None removes the tensor."""
     named = {name.replace("__", "."): tensor for name, tensor in changes.items()}
     tensors = load_file(folder / "model.safetensors") | named
     save_file({name: t for name, t in tensors.items() if t is not None}, folder / "model.safetensors")
@@ -86,7 +86,7 @@ def test_a_loaded_drafter_learns(folder):
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 5e5}, LLAMA3])
 @pytest.mark.parametrize("order", [1, -1])
 def test_transformers_reads_the_same_rope_as_from_the_target(tmp_path, rope, order):
-    """SGLang shares one rope cache between target and drafter if their numbers agree, and so does their order."""
+    """SGLang shares one rope cache between target and drafter if their numbers and the order of the keys agree."""
     from transformers import AutoConfig
 
     target = target_config("llama", rope_parameters=dict(list(rope.items())[::order]), head_dim=32)
@@ -140,7 +140,7 @@ def test_the_target_s_embedding_may_be_there(folder):
         ("norm_output", True, "norm_output=True"),
         ("eagle_config", {"norm_before_fc": True}, "norm_before_fc=True"),
         ("eagle_config", {"use_aux_hidden_state": False}, "use_aux_hidden_state"),
-        ("eagle_config", ..., "eagle_aux_hidden_state_layer_ids .* default"),  # which a 4-layer target has not
+        ("eagle_config", ..., "eagle_aux_hidden_state_layer_ids .* default"),  # not three different layers of 4
         ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}, "eagle_aux_hidden_state_layer_ids .* 0 to 2"),
         ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [0, 1, 1]}, "three different layers"),
         ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [0, 1]}, "three different layers"),

@@ -87,7 +87,7 @@ def test_a_row_of_weight_zero_leaves_no_trace(teacher, batch):
     torch.testing.assert_close(gradient(drafter, got), gradient(drafter, expected), rtol=1e-4, atol=1e-6)
     assert sums.tokens.tolist() == [12, 9, 7]  # acceptance is of all rows
 
-    # Exactly none: whatever the weightless rows hold, loss and gradient stay the same to the last bit.
+    # Exactly none: loss and gradient are bitwise the same for any content of the rows of weight zero.
     target = teacher(batch)
     logits = target.draft_logits.clone()
     logits[:5] += 3.0 * torch.arange(64)
@@ -145,12 +145,13 @@ def test_other_losses_change_the_loss_alone(teacher, batch, kind):
 
 @torch.no_grad()
 def test_walks_count_a_choice_that_is_the_response_s_token(teacher):
-    """Responses in which the drafter is right at times, by asking it: walks follow its choices, drafts one by one."""
+    """Responses made from some of the drafter's own choices: the counted passes equal a loop over single drafts."""
     drafter, batch = tiny_drafter(), random_rollouts([(4, 12), (3, 9)])
     target, passes = teacher(batch), []
     choices = [DRAFT_IDS[drafter.logits(h).argmax(-1)] for h in drafter.unroll(target.embeddings, target.features, 1)]
     tokens = batch.tokens.clone()
-    tokens[:, 9:11] = choices[0][:, 7:9]  # changes what follows x_9, so only the first of the two is sure to be hit
+    # The first new token changes the drafts after it, so only the first of the two is certain to be a hit.
+    tokens[:, 9:11] = choices[0][:, 7:9]
     batch = dataclasses.replace(batch, tokens=tokens)
     target = teacher(batch)
     sums = distill_loss(drafter, batch, target, STEPS)[1]
@@ -194,7 +195,7 @@ def test_sums_of_batches_add_up(teacher, batch):
 
 @torch.no_grad()
 def test_a_drafter_that_knows_the_target_is_always_accepted(teacher, batch):
-    """With the teacher's whole mass inside the draft vocabulary, q = p~ gives alpha 1 and a divergence of 0."""
+    """If the teacher's whole mass is inside the draft vocabulary, q = p~ has alpha 1 and a divergence of 0."""
     drafter, target = tiny_drafter(), teacher(batch)
     hidden = next(drafter.unroll(target.embeddings, target.features, 1))
     drafted = drafted_positions(batch.response_mask, 0)

@@ -1,4 +1,4 @@
-"""drafter/muon.py: orthogonal updates, and those of torch's own Muon to rounding."""
+"""drafter/muon.py: orthogonal updates, equal to those of torch's own Muon up to rounding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_singular_values_come_near_one_and_directions_stay(quick, shape):
 
 
 def test_it_steps_as_torch_does(quick):
-    """torch iterates in bf16. Both orthogonalize the same averages, so they part by that rounding alone."""
+    """torch iterates in bf16. Both orthogonalize the same averages, so they differ only by that rounding."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((8, 24), (24, 8))]
     ours, theirs = ([weight.clone().requires_grad_() for weight in start] for _ in range(2))

@@ -1,4 +1,4 @@
-"""drafter/shape.py: what a drafter takes from its target, and RoPE frequencies."""
+"""drafter/shape.py: the sizes that a drafter takes from its target, and RoPE frequencies."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from respec_trainer.drafter.walk import pass_tokens, verify_passes
 
 
 def loop(hits, mask, steps: int) -> list[int]:
-    """Passes of each row, one pass after the other."""
+    """Count the passes of each row with a loop, one pass after the other."""
     counts = []
     for row, own in zip(hits.tolist(), mask.tolist(), strict=True):
         known = own.index(True) if True in own else len(own)  # the response's first token came with the prompt
@@ -34,7 +34,7 @@ def random_case(seed: int, rows=40, width=30, depths=4):
         mask[row, first:end] = True
         for t in range(width):
             for k in range(depths):
-                hits[row, t, k] &= t + 2 + k < end  # what is no response token is never hit
+                hits[row, t, k] &= t + 2 + k < end  # only response tokens can be hits
     return hits, mask
 
 
@@ -51,7 +51,7 @@ def test_a_response_by_hand():
     mask = torch.tensor([[False] * 2 + [True] * 7 + [False]])
     hits = torch.zeros(1, 10, 2, dtype=torch.bool)
     hits[0, 1] = torch.tensor([True, True])  # x_3 and x_4 are hit, x_5 is drawn
-    hits[0, 4] = torch.tensor([False, True])  # x_6 is missed and drawn: what comes after a miss does not count
+    hits[0, 4] = torch.tensor([False, True])  # x_6 is missed and drawn: drafts after a miss do not count
     hits[0, 5] = torch.tensor([True, True])  # x_7 and x_8 are hit, and the response ends
     # One draft a pass: x_3 x_4 from 1, x_5 from 3, x_6 from 4, x_7 x_8 from 5.
     assert verify_passes(hits, mask).tolist() == [[4, 3]]

@@ -1,4 +1,4 @@
-"""A family is one file and its line in the registry: every part of the package then asks it."""
+"""A family is one file and its line in the registry: every part of the package then supports it."""
 
 from __future__ import annotations
 

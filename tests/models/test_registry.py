@@ -1,4 +1,4 @@
-"""models/: a family is named there and nowhere else, and the engine's processes can ask it."""
+"""models/: no other package names a family, and the engine's processes can import it."""
 
 from __future__ import annotations
 

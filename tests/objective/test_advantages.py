@@ -49,7 +49,7 @@ def test_rewards_that_differ_in_rounding_teach_nothing_whatever_their_size(confi
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_rewards_that_differ_little_are_told_apart_whatever_their_size(scale):
+def test_rewards_that_differ_little_are_distinguished_whatever_their_size(scale):
     rewards = scale * torch.tensor([[1.0, 1.00001, 1.0, 1.00001]])
     expected = torch.tensor([[-1.0, 1.0, -1.0, 1.0]]) * 0.75**0.5  # the sample std of four such numbers is larger
     torch.testing.assert_close(group_advantages(rewards, NORM), expected, rtol=0.02, atol=0)

@@ -39,10 +39,10 @@ def test_on_policy_gradient_is_the_advantage():
     assert metrics["policy/kl"] == metrics["mismatch/kl"] == metrics["policy/clip_fraction"] == 0.0
 
 
-def test_a_ratio_past_the_clip_gets_no_gradient_where_it_helps_only():
+def test_a_clipped_ratio_has_no_gradient_away_from_one_only():
     up, down = math.log(1.5), math.log(0.5)
     gradient, metrics = loss_of([up, down], [0.0, 0.0], [0.0, 0.0], advantage=1.0)
-    # Above the clip with a positive advantage: cut off. Below it: the way back stays open.
+    # Positive advantage: above the clip there is no gradient; below it there is one, which moves the ratio back up.
     torch.testing.assert_close(gradient, torch.tensor([0.0, -0.25]))
     assert metrics["loss"] == pytest.approx(-(1.2 + 0.5) / 2)
     assert metrics["policy/clip_fraction"] == 0.5
@@ -96,10 +96,10 @@ def test_the_correction_has_an_expectation_free_of_the_mismatch():
 
 
 def make_inputs(rows: slice = slice(None), config: ObjectiveConfig | None = None, **changes) -> LossInputs:
-    """Five responses of 20 tokens, off-policy, one of them empty and one far from what the sampler held likely."""
+    """Five off-policy responses of 20 tokens: one is empty, and one has a low probability under the sampler."""
     generator = torch.Generator().manual_seed(0)
     logprobs, entropies, old, sampler = -3 * torch.rand(4, 5, 9, generator=generator)
-    sampler[2] -= 2.0  # a response that sequence_mask takes out
+    sampler[2] -= 2.0  # a response that sequence_mask removes
     mask = torch.arange(9) < torch.tensor([9, 4, 6, 1, 0])[:, None]
     origins = torch.randint(0, 2, (5, 9), generator=generator).to(torch.int8)
     tensors = {"logprobs": logprobs, "entropies": -entropies, "old": old, "sampler": sampler, "mask": mask}
@@ -109,7 +109,7 @@ def make_inputs(rows: slice = slice(None), config: ObjectiveConfig | None = None
     return LossInputs(**tensors, weights=objective.token_weights(tensors["mask"], tokens=20.0, sequences=4.0))
 
 
-def test_what_lies_outside_the_mask_is_never_looked_at():
+def test_values_outside_the_mask_do_not_matter():
     fine = make_inputs()
     objective = setup_objective(ObjectiveConfig())
     names = ("logprobs", "entropies", "old", "sampler")
@@ -131,12 +131,12 @@ def test_divergence_and_entropy_of_an_off_policy_batch_are_the_formulas():
     new, old, entropies = (
         getattr(inputs, name).numpy().astype(np.float64)[mask] for name in ("logprobs", "old", "entropies")
     )
-    told = finish(metrics)
+    numbers = finish(metrics)
     # KL(old || now) of tokens that the old policy drew; the other direction is another number.
     divergence, other = ((np.exp(d) - 1 - d).mean() for d in (new - old, old - new))
-    assert told["policy/kl"] == pytest.approx(divergence, rel=1e-5)
-    assert abs(divergence / other - 1) > 0.05, "the two directions must be told apart"
-    assert told["policy/entropy"] == pytest.approx(entropies.mean(), rel=1e-6)
+    assert numbers["policy/kl"] == pytest.approx(divergence, rel=1e-5)
+    assert abs(divergence / other - 1) > 0.05, "the test must distinguish the two directions"
+    assert numbers["policy/entropy"] == pytest.approx(entropies.mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize("correction", ["none", "tis", "token_mask", "sequence_mask"])
@@ -147,9 +147,9 @@ def test_micro_batches_add_up_to_the_whole(aggregation, correction):
     whole, metrics = objective.loss(make_inputs(slice(None), config))
     parts = [objective.loss(make_inputs(slice(*rows), config)) for rows in ((0, 1), (1, 4), (4, 5))]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
-    told = finish(metrics)
-    assert finish(merge([part for _, part in parts])) == pytest.approx(told, abs=1e-6)
-    assert (told["mismatch/clipped"] > 0) == (correction != "none")
+    numbers = finish(metrics)
+    assert finish(merge([part for _, part in parts])) == pytest.approx(numbers, abs=1e-6)
+    assert (numbers["mismatch/clipped"] > 0) == (correction != "none")
 
 
 def test_a_skipped_response_counts_for_nothing():
@@ -165,6 +165,6 @@ def test_a_skipped_response_counts_for_nothing():
 def test_a_minibatch_without_tokens_has_no_loss():
     loss, metrics = setup_objective(ObjectiveConfig()).loss(make_inputs(slice(4, 5)))
     assert loss == 0.0
-    told = finish(metrics)
-    assert told["policy/kl"] == 0.0
-    assert not {"mismatch/ratio_max", "mismatch/ratio_min", "mismatch/kl_plain"} & told.keys()
+    numbers = finish(metrics)
+    assert numbers["policy/kl"] == 0.0
+    assert not {"mismatch/ratio_max", "mismatch/ratio_min", "mismatch/kl_plain"} & numbers.keys()

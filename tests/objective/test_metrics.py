@@ -1,4 +1,4 @@
-"""objective/metrics.py: what each kind of metric tells once micro-batches, minibatches and ranks are combined."""
+"""objective/metrics.py: the value of each kind of metric, combined over micro-batches, minibatches and ranks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def metrics_of(rows: slice, loss: float = 1.0) -> dict:
 def test_metrics_of_parts_are_those_of_the_whole():
     parts = [metrics_of(slice(0, 2), 0.25), metrics_of(slice(2, 3), 0.5), metrics_of(slice(3, 6), 4.0)]
     inside = VALUES[MASK]
-    told = finish(merge([merge(parts[:2]), parts[2]]), updates=2)
+    numbers = finish(merge([merge(parts[:2]), parts[2]]), updates=2)
     expected = {"mean": inside.mean(), "share": (inside > 0.5).mean(), "largest": inside.max()}
     expected |= {"smallest": inside.min(), "loss": 4.75 / 2}
-    assert told == pytest.approx(expected)
+    assert numbers == pytest.approx(expected)
 
 
 def test_ranks_are_combined_by_a_sum_and_a_maximum_of_what_was_packed():
@@ -58,8 +58,8 @@ def test_what_one_part_lacks_another_may_have():
 def test_values_outside_the_mask_are_not_looked_at_and_those_inside_are_not_hidden():
     values, mask = torch.tensor([[1.0, float("nan")]]), torch.tensor([[True, False]])
     for tokens, expected in ((Tokens(mask), 1.0), (Tokens(~mask), float("nan"))):
-        told = finish({"m": tokens.mean(values), "l": tokens.largest(values), "s": tokens.smallest(values)})
-        assert told == pytest.approx(dict.fromkeys("mls", expected), nan_ok=True)
+        numbers = finish({"m": tokens.mean(values), "l": tokens.largest(values), "s": tokens.smallest(values)})
+        assert numbers == pytest.approx(dict.fromkeys("mls", expected), nan_ok=True)
 
 
 def test_long_sums_are_kept_in_double_precision():

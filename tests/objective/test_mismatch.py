@@ -18,7 +18,7 @@ MASK = np.arange(40) < np.array([[40], [17], [1], [0], [33], [25]])
 
 
 def random_inputs(seed: int) -> dict[str, np.ndarray]:
-    """Six responses in float32, some of them drawn from another distribution than the actor's throughout."""
+    """Six responses in float32, some of them drawn entirely from another distribution than the actor's."""
     generator = np.random.default_rng(seed)
     shift = np.array([0.0, 1.0, 0.0, 0.0, -1.0, 0.3])[:, None]
     old = -generator.exponential(2.0, MASK.shape)
@@ -33,7 +33,7 @@ def random_inputs(seed: int) -> dict[str, np.ndarray]:
 
 
 def reference_weights(log_ratio: np.ndarray, config: ObjectiveConfig) -> np.ndarray:
-    """The factor of each token, one response and one token after the other."""
+    """Compute the factor of each token in a loop over responses and tokens."""
     weights = np.ones(MASK.shape)
     for row, mask in enumerate(MASK):
         ratios = np.exp(log_ratio[row][mask])
@@ -110,7 +110,7 @@ def test_a_ratio_that_is_no_number_is_not_masked_away(correction):
     log_ratio, mask = torch.tensor([[0.0, float("nan")], [0.0, float("inf")]]), torch.ones(2, 2, dtype=torch.bool)
     factor, _ = correction_weights(log_ratio, mask, ObjectiveConfig(correction=correction))
     assert factor[0, 1].isnan()
-    assert factor[1].isfinite().all()  # a token the sampler held to be impossible is only far outside
+    assert factor[1].isfinite().all()  # a sampler's probability of 0 is only outside the bounds
 
 
 @pytest.mark.parametrize("length", [1, 10, 10_000])

@@ -48,7 +48,7 @@ def actor(tmp_path_factory):
 
 
 class Answers:
-    """A sampler that answers every prompt by counting on from its last token."""
+    """A sampler whose responses count up from the prompt's last token."""
 
     def __init__(self):
         self.requests: list[Request] = []
@@ -77,10 +77,10 @@ def hf_config(actor):
 
 @pytest.fixture(scope="module")
 def made(actor, tmp_path_factory):
-    """(the drafter's folder, its sampler, the lines logged)"""
+    """(the drafter's folder, its sampler, the lines for the user)"""
     folder, answers, lines = tmp_path_factory.mktemp("made"), Answers(), []
     arguments = (recipe(folder), actor, actor / "prompts.jsonl", folder / "drafter")
-    assert make_drafter(*arguments, log=lines.append, sampler=answers)
+    assert make_drafter(*arguments, notify=lines.append, sampler=answers)
     return folder / "drafter", answers, lines
 
 
@@ -103,11 +103,11 @@ def test_prompts_are_templated_sampled_and_never_repeated(made):
         assert request.sampling.temperature == 1.0 and request.sampling.max_new_tokens == 10
 
 
-def test_the_draft_vocabulary_holds_what_training_responses_say(actor, made):
+def test_the_draft_vocabulary_holds_the_tokens_of_training_responses(actor, made):
     folder, answers, _ = made
     _, ids = load_drafter(folder, hf_config(actor))
-    said = {token for request in answers.requests[6:] for token in Answers.sample(request).response_ids}
-    assert len(said) <= 64 and said <= set(ids.tolist())
+    expected = {token for request in answers.requests[6:] for token in Answers.sample(request).response_ids}
+    assert len(expected) <= 64 and expected <= set(ids.tolist())
 
 
 def test_what_was_measured_is_logged_and_kept(made):
@@ -130,7 +130,7 @@ def test_epochs_are_passes_over_the_responses(actor, tmp_path):
     """12 prompts less 3 held out, twice each: 18 responses, in batches of 4."""
     lines, made = [], recipe(tmp_path, "training.updates=null", "training.epochs=2", "training.loss=mixed")
     arguments = (made, actor, actor / "prompts.jsonl", tmp_path / "out")
-    assert make_drafter(*arguments, log=lines.append, sampler=Answers())
+    assert make_drafter(*arguments, notify=lines.append, sampler=Answers())
     assert any(line.startswith("update 10/10") for line in lines)
 
 
@@ -143,14 +143,14 @@ def test_updates_or_epochs_one_of_them(tmp_path, overrides):
 def test_made_once_until_recipe_actor_or_data_change(actor, made, tmp_path):
     folder, *_ = made
     arguments = (recipe(tmp_path), actor, actor / "prompts.jsonl", folder)
-    assert not make_drafter(*arguments, log=pytest.fail, sampler=pytest.fail)
+    assert not make_drafter(*arguments, notify=pytest.fail, sampler=pytest.fail)
     data = tmp_path / "prompts.jsonl"
     data.write_text((actor / "prompts.jsonl").read_text() + '{"question": "w1", "answer": "1"}\n')
     with pytest.raises(InterruptedError):
         make_drafter(recipe(tmp_path), actor, data, folder, sampler=interrupt)
     with pytest.raises(InterruptedError):
         make_drafter(recipe(tmp_path, "training.updates=7"), *arguments[1:], sampler=interrupt)
-    assert not make_drafter(*arguments, sampler=pytest.fail)  # and the folder has outlived both interruptions
+    assert not make_drafter(*arguments, sampler=pytest.fail)  # both interruptions left the folder unchanged
 
 
 def interrupt(requests):
@@ -160,7 +160,7 @@ def interrupt(requests):
 def test_going_on_from_a_drafter_keeps_its_vocabulary_and_starts_from_its_weights(actor, made, tmp_path):
     folder, *_ = made
     arguments = (recipe(tmp_path, "training.lr=1e-12", "training.matrix_lr=1e-12"), actor, actor / "prompts.jsonl")
-    assert make_drafter(*arguments, tmp_path / "next", start=folder, log=lambda line: None, sampler=Answers())
+    assert make_drafter(*arguments, tmp_path / "next", start=folder, notify=lambda line: None, sampler=Answers())
     (before, ids), (after, same) = (load_drafter(f, hf_config(actor)) for f in (folder, tmp_path / "next"))
     assert torch.equal(ids, same)
     for name, weight in before.state_dict().items():
@@ -176,14 +176,14 @@ def test_going_on_from_a_drafter_keeps_its_vocabulary_and_starts_from_its_weight
         (["prompts.prompt_column=text"], DataError, "line 1: no column 'text'"),
     ],
 )
-def test_what_cannot_work_is_said(actor, tmp_path, overrides, error, words):
+def test_settings_that_cannot_work_are_refused(actor, tmp_path, overrides, error, words):
     with pytest.raises(error, match=words):
         make_drafter(
             recipe(tmp_path, *overrides),
             actor,
             actor / "prompts.jsonl",
             tmp_path / "out",
-            log=lambda line: None,
+            notify=lambda line: None,
             sampler=Answers(),
         )
     assert not (tmp_path / "out").exists()
@@ -204,7 +204,7 @@ def test_a_drafter_of_another_actor_is_refused_before_anything_is_sampled(actor,
     (other / "config.json").write_text(json.dumps(config | {key: value}))
     arguments = (recipe(tmp_path), actor, actor / "prompts.jsonl", tmp_path / "out")
     with pytest.raises(ConfigError, match=words):
-        make_drafter(*arguments, start=other, log=pytest.fail, sampler=pytest.fail)
+        make_drafter(*arguments, start=other, notify=pytest.fail, sampler=pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_paths_that_do_not_exist(actor, tmp_path):
         make_drafter(recipe(tmp_path), tmp_path / "empty", actor / "prompts.jsonl", tmp_path / "out")
 
 
-def test_the_command_says_what_is_wrong(actor, tmp_path):
+def test_the_command_reports_errors(actor, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = [sys.executable, "tools/train_drafter.py", "--recipe", str(tmp_path / "tiny.yaml"), "--actor", "absent"]
     command += ["--data", str(actor / "prompts.jsonl"), "--out", str(tmp_path / "out"), "training.updates=9"]

@@ -1,4 +1,4 @@
-"""recipes/folder.py: a folder is made once, whole or not at all, and nobody's else is replaced."""
+"""recipes/folder.py: a folder is made once, complete or not at all, and no other folder is replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""recipes/lessons.py and tokenizer.py: what a small actor reads, and which of it is learned."""
+"""recipes/lessons.py and tokenizer.py: the batches that a small actor learns from, and their targets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lessons(tokenizer, seed=0, **teaching):
 
 
 def texts(tokenizer, ids, targets):
-    """(everything, what is learned) of each row, as text."""
+    """Return (all tokens, the targets) of each row, as text."""
     pairs = []
     for row, target in zip(ids, targets, strict=True):
         kept = row[row != tokenizer.pad_token_id], target[target != IGNORED]

@@ -106,7 +106,7 @@ def test_solve_rate_counts_right_answers(monkeypatch):
     tokenizer = train_tokenizer((p.question + p.answer for p in problems), 300)
 
     class Model:
-        """Right about the first and the last."""
+        """A model that answers the first and the last problem right."""
 
         def eval(self):
             pass

@@ -1,4 +1,4 @@
-"""recipes/supervised.py: the loss and the learning rate are what they say, and learning works."""
+"""recipes/supervised.py: the loss and the learning rate follow their formulas, and learning works."""
 
 from __future__ import annotations
 

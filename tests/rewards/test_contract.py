@@ -1,4 +1,4 @@
-"""rewards/contract.py: what counts as a result, and errors that name the reward, the sample and the value."""
+"""rewards/contract.py: valid results, and errors that name the reward, the sample and the value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.rewards import item
 
 
 def scored(*results):
-    """The results of a reward that returns `results`, each for an item of its own."""
+    """The checked results of a reward that returns `results`, one for each item."""
     return score_batch("reward.kind=mine", lambda items: list(results), [item(f"r{i}") for i in range(len(results))])
 
 
@@ -56,7 +56,7 @@ def test_results_come_in_any_sequence(values):
         float("inf"),
         np.float64("-inf"),
         torch.tensor(torch.nan),
-        1e39,  # infinite in float32, which advantages are computed in
+        1e39,  # infinite in float32, the dtype of advantages
         10**400,
         "1.0",
         {"score": 1.0},
@@ -104,7 +104,7 @@ def test_a_batch_has_one_result_an_item(answer, words):
 
 
 @pytest.mark.parametrize("raised", [KeyError("x"), SystemExit(3), RuntimeError()])
-def test_a_reward_that_raises_is_told_with_its_line_and_the_batch(raised):
+def test_a_reward_that_raises_is_named_with_its_line_and_the_batch(raised):
     def reward(items):
         raise raised
 

@@ -1,4 +1,4 @@
-"""rewards/exact.py: what counts as the same answer."""
+"""rewards/exact.py: equal and different answers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_equal_answers(response, answer):
         ("#### nan", "7"),
         ("#### 77", "7"),
         ("", "7"),
-        ("####", ""),  # nothing is no answer, whatever was asked for
+        ("####", ""),  # an empty text is never a right answer
         ("####", "####"),
         ("#### snan", "7"),
         ("#### 7", "snan"),

@@ -1,4 +1,4 @@
-"""rewards/function.py: a user's function is loaded from its file and called as its signature says, or named."""
+"""rewards/function.py: a user's function is loaded from its file and called by its signature; errors name it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def test_an_unknown_kind_is_refused_with_the_nearest_one():
 
 def test_a_new_reward_takes_one_file_and_one_line(monkeypatch, tmp_path):
     rewards = Registry("reward.kind", {name: REWARDS[name] for name in REWARDS})
-    rewards.add("brevity", brevity.setup)  # the line that rewards/registry.py would get
+    rewards.add("brevity", brevity.setup)  # the line to add to rewards/registry.py
     monkeypatch.setattr(registry, "REWARDS", rewards)
     scorer = Scorer(smallest_config(tmp_path, "reward.kind=brevity").reward)
     items = [item("it is 7"), item("it is 8", row={"words": 7}), item("it is", truncated=True)]

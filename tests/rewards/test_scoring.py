@@ -18,7 +18,7 @@ from tests.support.rewards import item, reward_file
 
 GROUP = 2
 ITEMS = [item(f"{prompt}{'ab'[i]}", prompt=str(prompt)) for prompt in range(3) for i in range(GROUP)]
-# No two processes draw the same numbers, and each writes down what it is asked.
+# Each process draws other numbers, and writes down the items that it scores.
 JUDGE = """
 import os, pathlib, random
 from respec_trainer.rewards.contract import Score
@@ -50,16 +50,16 @@ def test_ranks_agree_where_a_reward_differs_by_process(tmp_path, layout):
     answers = run_ranks(ranks, score_on_a_rank, reward_file(tmp_path, JUDGE, "judge"), tp, 2)
     pids, results = zip(*answers, strict=True)
     assert all(result == results[0] for result in results), "every rank holds the same numbers and parts"
-    asked = {int(path.stem): path.read_text().split() for path in tmp_path.glob("*.txt")}
-    everything = sorted(response for responses in asked.values() for response in responses)
+    scored_by = {int(path.stem): path.read_text().split() for path in tmp_path.glob("*.txt")}
+    everything = sorted(response for responses in scored_by.values() for response in responses)
     assert everything == sorted(2 * [item.response for item in ITEMS]), "each sample is scored once a call"
-    assert set(asked) <= set(pids[::tp]), "by the first of the tensor-parallel ranks alone"
-    assert len(asked) == ranks // tp, "in as many shares as there are copies of the model"
+    assert set(scored_by) <= set(pids[::tp]), "by the first of the tensor-parallel ranks alone"
+    assert len(scored_by) == ranks // tp, "in as many shares as there are copies of the model"
     for scores in results[0]:
         assert [score is None for score in scores] == [item.response == "1a" for item in ITEMS]
         for score, scored in zip(scores, ITEMS, strict=True):
-            assert score is None or scored.response in asked[score.parts["pid"]]
-    assert results[0][0] != results[0][1], "drawn anew each time"
+            assert score is None or scored.response in scored_by[score.parts["pid"]]
+    assert results[0][0] != results[0][1], "drawn again each time"
 
 
 def test_an_error_on_one_rank_is_everyone_s(tmp_path):

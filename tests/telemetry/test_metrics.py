@@ -1,4 +1,4 @@
-"""telemetry/metrics.py: what the engines' logs add to the metrics of the samples, worked out by hand."""
+"""telemetry/metrics.py: the metrics of the engines' logs, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_without_costs_or_predictions_there_are_no_speedups():
     assert not [name for name in metrics if "speedup" in name]
 
 
-def test_failures_of_the_policy_are_summed_even_where_nothing_was_logged():
+def test_failures_of_the_depth_chooser_are_summed_even_where_nothing_was_logged():
     failed = Timeline.of(DecodeLog(failures=2), None)
     assert step_metrics([failed]) == {"spec/chooser_failures": 2}
     assert step_metrics([failed, hand_timeline(failures=1)])["spec/chooser_failures"] == 3

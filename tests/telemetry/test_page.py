@@ -1,4 +1,4 @@
-"""report.html: drawn with and without step logs, from a run's folder alone, by the run and by tools/report.py."""
+"""report.html: drawn with and without decode logs, from a run's folder alone, by the run and by tools/report.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ADAPTED = {"spec/steps": 1.5, "spec/switches": 3, "spec/achieved_speedup": 1.25,
 
 @pytest.fixture
 def run(tmp_path):
-    """Writes a run; each step is its metrics and timelines."""
+    """Return a function that writes a run; each step is a pair of metrics and timelines."""
 
     def run(*steps):
         config = smallest_config(tmp_path, f"run.dir={tmp_path / 'runs'}", "telemetry.trackers=[jsonl]")
@@ -83,9 +83,9 @@ def test_a_rollout_that_only_read_prompts_is_left_out(run):
     assert images(write_page(run((STEP, [only_prompts]), (STEP, [only_prompts, hand_timeline()]))).read_text()) == 2
 
 
-def test_a_policy_that_failed_is_named(run):
+def test_a_depth_chooser_that_failed_is_named(run):
     folder = run((STEP | ADAPTED, ()), (STEP | ADAPTED | {"spec/chooser_failures": 1}, ()))
-    assert "its policy failed in iteration 2" in write_page(folder).read_text()
+    assert "the depth chooser failed in iteration 2" in write_page(folder).read_text()
 
 
 def test_the_run_figure_shows_what_the_run_has():
@@ -125,7 +125,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, run):
         write_page(run())
 
 
-def test_the_tool_writes_where_it_is_told(run, tmp_path):
+def test_the_tool_writes_to_the_path_it_is_given(run, tmp_path):
     folder = run((STEP, ()))
     command = [sys.executable, TOOL, str(folder), "--out", str(tmp_path / "a.html")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -33,7 +33,7 @@ def test_reward_metrics():
 
 def test_reward_metrics_of_named_parts():
     samples = [sample(0.3), sample(0.3), sample(0.0), sample(1.0)]
-    samples[0].reward_parts = {"correct": 0.0, "format": 1.0}  # a format's points solve nothing
+    samples[0].reward_parts = {"correct": 0.0, "format": 1.0}  # the reward of a right format does not count as solved
     samples[1].reward_parts = {"correct": 1.0, "format": 0.5}
     metrics = reward_metrics(samples)
     assert metrics["reward/solve_rate"] == 0.5 and metrics["reward/mean"] == pytest.approx(0.4)
@@ -70,7 +70,7 @@ def test_tokens_without_a_draft_are_counted_as_off_but_for_a_response_s_first():
     assert speculation_metrics(samples, SpeculationConfig())["spec/off_fraction"] == 3 / 5
 
 
-def test_speculation_that_bends_the_law_is_marked():
+def test_lossy_speculation_is_marked():
     lossy = SpeculationConfig(accept_threshold_acc=0.9, allow_lossy=True)
     assert [speculation_metrics([sample()], s)["spec/lossy"] for s in (lossy, SpeculationConfig())] == [1, 0]
 
@@ -83,23 +83,23 @@ def test_speculation_metrics_without_speculation():
 
 
 def test_clock_adds_up_phases_and_starts_anew():
-    heard = []
-    clock = PhaseClock(heard.append)
+    phases = []
+    clock = PhaseClock(phases.append)
     for _ in range(2):
         with clock("generate"):
             time.sleep(0.01)
     times = clock.take()
-    assert heard == ["generate", "generate"]
+    assert phases == ["generate", "generate"]
     assert 0.02 <= times["time/generate"] <= times["time/step"]
     assert set(clock.take()) == {"time/step"}
 
 
 def test_a_phase_goes_on_when_one_inside_it_has_ended():
-    heard = []
-    clock = PhaseClock(heard.append)
+    phases = []
+    clock = PhaseClock(phases.append)
     with clock("generate"), clock("learn"):
         pass
-    assert heard == ["generate", "learn", "generate"]
+    assert phases == ["generate", "learn", "generate"]
 
 
 def test_run_folder_is_never_shared(config):
@@ -162,21 +162,21 @@ def test_reward_rise_averages_the_ends():
     assert reward_rise(steps([0.25])) == (0.25, 0.25)
 
 
-def test_summary_says_how_far_sampler_and_actor_are_apart(tmp_path):
+def test_summary_reports_the_divergence_of_sampler_and_actor(tmp_path):
     text, run = io.StringIO(), steps([0.2] * 3)
     run[0]["mismatch/kl"], run[2]["mismatch/kl"] = 1e-4, 3e-4  # the second step was refused
     print_summary(run, tmp_path, Console(file=text, width=200))
     assert "mismatch kl   0.0002, at most 0.0003 in a step" in text.getvalue()
 
 
-def test_summary_says_reward_speed_and_place(tmp_path):
+def test_summary_reports_reward_speed_and_folder(tmp_path):
     text = io.StringIO()
     print_summary(steps([0.2] * 5 + [0.6] * 5), tmp_path, Console(file=text, width=200))
     for words in ("0.200 -> 0.600", "+0.400", "100 tokens/s", "3.00", "20 s for 10 steps", str(tmp_path)):
         assert words in text.getvalue()
 
 
-def test_summary_says_that_samples_did_not_follow_the_policy(tmp_path):
+def test_summary_warns_that_samples_did_not_follow_the_policy(tmp_path):
     texts = []
     for lossy in (0, 1):
         text = io.StringIO()
@@ -186,7 +186,7 @@ def test_summary_says_that_samples_did_not_follow_the_policy(tmp_path):
     assert [LOSSY in text for text in texts] == [False, True]
 
 
-def test_summary_says_what_speculation_came_to_by_the_time_it_ran(tmp_path):
+def test_summary_reports_the_speedup_weighted_by_time(tmp_path):
     text, run = io.StringIO(), steps([0.2] * 3)
     run[0] |= {"spec/achieved_speedup": 1.0, "spec/predicted_speedup": 1.1, "spec/off_fraction": 1.0}
     run[1] |= {"spec/achieved_speedup": 2.0, "spec/predicted_speedup": 1.9, "spec/off_fraction": 0.0}
@@ -196,11 +196,11 @@ def test_summary_says_what_speculation_came_to_by_the_time_it_ran(tmp_path):
 
 
 @pytest.mark.parametrize("failures", [0, 2])
-def test_summary_says_that_the_policy_failed(tmp_path, failures):
+def test_summary_warns_that_the_depth_chooser_failed(tmp_path, failures):
     text, run = io.StringIO(), steps([0.2] * 3)
     run[1]["spec/chooser_failures"] = failures
     print_summary(run, tmp_path, Console(file=text, width=200))
-    assert ("speculation was turned off: its policy failed in step 2" in text.getvalue()) == bool(failures)
+    assert ("speculation was turned off: the depth chooser failed in step 2" in text.getvalue()) == bool(failures)
     assert "plain decoding" not in text.getvalue(), "no costs, no speed-up"
 
 
@@ -219,7 +219,7 @@ def lone_report(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("lossy", [True, False])
-def test_a_run_says_at_its_start_that_samples_will_not_follow_the_policy(lone_report, capsys, lossy):
+def test_a_run_warns_at_its_start_that_samples_will_not_follow_the_policy(lone_report, capsys, lossy):
     thresholds = ["speculation.accept_threshold_single=0.5", "speculation.allow_lossy=true"] * lossy
     lone_report("speculation.algorithm=ngram", *thresholds).close()
     assert (LOSSY in capsys.readouterr().out) == lossy
@@ -243,9 +243,9 @@ def test_a_page_that_cannot_be_drawn_does_not_fail_the_run(lone_report, capsys):
     (report.folder / "decode/step_1.npz").write_bytes(b"broken")
     report.summary()
     report.close()
-    said = capsys.readouterr().out
-    assert "report.html was not written (DataError:" in said and f"tools/report.py {report.folder}" in said
-    assert "summary" in said
+    output = capsys.readouterr().out
+    assert "report.html was not written (DataError:" in output and f"tools/report.py {report.folder}" in output
+    assert "summary" in output
 
 
 def test_a_run_without_a_step_has_no_page(lone_report, capsys):

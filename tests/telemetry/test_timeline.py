@@ -1,4 +1,4 @@
-"""telemetry/timeline.py: times, shares and acceptance of a phase, worked out by hand, and its file."""
+"""telemetry/timeline.py: times, shares and acceptance of a phase, against values computed by hand, and its file."""
 
 from __future__ import annotations
 

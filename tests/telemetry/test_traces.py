@@ -17,7 +17,7 @@ from tests.support.telemetry import hand_timeline, sample
 
 @pytest.fixture
 def record(tmp_path):
-    """Writes steps of a run with two samples a prompt; returns its folder."""
+    """Return a function that writes steps of a run with two samples a prompt, and returns its folder."""
 
     def record(steps, *overrides):
         config = smallest_config(tmp_path, f"run.dir={tmp_path / 'runs'}", "telemetry.trackers=[jsonl]", *overrides)
@@ -31,7 +31,7 @@ def record(tmp_path):
 
 
 def group():
-    """Two prompts' samples; the last has one token, which came with its prompt: no pass verified anything."""
+    """The samples of two prompts; the last has one token, drawn with its prompt, and so no verify pass."""
     drafted = [sample(tokens=tokens, verify=4, histogram=[1, 1, 0, 2]) for tokens in (12, 11, 9)]
     return [*drafted, sample(tokens=1)]
 
@@ -62,7 +62,7 @@ def test_changing_steps_give_the_acceptance_of_the_phase(record):
     assert trace.length.tolist() == [12, 11, 9, 1]
 
 
-def test_passes_without_drafts_tell_nothing_of_acceptance(record):
+def test_passes_without_drafts_give_no_acceptance(record):
     off = hand_timeline(steps=np.zeros(6, int), survivors=np.zeros((6, 0), int))
     counted_as_verified = [sample(tokens=5, verify=4, histogram=[4, 0, 0, 0])] * 2
     path = record([(counted_as_verified, [off])]) / "lengths/step_1.jsonl"

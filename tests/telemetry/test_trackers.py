@@ -19,7 +19,7 @@ STEPS = [{"reward/mean": 0.5, "spec/accept_by_depth": [0.75, 0.25]}, {"reward/me
 
 @pytest.fixture
 def record(tmp_path):
-    """Writes steps, from number `first`, into the folder of one run, which it returns."""
+    """Return a function that writes steps, from number `first`, into a run's folder, and returns the folder."""
 
     def record(names, steps=STEPS, first=0):
         config = smallest_config(tmp_path, f"run.dir={tmp_path / 'runs'}", f"telemetry.trackers={names}")
@@ -35,7 +35,7 @@ def record(tmp_path):
 
 @pytest.fixture
 def with_memory(monkeypatch):
-    """The registry with one line more."""
+    """The registry with one more tracker."""
     known = {name: trackers.TRACKERS[name] for name in trackers.TRACKERS}
     registry = Registry(trackers.TRACKERS.key, known)
     registry.add("memory", MemoryTracker)
@@ -44,7 +44,7 @@ def with_memory(monkeypatch):
 
 
 def scalars(folder):
-    """What TensorBoard shows of a run: (step, value) pairs by name."""
+    """The scalars that TensorBoard shows of a run: (step, value) pairs by name."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
@@ -63,7 +63,7 @@ def test_jsonl_holds_an_object_a_step_and_goes_on_behind_the_last_one(record):
     folder = record("[jsonl]", STEPS[2:], first=2)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": step, **metrics} for step, metrics in enumerate(STEPS)]
-    assert not (folder / "tensorboard").exists(), "it was not asked for"
+    assert not (folder / "tensorboard").exists(), "it was not chosen"
 
 
 def test_tensorboard_shows_a_list_by_depth(record):
@@ -74,7 +74,7 @@ def test_tensorboard_shows_a_list_by_depth(record):
     }
 
 
-def test_tensorboard_forgets_steps_that_a_resumed_run_does_again(record):
+def test_tensorboard_removes_steps_that_a_resumed_run_does_again(record):
     record("[jsonl, tensorboard]")
     folder = record("[jsonl, tensorboard]", [{"reward/mean": 0.25}], first=1)
     assert scalars(folder)["reward/mean"] == [(0, 0.5), (1, 0.25)]

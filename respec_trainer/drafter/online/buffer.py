@@ -1,8 +1,8 @@
-"""The replay buffer: rollouts that the drafter learns from, in host memory, never more than a budget of bytes.
+"""The replay buffer: rollouts that the drafter learns from, in host memory, within a budget of bytes.
 
-Each trainer rank has its own. A step's rows share a Snapshot of the vocabulary rows that the actor had then: the hidden
-states kept belong to that actor, and beside a later one's output weight they would be of no distribution at all. Only
-tokens that occurred have an embedding in it, which for long responses is far less than an embedding a position.
+Each trainer rank has its own. The rows of a step share a Snapshot of the actor's embedding and output rows at that
+step: the stored hidden states give the actor's distribution only together with the output weight of the same step. A
+snapshot holds embeddings only of tokens that occurred, far fewer than one a position if responses are long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MB = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Of the actor that scored a step: embeddings [n, H] of ascending token_ids [n], output_rows [Vd, H]."""
+    """Weights of the actor that scored a step: embeddings [n, H] of ascending token_ids [n], output_rows [Vd, H]."""
 
     token_ids: torch.Tensor
     embeddings: torch.Tensor
@@ -34,20 +34,20 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One response of R tokens after its prompt, L tokens in all."""
+    """One response of R tokens with its prompt, L tokens in all."""
 
     tokens: torch.Tensor  # [L] int64
     features: torch.Tensor  # [L, 3H]
-    hidden: torch.Tensor  # [R, H] after the final norm, where each response token is predicted from
+    hidden: torch.Tensor  # [R, H] after the final norm, at the position that predicts each response token
     logsumexp: torch.Tensor  # [R] float32, at the sampling temperature
     snapshot: Snapshot
-    weight: float  # in the loss
-    step: int  # iteration
+    weight: float  # of the row in the loss
+    step: int  # iteration that drew the response
     passes: int  # verify passes the engine needed
 
     @property
     def prompt(self) -> int:
-        """Tokens of the prompt."""
+        """The number of tokens of the prompt."""
         return len(self.tokens) - len(self.logsumexp)
 
     @property
@@ -56,20 +56,20 @@ class Row:
 
 
 class ReplayBuffer:
-    """Rows within `budget` bytes, snapshots counted. What does not fit is dropped:
+    """Rows within `budget` bytes, snapshots included. `retention` chooses which rows are dropped when they do not fit:
 
     - "recency": the oldest rows first;
-    - "reservoir": steps by lot, so that what stays is a fair sample of all that ever came. Whole steps, because the
-      first row of a step brings a snapshot with it, and the last one takes it away.
+    - "reservoir": the rows of the steps with the lowest random keys, so that the rest is a fair sample of all steps.
+      Rows of one step are neighbors in this order, because a step's snapshot is freed only with its last row.
     """
 
     def __init__(self, budget: int, retention: Literal["recency", "reservoir"] = "recency", seed: int = 0):
         self.budget, self.retention = budget, retention
-        self.rows: list[Row] = []  # the ones to drop last at the end
-        self.lots: list[float] = []  # of the rows, ascending; all alike under "recency"
+        self.rows: list[Row] = []  # dropped from the front
+        self.lots: list[float] = []  # random keys of the rows, ascending; all equal under "recency"
         self.generator = torch.Generator().manual_seed(seed)
         self.nbytes = 0
-        self.used = False  # whether rows were ever added
+        self.used = False  # True once rows were added
         self._users: dict[Snapshot, int] = {}
 
     def __len__(self) -> int:
@@ -78,9 +78,9 @@ class ReplayBuffer:
     def add(self, rows: Sequence[Row], batch: int) -> None:
         """Add the rows of one step and drop what no longer fits.
 
-        Raises ConfigError if the first rows ever added fill the budget before `batch` of them are in.
+        Raises ConfigError if fewer than `batch` of the first step's rows fit in the budget.
         """
-        # Keeping what has the highest lots keeps a uniform sample of the stream.
+        # The steps with the highest of equally distributed random keys are a uniform sample of all steps.
         lot = torch.rand((), generator=self.generator, dtype=torch.float64).item()
         for row in rows:
             if row.nbytes + row.snapshot.nbytes > self.budget:
@@ -100,10 +100,11 @@ class ReplayBuffer:
         self.used = self.used or bool(rows)
 
     def choose(self, share: float) -> list[Row]:
-        """That share of the rows, rounded up, in the order to learn from them.
+        """Choose that share of the rows, rounded up, in the order to learn from them.
 
-        Under "reservoir" any rows, in random order. Under "recency" the newest, in random order within a step and the
-        newest step first: generation may end before all are used, and they are nearest to the policy to draft for.
+        Under "reservoir" they are random rows in random order. Under "recency" they are the newest rows, the newest
+        step first and in random order within a step: generation may end before all are used, and the newest rows are
+        closest to the current policy.
         """
         count = -(-len(self.rows) // max(round(1 / share), 1))
         shuffled = [self.rows[i] for i in torch.randperm(len(self.rows), generator=self.generator)]
@@ -112,7 +113,7 @@ class ReplayBuffer:
         return shuffled[:count]
 
     def newest(self, limit: int) -> list[Row]:
-        """At most `limit` rows of the newest step."""
+        """Return at most `limit` rows of the newest step."""
         step = max((row.step for row in self.rows), default=0)
         return [row for row in self.rows if row.step == step][:limit]
 
@@ -135,14 +136,14 @@ class ReplayBuffer:
             self.nbytes -= row.snapshot.nbytes
 
     def state_dict(self) -> dict:
-        """Everything, as plain tensors, numbers and lists; snapshots once."""
+        """The whole buffer as plain tensors, numbers and lists; each snapshot is stored once."""
         numbers = {snapshot: number for number, snapshot in enumerate(self._users)}
         rows = [vars(row) | {"snapshot": numbers[row.snapshot]} for row in self.rows]
         snapshots = [vars(snapshot) for snapshot in numbers]
         return {"rows": rows, "snapshots": snapshots, "lots": self.lots, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take the place of a saved buffer; what does not fit this one's budget is dropped."""
+        """Restore a saved buffer; rows that do not fit this buffer's budget are dropped."""
         snapshots = [Snapshot(**snapshot) for snapshot in state["snapshots"]]
         self.rows, self.lots, self.nbytes, self._users = [], [], 0, {}
         for saved, lot in zip(state["rows"], state["lots"], strict=True):

@@ -1,4 +1,4 @@
-"""When the drafter trains: every so many iterations, or when it is worth it."""
+"""Cadence: the choice of the iterations in which the drafter trains."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal
 
 @dataclass
 class Cadence:
-    """Decides before each generation phase. Feed it each step's accept length and seconds with `note`.
+    """Decides before each generation phase whether to train. Call `note` with each step's accept length and seconds.
 
-    "interval": every `interval` iterations (with 1 / interval of the buffer, as in the paper).
+    "interval": train every `interval` iterations (on 1 / interval of the buffer, as in the paper).
 
-    "need": when the accept length a has fallen by `delta` from b, its best since the last training, and training pays.
-    A generation phase of G seconds at accept length a would take G a / b at b: (1 - a / b) G are saved each step.
-    The drafter is taken to stay good as long as it did, so that sum over the steps since the last training must exceed
-    what the last training took (nothing, before the first).
+    "need": train when the accept length a has fallen by `delta` from b, its best since the last training, and training
+    saves time. A generation phase of G seconds at accept length a takes G a / b at b, so each step saves (1 - a / b) G.
+    We assume that the drafter will stay good for as many steps as passed since the last training. The saving over that
+    many steps must exceed the seconds of the last training (0 before the first).
     """
 
     kind: Literal["interval", "need"]
@@ -39,7 +39,7 @@ class Cadence:
         return self.since > 0 and fallen >= self.delta and self.saving() > self.training
 
     def saving(self) -> float:
-        """Predicted seconds that a drafter as good as the best one saves until it has to be trained again."""
+        """Predict the seconds that a drafter as good as the best one saves until the next training."""
         return (1 - self.latest / self.best) * self.generation * self.since if self.best else 0.0
 
     def trained(self, seconds: float) -> None:
@@ -47,7 +47,7 @@ class Cadence:
 
     @property
     def share(self) -> float:
-        """Of the buffer that one training goes through."""
+        """The share of the buffer that one training goes through."""
         return 1 / self.interval if self.kind == "interval" else 1.0
 
     def state_dict(self) -> dict:

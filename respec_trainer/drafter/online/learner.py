@@ -1,6 +1,7 @@
-"""The drafter's part in the loop: what it learns from each step, and the weights that resync pushes.
+"""Learner: the interface between the training loop and the drafter, and the learners that do not train.
 
-`Learner` is the seam between loop and drafter; `setup.py` chooses one, `online_drafter.py` holds the one that learns.
+A learner learns from each step's samples and provides the weights that resync pushes. `setup.py` chooses one;
+`online_drafter.py` holds the one that trains.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from respec_trainer.rollout.sample import Sample
 
 @dataclass(frozen=True)
 class LearnerRank:
-    """This rank among those that train: which of `dp` shares of a step's samples it scores, and its device."""
+    """This rank among those that train: its share `dp_rank` of `dp` of a step's samples, and its device."""
 
     rank: int = 0
     world_size: int = 1
@@ -36,39 +37,39 @@ class LearnerRank:
 
 
 class Learner:
-    """A learner that does nothing, for others to override what they do. Every rank calls every method, in one order."""
+    """Base class: a learner that does nothing. Every rank calls every method, in the same order."""
 
-    version = "none"  # changes with the weights, and tells resync to push them
-    wants: Wanted | None = None  # what the actor's scoring pass is to capture for it; None: nothing
-    stateful = False  # whether a checkpoint holds its state; then it has state_dict and load_state_dict
+    version = "none"  # changes with the weights; resync pushes them when it has changed
+    wants: Wanted | None = None  # what the actor's scoring pass captures for the learner; None: nothing
+    stateful = False  # True: a checkpoint holds its state, and it has state_dict and load_state_dict
 
     def update(self, generating: Callable[[], bool]) -> None:
-        """Learn from what was observed, while `generating()`: whether this rank's engine still draws responses."""
+        """Learn from the observed samples as long as `generating()`: True while this rank's engine draws responses."""
 
     def observe(self, samples: list[Sample], inference: Any, rewards: torch.Tensor, generation_seconds: float) -> None:
         """Take a step's samples, the actor's pass over this rank's share of them, and rewards [prompts, n]."""
 
     def metrics(self) -> dict[str, float | list[float]]:
-        """Metrics of the step, by name."""
+        """The metrics of the step, by name."""
         return {}
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights an engine can replace while it runs, under SGLang's names."""
+        """Yield the weights that a running engine can replace, under SGLang's names."""
         yield from ()
 
     def copy_drafter(self) -> Callable[[Path], None]:
-        """Copy the drafter as it is now. What is returned writes the copy into a new folder, at any time."""
+        """Copy the drafter as it is now. Returns a function that writes the copy into a new folder, now or later."""
         raise NotImplementedError(f"{type(self).__name__} has no drafter to copy")
 
 
 class NoDrafter(Learner):
-    """The learner of a run whose engine has no drafter, or one that it reads from its folder and keeps."""
+    """The learner of a run whose engine has no drafter, or a drafter that no push replaces."""
 
 
 class FrozenDrafter(Learner):
-    """The drafter in `folder` as it is. It learns nothing, so it needs to see nothing.
+    """The drafter in `folder`, pushed but never trained.
 
-    Raises ConfigError where the folder does not hold a drafter for the target of `hf_config`.
+    Raises ConfigError if the folder does not hold a drafter for the target of `hf_config`.
     """
 
     version = "drafter-0"

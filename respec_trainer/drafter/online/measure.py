@@ -1,4 +1,4 @@
-"""How well a drafter drafts for fresh rollouts: acceptance by depth, and the accept length an engine should measure."""
+"""Measure a drafter on new rollouts: its acceptance by depth, and the accept length that an engine should reach."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Measurement:
     gained: float  # tokens that they yielded
 
     def flat(self) -> torch.Tensor:
-        """All of it in one float64 tensor on the CPU."""
+        """All sums in one float64 tensor on the CPU; `of_flat` is the inverse."""
         parts = [getattr(self.depths, part).cpu().double() for part in PARTS]
         return torch.cat([*parts, torch.tensor([self.passes, self.gained], dtype=torch.float64)])
 
@@ -40,13 +40,13 @@ class Measurement:
         return cls.of_flat(torch.zeros(len(PARTS) * unroll + 2, dtype=torch.float64))
 
     def metrics(self, config: Config) -> dict[str, float | list[float]]:
-        """`drafter/*` of what was measured; nothing where nothing was.
+        """The `drafter/*` metrics of this measurement; empty if no token was drafted.
 
-        `predicted_accept_length` is what chains of `speculation.steps` chosen drafts come to along these responses
-        (walk.py). Drawn drafts leave nothing to walk along, so under rejection sampling it follows from acceptance by
-        depth; for trees it is left out. `measured_accept_length` is the engine's own on the same responses: tokens a
-        verify pass. `spec/accept_length` is a little more, for the engine also counts what it threw away behind the
-        end of a response.
+        `predicted_accept_length` is counted along these responses for chains of `speculation.steps` drafts, each the
+        drafter's first choice (walk.py). Under rejection sampling drafts are drawn, so it is computed from acceptance
+        by depth instead; for trees it is left out. `measured_accept_length` is the engine's on the same responses:
+        tokens a verify pass. `spec/accept_length` is slightly higher, because the engine also counts accepted drafts
+        past the end of a response.
         """
         if not self.depths.tokens.any():
             return {}
@@ -65,7 +65,7 @@ class Measurement:
 def measure(
     drafter: Eagle3Drafter, draft_ids: torch.Tensor, rows: Sequence[Row], config: Config, device: torch.device
 ) -> Measurement:
-    """Measure `drafter`, of draft vocabulary `draft_ids` [Vd], on this rank's rows."""
+    """Measure `drafter`, which has draft vocabulary `draft_ids` [Vd], on this rank's rows."""
     total = Measurement.none(config.drafter.unroll).flat()
     temperature, size = config.rollout.sampling.temperature, config.drafter.micro_batch_size
     for start in range(0, len(rows), size):

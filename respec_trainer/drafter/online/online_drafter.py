@@ -1,16 +1,16 @@
-"""OnlineDrafter: learns from the actor's own rollouts while the engines generate the next ones.
+"""OnlineDrafter: a drafter that learns from the actor's own rollouts while the engines generate the next ones.
 
-The order of things in an iteration, in mode "async":
+An iteration in mode "async":
 
-    update      measure the drafter that drew the stored rollouts on the newest of them, then train, for as long as the
-                engines generate
+    update      measure the drafter that the engines used for the stored rollouts, on the newest of them; then train
+                while the engines generate
     observe     store this step's rollouts
-    (resync)    the trained drafter goes into the engines
+    (resync)    push the trained drafter to the engines
 
-In mode "sync" it measures and trains in `observe`, on the rollouts of the step itself, while the engines wait.
+In mode "sync", `observe` measures and trains, on the rollouts of the step itself, while the engines wait.
 
-Nothing of it reaches the actor: it reads copies in host memory and draws from generators of its own. A broken update is
-dropped; after `drafter.max_bad_updates` in a row the drafter stays as it is, and the run goes on.
+The learner does not affect the actor: it reads copies in host memory and has random generators of its own. An update
+that is not finite is dropped; after `drafter.max_bad_updates` in a row the drafter is frozen, and the run goes on.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ from respec_trainer.drafter.online.updates import DrafterUpdates, Micro
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.sample import Sample
 
-MEASURED = 64  # newest responses that the drafter is measured on, over all ranks: some hundreds of verify passes
+MEASURED = 64  # newest responses to measure the drafter on, over all ranks: some hundreds of verify passes
 
 
 class OnlineDrafter(Learner):
-    """The drafter of `drafter.path`, with float32 weights of its own. Every rank calls every method, in one order.
+    """The drafter of `drafter.path`, with float32 weights. Every rank calls every method, in the same order.
 
     Args:
-        rank_info: of this rank among all. control: a gloo group of all ranks; None: the default group.
-        notify: tells the user.
+        rank_info: this rank and its share. control: a gloo group of all ranks; None: the default group.
+        notify: informs the user.
 
-    Raises ConfigError where the folder does not hold a drafter for the target of `hf_config`.
+    Raises ConfigError if the folder does not hold a drafter for the target of `hf_config`, or `drafter.memory_mb` does
+    not hold the drafter and its optimizer.
     """
 
     stateful = True
@@ -71,13 +72,13 @@ class OnlineDrafter(Learner):
         self.temperature = config.rollout.sampling.temperature
         self.updates = DrafterUpdates(self.drafter, self.settings, self.temperature, self._bf16())
         self.served = self._as_served()
-        self.began_as = self._as_served() if self.settings.compare_frozen else None
+        self.began_as = self._as_served() if self.settings.compare_frozen else None  # the drafter before any update
         self.buffer = ReplayBuffer(self._room(), self.settings.retention, config.run.seed + rank_info.rank)
         self.cadence = Cadence(self.settings.cadence, self.settings.interval, self.settings.delta)
         self.record = StepRecord(ids, hf_config.vocab_size)
-        self.number = 0  # of the version
+        self.number = 0  # number of the weights' version
         self.served_version = self.version
-        self.bad_updates = 0  # in a row
+        self.bad_updates = 0  # updates in a row that were not finite
         self.frozen = False
         self.accept_history: list[float] = []
 
@@ -86,7 +87,7 @@ class OnlineDrafter(Learner):
         return f"drafter-{self.number}"
 
     def update(self, generating: Callable[[], bool]) -> None:
-        """Learn while `generating()`: whether this rank's engine, if it has one, is still drawing responses."""
+        """Learn as long as `generating()`: True while this rank's engine, if it has one, draws responses."""
         watch = _Watch(generating)
         if self.settings.mode == "async":
             self._measure(watch)
@@ -97,7 +98,7 @@ class OnlineDrafter(Learner):
             self.record.exposed = watch.exposed()
 
     def observe(self, samples: list[Sample], inference: Any, rewards: torch.Tensor, generation_seconds: float) -> None:
-        """Store this rank's share of a step's samples as `actor.infer` captured it. rewards: [prompts, n].
+        """Store this rank's share of a step's samples, with what `actor.infer` captured of it. rewards: [prompts, n].
 
         Raises ConfigError if `drafter.memory_mb` is too small for one update's responses.
         """
@@ -123,7 +124,7 @@ class OnlineDrafter(Learner):
         return lambda folder: save_drafter(drafter, ids, folder, torch.float32)
 
     def metrics(self) -> dict[str, float | list[float]]:
-        """`drafter/*` since the last call, and `time/learn_exposed`; the same on every rank."""
+        """The `drafter/*` metrics since the last call, and `time/learn_exposed`; the same on every rank."""
         found = self.record.metrics(self.config, self._sum, self._least)
         buffered, held = self._sum([self.buffer.nbytes, self.nbytes])
         found |= {"drafter/buffer_mb": buffered / MB, "drafter/memory_mb": held / MB}
@@ -131,7 +132,7 @@ class OnlineDrafter(Learner):
 
     @property
     def nbytes(self) -> int:
-        """What this rank's learner holds, wherever it lies: rollouts, drafters, gradients, moments."""
+        """Bytes that this rank's learner holds, on any device: rollouts, drafters, gradients, optimizer moments."""
         return self.buffer.nbytes + self._fixed_bytes()
 
     def _fixed_bytes(self) -> int:
@@ -139,13 +140,13 @@ class OnlineDrafter(Learner):
         return self.updates.nbytes + sum(tensor.nbytes for d in drafters for tensor in d.state_dict().values())
 
     def _room(self) -> int:
-        """Bytes that the budget leaves for rollouts."""
+        """Return the bytes that the budget leaves for rollouts."""
         room = self.settings.memory_mb * MB - self._fixed_bytes()
         if room <= 0:
             needed = -(-self._fixed_bytes() // MB)
             raise ConfigError(
                 f"drafter.memory_mb={self.settings.memory_mb} is less than the {needed} MB that the drafter and its "
-                f"optimizer take on each rank: set it to {needed} and what the rollouts to learn from shall have"
+                f"optimizer take on each rank: set it to {needed} plus the MB for the rollouts to learn from"
             )
         return room
 
@@ -158,7 +159,7 @@ class OnlineDrafter(Learner):
             self.record.measured_frozen = frozen
 
     def _train(self, may_go_on: Callable[[], bool]) -> None:
-        """Go through this training's share of the buffer, for as long as `may_go_on`, which is collective."""
+        """Train on this training's share of the buffer while `may_go_on()`, which every rank has to call."""
         if self.frozen:
             return
         (due,) = self._most([self.cadence.due()])
@@ -170,10 +171,11 @@ class OnlineDrafter(Learner):
         applied = 0
         for number in range(int(count)):
             start = number * self._share_of_batch % max(len(rows), 1)
-            batch = sorted(rows[start : start + self._share_of_batch], key=lambda row: row.step)  # fewer snapshots each
+            # By step, so that a micro-batch has few snapshots.
+            batch = sorted(rows[start : start + self._share_of_batch], key=lambda row: row.step)
             outcome = self.updates.step(self._micros(batch), may_go_on)
             self.record.outcome(outcome, self.updates)
-            if outcome.applied and not self._weights_are_finite():
+            if outcome.applied and not self._keep_if_finite():
                 applied = 0
                 break
             applied += outcome.applied
@@ -188,8 +190,8 @@ class OnlineDrafter(Learner):
             self.record.trained(self.version)
         self.cadence.trained(self._sum([time.perf_counter() - began])[0] / self.rank_info.world_size)
 
-    def _weights_are_finite(self) -> bool:
-        """Else the served weights come back, and the optimizer begins anew."""
+    def _keep_if_finite(self) -> bool:
+        """Return whether the weights are finite. If not, restore the served weights and make a new optimizer."""
         if all(weight.isfinite().all() for weight in self.drafter.parameters()):
             return True
         self.drafter.load_state_dict(self.served.state_dict())
@@ -201,7 +203,7 @@ class OnlineDrafter(Learner):
         return False
 
     def _micros(self, rows: list[Row]) -> list[Callable[[], Micro | None]]:
-        """As many on every rank, whatever rows it has."""
+        """Return functions that make the micro-batches of `rows`: the same number on every rank, some of them empty."""
         size = self.settings.micro_batch_size
         parts = [rows[start : start + size] for start in range(0, self._share_of_batch, size)]
         return [partial(self._recall, part) for part in parts]
@@ -213,12 +215,12 @@ class OnlineDrafter(Learner):
         self.frozen = True
         self.notify(
             f"{self.bad_updates} drafter updates in a row were not finite (drafter.max_bad_updates): the drafter stays "
-            f"as it is, {self.version}; lower drafter.lr in the next run"
+            f"at {self.version} and trains no more; lower drafter.lr in the next run"
         )
 
     @torch.no_grad()
     def _as_served(self):
-        """What the engines hold: weights rounded to the run's dtype, computed with in float32."""
+        """Copy the drafter as the engines hold it: weights rounded to the run's dtype, but stored in float32."""
         served = copy.deepcopy(self.drafter).requires_grad_(False)
         if self.config.model.dtype == "bf16":
             for weight in served.parameters():
@@ -227,7 +229,7 @@ class OnlineDrafter(Learner):
 
     @property
     def _share_of_batch(self) -> int:
-        """Responses that one update takes from each rank."""
+        """The number of responses that one update takes from each rank."""
         return -(-self.settings.batch_size // self.rank_info.world_size)
 
     def _bf16(self) -> bool:
@@ -243,7 +245,7 @@ class OnlineDrafter(Learner):
         return reduce(values, "min", self.control)
 
     def state_dict(self) -> dict:
-        """Weights, optimizer, buffer, cadence, accept history: of this rank, whose buffer is its own."""
+        """The state of this rank's learner: weights, optimizer, buffer (each rank has another), cadence, counters."""
         return {
             "drafter": self.drafter.state_dict(),
             "served": self.served.state_dict(),
@@ -273,7 +275,7 @@ class OnlineDrafter(Learner):
 
 
 class _Watch:
-    """Asks whether the engine still generates, and remembers when it was last seen to."""
+    """Checks whether the engine still generates, and records the last time that it did."""
 
     def __init__(self, generating: Callable[[], bool]):
         self.generating, self.seen = generating, time.perf_counter()
@@ -285,5 +287,8 @@ class _Watch:
         return running
 
     def exposed(self) -> float:
-        """Seconds since generation was last seen to run, 0 while it does: at most those it has been over for."""
+        """Return the seconds since a check last found generation running, 0 if it still runs.
+
+        Generation ended after that check, so this is an upper bound of the time that learning added.
+        """
         return 0.0 if self() else time.perf_counter() - self.seen

@@ -1,9 +1,9 @@
-"""Rows of the replay buffer as one batch on the device: rollouts, and what the actor that scored them teaches.
+"""Rows of the replay buffer as one batch on the device: the rollouts, and the teacher outputs of the actor.
 
 Serving verifies against the target at the sampling temperature T, softmax(z / T), and under rejection sampling it draws
-drafts from softmax(d / T). So both laws are taken at T: `recall` gives z / T, and `AtTemperature` makes the drafter's
-logits d / T. A drafter distilled at T = 1 stays right under it, for d = z fits at any temperature. Top-k and top-p of
-the sampling are left out: they take mass from what is hardly drafted.
+drafts from softmax(d / T). So both distributions are taken at T: `recall` returns z / T, and `AtTemperature` divides
+the drafter's logits d by T. A drafter distilled at T = 1 stays correct, because d = z fits at any temperature. Top-k
+and top-p of the sampling are left out: they remove only tokens that are hardly ever drafted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from respec_trainer.drafter.teacher import TeacherOutput
 def recall(
     rows: Sequence[Row], temperature: float, device: torch.device, draft_ids: torch.Tensor | None = None
 ) -> tuple[DrafterBatch, TeacherOutput]:
-    """The rows [B, S], right-padded, and their teacher, whose draft logits are z / temperature in the actor's dtype.
+    """Return the rows [B, S], right-padded, and their TeacherOutput, with draft logits z / temperature.
 
-    With the draft vocabulary's `draft_ids` [Vd] the loss also takes walks along the responses.
+    The logits are in the actor's dtype. With the draft vocabulary's `draft_ids` [Vd] the loss also counts verify passes
+    along the responses (walk.py).
     """
     tokens = pad_sequence([row.tokens for row in rows], batch_first=True)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -56,12 +57,12 @@ def _draft_logits(rows: Sequence[Row], temperature: float, device: torch.device)
 
 
 def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; to a GPU by way of pinned memory, without waiting."""
+    """Copy to the device; to a GPU through pinned memory, without waiting for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class AtTemperature:
-    """A drafter whose logits are divided by the sampling temperature; for losses, which use nothing else of it."""
+    """A drafter whose logits are divided by the sampling temperature, with the two methods that losses use."""
 
     def __init__(self, drafter: Eagle3Drafter, temperature: float):
         self.drafter, self.temperature = drafter, temperature

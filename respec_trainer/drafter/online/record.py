@@ -1,4 +1,4 @@
-"""StepRecord: the metrics of an online drafter's step."""
+"""StepRecord: the metrics of one step of an online drafter."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class StepRecord:
 
     def __init__(self, draft_ids: torch.Tensor, vocab_size: int):
         self.draft_ids, self.vocab_size = draft_ids, vocab_size
-        self.iteration = 0  # of the newest rollouts, counted from 1
-        self.learned_from: dict[str, int] = {}  # the newest that a drafter version has seen; nothing for the first one
-        self.told_coverage = False
+        self.iteration = 0  # iteration of the newest rollouts, counted from 1
+        self.learned_from: dict[str, int] = {}  # drafter version -> newest iteration it learned from; not the first one
+        self.warned_coverage = False
         self.accept_length = 1.0
         self._clear()
 
     def _clear(self) -> None:
-        self.steps: dict[str, float] = {}  # metrics that every rank knows
-        self.drift = [0.0, 0.0]  # sum over this rank's tokens, tokens
+        self.steps: dict[str, float] = {}  # metrics that are equal on every rank
+        self.drift = [0.0, 0.0]  # sum of the drift over this rank's tokens, and their number
         self.measured: Measurement | None = None
         self.measured_frozen: Measurement | None = None  # the drafter that the run began with, on the same rows
         self.exposed = 0.0
@@ -37,7 +37,7 @@ class StepRecord:
         self.sums: DepthSums | None = None
 
     def store(self, found: StepRows) -> None:
-        """Count a step, and note what was found in its rows."""
+        """Count a step, and add up what was found while its rows were made."""
         self.iteration += 1
         self.steps["drafter/uniform_fallback"] = int(found.fell_back)
         self.refused += found.refused
@@ -45,11 +45,11 @@ class StepRecord:
         self.drift[1] += found.tokens
 
     def observe(self, samples: list[Sample], notify: Callable[[str], None]) -> None:
-        """Note what follows from a step's samples alone."""
+        """Compute the metrics that need only a step's samples, and warn once of low coverage."""
         tokens = torch.tensor([token for sample in samples for token in sample.response_ids], dtype=torch.int64)
         covered = coverage(tokens.bincount(minlength=self.vocab_size), self.draft_ids)
-        if covered < LEAST_COVERAGE and not self.told_coverage:
-            self.told_coverage = True
+        if covered < LEAST_COVERAGE and not self.warned_coverage:
+            self.warned_coverage = True
             notify(
                 f"the draft vocabulary covers only {covered:.1%} of response tokens, the others can never be drafted: "
                 "train a drafter on newer responses, or with a larger draft vocabulary (tools/train_drafter.py)"
@@ -68,7 +68,7 @@ class StepRecord:
             self.sums = updates.sums() if self.sums is None else self.sums + updates.sums()
 
     def overflowed(self) -> None:
-        """The updates so far made weights that are not finite, and were undone."""
+        """Count this step's updates as dropped: they made weights that are not finite, and were undone."""
         self.dropped += self.updates
         self.updates, self.loss, self.sums = 0, 0.0, None
 
@@ -76,7 +76,7 @@ class StepRecord:
         self.learned_from = dict(list(self.learned_from.items())[-16:]) | {version: self.iteration}
 
     def metrics(self, config: Config, add: Callable, least: Callable) -> dict[str, float | list[float]]:
-        """Metrics since the last call; `add` and `least` reduce lists of numbers over all ranks."""
+        """The metrics since the last call; `add` and `least` reduce lists of numbers over all ranks."""
         none = Measurement.none(config.drafter.unroll)
         measured = torch.stack([(one or none).flat() for one in (self.measured, self.measured_frozen)])
         *totals, drift, tokens, refused = add([*measured.flatten().tolist(), *self.drift, self.refused])

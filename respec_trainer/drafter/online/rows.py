@@ -1,4 +1,4 @@
-"""What an online drafter stores of a step: this rank's responses as rows of the replay buffer."""
+"""Make the rows of the replay buffer from this rank's responses of a step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from respec_trainer.rollout.sample import Sample
 
 @dataclass
 class StepRows:
-    """This rank's rows of a step, and what was found while they were made."""
+    """This rank's rows of a step, and counts for the metrics."""
 
     rows: list[Row]
-    fell_back: bool  # whether all weights are one because the rewards tell nothing apart
+    fell_back: bool  # True: all weights are one, because no rewards differ, or one is infinite
     refused: int = 0  # responses left out because they were not finite
     drift: float = 0.0  # KL(actor now || actor at the last push), summed over `tokens` tokens
     tokens: int = 0
@@ -33,14 +33,14 @@ def rows_of_step(
     rank_info: LearnerRank,
     step: int,
 ) -> StepRows:
-    """Make this rank's rows of a step as the actor captured them.
+    """Make this rank's rows of a step from what the actor captured.
 
-    Left out are responses that are empty, not finite, or skipped by the reward.
+    Responses that are empty, have values that are not finite, or were skipped by the reward are left out.
 
     Args:
-        samples: of all ranks. inference: the actor's pass over this rank's share of them.
+        samples: the samples of all ranks. inference: the actor's pass over this rank's share of them.
         rewards: [prompts, n], NaN for a sample that the reward skipped.
-        step: number of the iteration, for the rows.
+        step: the number of the iteration.
     """
     weights, fell_back = response_weights(rewards, config.weighting, config.weight_scope)
     found = StepRows([], fell_back)
@@ -76,9 +76,9 @@ def rows_of_step(
 def _drift(sample: Sample, logprobs: torch.Tensor) -> float:
     """Estimate KL(actor now || actor at the last push), summed over the tokens of a response.
 
-    It is rho log rho - rho + 1 with rho = exp(actor - sampler), over draws of the sampler: it has the divergence as its
-    mean, and no negative terms. While every step is followed by a push it is the mismatch between sampler and actor
-    alone. `logprobs` [S] are the actor's of prompt and response.
+    The estimate is rho log rho - rho + 1 with rho = exp(actor - sampler), for tokens drawn by the sampler: its mean is
+    the divergence, and no term is negative. If every step ends with a push, only the numerical mismatch between sampler
+    and actor is left. `logprobs` [S] are the actor's, over prompt and response.
     """
     start, count = len(sample.prompt_ids), len(sample.response_ids)
     sampler = torch.tensor(sample.sampler_logprobs)

@@ -1,4 +1,4 @@
-"""The choice of a run's learner, by its configuration."""
+"""The factory of a run's learner."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def setup_learner(
     """Make the learner that `speculation.algorithm` and `drafter.weighting` ask for.
 
     Args:
-        rank_info: of this rank; None: the only one, without a GPU.
-        control: for small messages between all ranks.
-        notify: tells the user.
+        rank_info: this rank and its share; None: the only rank, without a GPU.
+        control: a gloo group of all ranks; None: the default group.
+        notify: informs the user.
     """
     if not algorithm_of(config.speculation).pushes:
         return NoDrafter()

@@ -1,8 +1,8 @@
 """DrafterUpdates: the drafter's optimizer, data parallel over all trainer ranks, one collective an update.
 
-Gradients lie in one flat tensor, followed by what else the ranks have to add up, the loss's parts. So none steps where
-another saw a NaN, and as every rank starts from the same weights and applies the same sums, weights stay equal to the
-bit.
+One flat tensor holds the gradients, followed by the sums of the loss, and one all-reduce adds it up over ranks. A NaN
+on one rank so reaches all of them, and none applies the update. Every rank starts from the same weights and applies the
+same sums, so weights stay equal bit for bit.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from respec_trainer.drafter.muon import Muon
 from respec_trainer.drafter.online.recall import AtTemperature
 from respec_trainer.drafter.teacher import TeacherOutput
 
-CHUNK = 1024  # tokens whose draft logits exist at one time
+CHUNK = 1024  # largest number of tokens whose draft logits are in memory at one time
 PARTS = [part.name for part in fields(DepthSums)]
 Micro = tuple[DrafterBatch, TeacherOutput]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one update, over all ranks."""
+    """The outcome of one update, over all ranks."""
 
-    applied: bool  # False: a gradient was not finite, or there was nothing to learn from
+    applied: bool  # False: a gradient was not finite, or there were no tokens to learn from
     finite: bool
     loss: float
     whole: bool  # False: the ranks stopped before its last micro-batch
 
 
 class DrafterUpdates:
-    """Trains `drafter` in place. Its parameters must be float32; every rank calls `step` alike."""
+    """Trains `drafter` in place. Its parameters must be float32. Every rank calls `step` equally often."""
 
     def __init__(self, drafter: Eagle3Drafter, config: DrafterConfig, temperature: float, bf16: bool = False):
         self.drafter, self.config, self.temperature, self.bf16 = drafter, config, temperature, bf16
@@ -56,7 +56,7 @@ class DrafterUpdates:
 
     @property
     def nbytes(self) -> int:
-        """Gradients and moments: two of AdamW, one of Muon; all float32. They exist from the first update on."""
+        """Bytes of gradients and moments in float32: two moments of AdamW, one of Muon. Counted before they exist."""
         moments = 0
         for optimizer in self.optimizers:
             count = 1 if isinstance(optimizer, Muon) else 2
@@ -69,14 +69,16 @@ class DrafterUpdates:
             parameter.grad = part.view_as(parameter)
 
     def step(self, micros: Sequence[Callable[[], Micro | None]], may_go_on: Callable[[], bool]) -> Outcome:
-        """One optimizer update on every rank's micro-batches.
+        """Make one optimizer update from all ranks' micro-batches.
 
-        The loss is the mean over all ranks of micro-batches' losses, each counted by its tokens' weight at the first
-        depth. A rank that runs out of memory makes all ranks drop the update.
+        The loss is the mean over all ranks of the micro-batches' losses, each weighted by the sum of its tokens'
+        weights at the first depth. If a rank runs out of memory, all ranks drop the update.
 
         Args:
-            micros: make them one by one; as many on every rank, None for those that a rank has no rows for.
-            may_go_on: asked before each, answers alike on every rank. The update is of those done by then.
+            micros: functions that each make one micro-batch, or None if the rank has no rows for it; equally many on
+                every rank.
+            may_go_on: called before each micro-batch; returns the same on every rank. At False the update is made from
+                the micro-batches so far.
         """
         self.flat.zero_()
         whole = True
@@ -98,7 +100,7 @@ class DrafterUpdates:
         return Outcome(applied, finite, loss / weight if weight else 0.0, whole)
 
     def sums(self) -> DepthSums:
-        """Of the latest update's rows over all ranks, from before it."""
+        """The sums of the latest update's rows over all ranks, computed with the weights before the update."""
         return DepthSums(*self.flat[self.size + 2 :].view(len(PARTS), -1).clone())
 
     def _accumulate(self, micro: Micro | None) -> None:
@@ -142,7 +144,7 @@ def drafter_loss(
     temperature: float,
     bf16: bool = False,
 ) -> tuple[torch.Tensor, DepthSums]:
-    """`distill_loss` as the run's configuration asks for it, at the sampling temperature."""
+    """Compute `distill_loss` with the run's settings, at the sampling temperature."""
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=bf16):
         at = AtTemperature(drafter, temperature)
         return distill_loss(at, batch, teacher, config.unroll, config.decay, CHUNK, config.loss)

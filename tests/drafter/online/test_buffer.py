@@ -1,4 +1,4 @@
-"""drafter/online/buffer.py: the budget holds, and the right rows stay."""
+"""drafter/online/buffer.py: the budget is never exceeded, and the right rows are kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows_of(step: int, count: int = 4, hidden: int = WIDE) -> list:
 
 
 def counted(buffer: ReplayBuffer) -> int:
-    """The bytes it holds, added up from outside."""
+    """The bytes that the buffer holds, counted from its rows."""
     snapshots = {id(row.snapshot): row.snapshot for row in buffer.rows}.values()
     return sum(t.nbytes for part in (*buffer.rows, *snapshots) for t in vars(part).values() if torch.is_tensor(t))
 
@@ -42,7 +42,7 @@ def test_recency_keeps_the_newest_in_order():
     assert [row.step for row in buffer.newest(3)] == [9, 9, 9]
 
 
-def test_a_reservoir_is_a_fair_sample_of_all_that_came():
+def test_a_reservoir_is_a_fair_sample_of_all_steps():
     kept = torch.zeros(20)
     for seed in range(100):
         buffer = ReplayBuffer(1 * MB, "reservoir", seed)
@@ -66,7 +66,7 @@ def test_choosing_takes_its_share_once_each():
 
 
 def test_the_newest_are_learned_from_first():
-    """Unless a fair sample of the run is asked for."""
+    """Under "recency"; under "reservoir" the order is random."""
     recent, fair = ReplayBuffer(64 * MB), ReplayBuffer(64 * MB, "reservoir", seed=1)
     for step in range(3):
         for buffer in (recent, fair):
@@ -79,8 +79,8 @@ def test_the_newest_are_learned_from_first():
 
 def test_a_budget_below_one_batch_is_refused_with_what_is_needed():
     rows = rows_of(0)
-    said = r"1.0 MB that drafter.memory_mb leaves .* hold 1 of the 4 responses .* set it 1 or more higher"
-    with pytest.raises(ConfigError, match=said):
+    message = r"1.0 MB that drafter.memory_mb leaves .* hold 1 of the 4 responses .* set it 1 or more higher"
+    with pytest.raises(ConfigError, match=message):
         ReplayBuffer(1 * MB).add(rows, batch=4)
     ReplayBuffer(2 * MB).add(rows, batch=4)
 

@@ -1,4 +1,4 @@
-"""drafter/online/cadence.py: training every so often, or when it pays."""
+"""drafter/online/cadence.py: training at an interval, or when it saves time."""
 
 from __future__ import annotations
 

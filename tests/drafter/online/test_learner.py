@@ -1,4 +1,4 @@
-"""drafter/online/learner.py and setup.py: what the loop and resync see of a drafter."""
+"""drafter/online/learner.py and setup.py: the drafter's interface to the loop and to resync."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""drafter/online/online_drafter.py on one rank: it learns, measures first, yields, and never brings a run down."""
+"""drafter/online/online_drafter.py on one rank: it measures, learns, stops in time, and never ends a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(folder):
     return functools.partial(make_learner, folder)
 
 
-def test_it_learns_from_earlier_steps_and_says_how_well_it_drafts(make, model):
+def test_it_learns_from_earlier_steps_and_reports_how_well_it_drafts(make, model):
     learner, history = make(), []
     start = weights(learner)
     for step in range(12):
@@ -51,7 +51,7 @@ def test_it_learns_from_earlier_steps_and_says_how_well_it_drafts(make, model):
 
 
 def test_what_is_measured_is_the_drafter_that_served_before_it_learns_from_the_rollouts(make, model):
-    """Measured with and without training in between: the same, to the bit."""
+    """Measurements with and without training in between are bitwise the same."""
     trained, frozen = make(), make(cadence="interval", interval=100)
     results = [[iterate(learner, model, step) for step in range(2)] for learner in (trained, frozen)]
     assert trained.version == "drafter-1" and frozen.version == "drafter-0"
@@ -94,7 +94,7 @@ def test_every_interval_it_takes_its_share(make, model):
 
 
 @pytest.mark.parametrize("bad", [torch.ones(4, 4), torch.full((4, 4), torch.inf)])
-def test_rewards_that_say_nothing_are_counted(make, model, bad):
+def test_rewards_without_differences_are_counted(make, model, bad):
     learner = make()
     assert iterate(learner, model, 0, rewards=bad)["drafter/uniform_fallback"] == 1
     assert {row.weight for row in learner.buffer.rows} == {1.0}
@@ -155,7 +155,7 @@ def test_running_out_of_memory_drops_the_update(make, model, monkeypatch):
     assert iterate(learner, model, 2)["drafter/updates"] > 0
 
 
-def test_weights_that_overflow_give_way_to_those_that_served(make, model, monkeypatch):
+def test_weights_that_overflow_are_replaced_by_those_that_served(make, model, monkeypatch):
     learner = make()
     for step in range(2):
         iterate(learner, model, step)
@@ -173,7 +173,7 @@ def test_weights_that_overflow_give_way_to_those_that_served(make, model, monkey
     assert iterate(learner, model, 3)["drafter/updates"] == 6 and learner.version == "drafter-2"
 
 
-def test_a_saved_learner_goes_on_as_if_nothing_had_been(make, model):
+def test_a_restored_learner_continues_with_the_same_results(make, model):
     learner = make()
     for step in range(3):
         iterate(learner, model, step)
@@ -207,7 +207,7 @@ def test_a_copy_is_of_the_drafter_as_it_was(make, model, tmp_path):
 
 
 def test_the_budget_counts_all_that_the_learner_holds(make, model):
-    """What it says of its memory beside what is there, added up tensor by tensor."""
+    """The reported memory equals the sum over all tensors."""
     learner = make(matrix_lr=1e-2, compare_frozen=True)
     for step in range(3):
         metrics = iterate(learner, model, step)
@@ -221,7 +221,7 @@ def test_the_budget_counts_all_that_the_learner_holds(make, model):
 
 
 def test_the_drafter_it_began_with_is_measured_beside_it(make, model):
-    """It is measured on the same responses as one that never learned at all."""
+    """Its metric equals that of a drafter that never learned, on the same responses."""
     learner, never = make(compare_frozen=True), make(interval=100)
     for step in range(4):
         ours, theirs = (iterate(one, model, step, samples=random_samples(LENGTHS, step)) for one in (learner, never))
@@ -230,7 +230,7 @@ def test_the_drafter_it_began_with_is_measured_beside_it(make, model):
     assert "drafter/frozen_accept_length" not in theirs
 
 
-def test_a_draft_vocabulary_that_misses_much_is_said_once(make, model):
+def test_a_draft_vocabulary_that_misses_much_is_reported_once(make, model):
     learner = make()
     samples = random_samples(LENGTHS)
     for sample in samples:

@@ -1,4 +1,4 @@
-"""drafter/online/recall.py: rows out of the buffer teach what the model that made them would teach."""
+"""drafter/online/recall.py: rows of the buffer give the same teacher outputs as the model that made them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_recalled_batch_teaches_what_the_model_teaches(tmp_path):
         assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-4), name
 
 
-def test_both_laws_are_taken_at_the_sampling_temperature():
+def test_both_distributions_are_taken_at_the_sampling_temperature():
     temperature = 0.5
     batch, teacher = recall(stored(temperature), temperature, torch.device("cpu"))
     drafter = tiny_drafter()

@@ -1,4 +1,4 @@
-"""drafter/online/rows.py: which responses of a step are stored, and how far the actor has moved from their sampler."""
+"""drafter/online/rows.py: the responses of a step that are stored, and the divergence of actor from sampler."""
 
 from __future__ import annotations
 

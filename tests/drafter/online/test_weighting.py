@@ -1,4 +1,4 @@
-"""drafter/online/weighting.py: who counts how much, and that nobody counts nothing."""
+"""drafter/online/weighting.py: the weights of responses, none of which is zero."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from respec_trainer.drafter.online.weighting import CEILING, FLOOR, response_wei
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
 
 
-def test_uniform_looks_at_nothing():
+def test_uniform_weights_do_not_depend_on_rewards():
     weights, fell_back = response_weights(torch.full((2, 3), torch.nan), "uniform")
     assert torch.equal(weights, torch.ones(2, 3)) and not fell_back
 
@@ -50,7 +50,7 @@ def test_one_success_among_many_is_bounded(weighting):
 
 @pytest.mark.parametrize("weighting", ["reward", "advantage"])
 @pytest.mark.parametrize("bad", [[[0.5, 0.5]], [[1.0, -torch.inf]], [[torch.inf, 0.0]]])
-def test_rewards_that_say_nothing_weigh_alike(weighting, bad):
+def test_rewards_without_differences_have_equal_weights(weighting, bad):
     weights, fell_back = response_weights(torch.tensor(bad), weighting)
     assert fell_back and torch.equal(weights, torch.ones(1, 2))
 
@@ -72,7 +72,7 @@ def test_a_group_of_which_one_sample_was_scored_weighs_one():
 
 
 @pytest.mark.parametrize("weighting", ["reward", "advantage"])
-def test_scored_samples_that_are_alike_say_nothing(weighting):
+def test_equal_scored_samples_have_equal_weights(weighting):
     for rewards in ([[1.0, torch.nan], [1.0, 1.0]], [[torch.nan, torch.nan]]):
         weights, fell_back = response_weights(torch.tensor(rewards), weighting)
         assert fell_back and torch.equal(weights, torch.ones(weights.shape))

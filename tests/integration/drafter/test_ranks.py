@@ -1,4 +1,4 @@
-"""The learner over several ranks, in the loop with a real actor: the actor does not notice, and the ranks agree."""
+"""The learner over several ranks, in the loop with a real actor: it does not change the actor, and the ranks agree."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def settings(folder, tp: int, **drafter):
 
 
 def train(configs: list, steps: int, lengths=LENGTHS) -> list[tuple]:
-    """For each configuration: the actor's shards and gradient norms; the drafter's weights, metrics, last gradient."""
+    """Return for each configuration the actor's shards and gradient norms; the drafter's weights, metrics, gradient."""
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
     from respec_trainer.drafter.online.learner import LearnerRank
@@ -70,7 +70,7 @@ def equal(one, other) -> bool:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_the_actor_does_not_notice_and_drafters_agree(folder, tp):
+def test_the_actor_is_the_same_and_drafters_agree(folder, tp):
     configs = [settings(folder, tp, weighting=weighting) for weighting in ("none", "reward")]
     ranks = run_ranks(2, train, configs, STEPS)
     for (shards_off, norms_off, *_), (shards_on, norms_on, _, metrics, _) in ranks:
@@ -80,17 +80,17 @@ def test_the_actor_does_not_notice_and_drafters_agree(folder, tp):
     drafters = [results[1][2] for results in ranks]
     assert equal(drafters[0].values(), drafters[1].values()), "every rank holds the same drafter, to the bit"
     assert not equal(drafters[0].values(), ranks[0][0][2].values()), "and not the one of the folder"
-    said = [[{k: v for k, v in m.items() if "time" not in k} for m in results[1][3]] for results in ranks]
-    assert said[0] == said[1]
+    reported = [[{k: v for k, v in m.items() if "time" not in k} for m in results[1][3]] for results in ranks]
+    assert reported[0] == reported[1]
 
 
 def mean_gradient(config) -> torch.Tensor:
-    """Of one update on all of one step's rows, as it was applied."""
+    """The gradient of one update on all rows of one step, as it was applied."""
     return train([config], 2, [(3, 8)] * 8)[0][4]
 
 
 def test_two_ranks_learn_what_one_does(folder):
-    """One update on eight rows, dealt over ranks by data or tensor parallelism: the gradient of the whole batch."""
+    """One update on eight rows, split over ranks by data or tensor parallelism, has the gradient of the whole batch."""
     options = {"weighting": "reward", "batch_size": 8, "micro_batch_size": 8}
     (one,) = run_ranks(1, mean_gradient, settings(folder, 1, **options))
     for tp in (1, 2):

@@ -1,4 +1,4 @@
-"""The unrolled drafter proposes what the engine's proposes, draft for draft, at every depth after the same prefix."""
+"""The unrolled drafter makes the same drafts as the engine's drafter, at every depth after the same prefix."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.processes.forking import planted
 from tests.support.rollout_models import VOCAB, save_target
 
 STEPS = 3
-# Not every token can be drafted, so that the drafter's numbering is not the target's.
+# The draft vocabulary leaves out some tokens, so that draft ids differ from target ids.
 DRAFT_IDS = torch.tensor([token for token in range(VOCAB) if token not in (4, 50, 90)])
 PROMPTS = [(5, 6, 7), (9,), (3, 100, 130, 17, 22, 64, 64, 65)]
-PROMPTS += [(*PROMPTS[2], 12, 90, 41)]  # of which the engine has read the most already
-# Of logits about 1 apart: a hundred times what float32 rounds differently in the engine's kernels and in torch's.
+PROMPTS += [(*PROMPTS[2], 12, 90, 41)]  # a longer prompt with a prefix that the engine has cached
+# Logits differ by about 1. This is a hundred times the difference in rounding between the engine's and torch's kernels.
 MARGIN = 1e-3
-# Planted in the engine's scheduler: notes what a pass drafts, and after how many tokens.
+# Runs in the engine's scheduler: records the drafts of each pass, and the number of tokens before them.
 RECORDER = """
 import json
 import respec_trainer.rollout.sglang.inside.cpu.drafting as drafting
@@ -47,7 +47,7 @@ if {stock}:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A target, and a drafter that is right often enough for runs of accepted drafts, both in float32."""
+    """Make a target, and a drafter that is right often enough for runs of accepted drafts, both in float32."""
     target = save_target(tmp_path_factory.mktemp("serving") / "target", "qwen3")
     drafter = tiny_drafter(target_config(), draft_vocab_size=len(DRAFT_IDS))
     teacher = HFTeacher(target, DRAFT_IDS, drafter.shape.feature_layers)
@@ -59,7 +59,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["short passes", "sglang's passes"])
 def served(request, folders, tmp_path_factory):
-    """(samples, [(tokens known, drafts)] of all passes of each): one request at a time, so passes come in order."""
+    """Return (samples, [(tokens known, drafts)] of all passes of each). Requests run one by one, to keep the order."""
     folder = tmp_path_factory.mktemp("plant")
     log, stock = folder / "drafts.jsonl", request.param != "short passes"
     target, drafter = map(str, folders)
@@ -69,7 +69,7 @@ def served(request, folders, tmp_path_factory):
     with planted(RECORDER.format(log=str(log), stock=stock)):
         engine.start()
     try:
-        log.write_text("")  # what was drafted to warm up
+        log.write_text("")  # removes the drafts of the warm-up
         samples, passes = [], []
         for index, prompt in enumerate(PROMPTS):
             params = SamplingParams(32, temperature=0.5, ignore_eos=True, seed=index)
@@ -83,7 +83,7 @@ def served(request, folders, tmp_path_factory):
 
 @dataclass
 class Unrolled:
-    """The drafter as it is trained, on features that transformers computes."""
+    """The drafter as in training, on features that transformers computes."""
 
     drafter: torch.nn.Module
     ids: torch.Tensor
@@ -91,12 +91,12 @@ class Unrolled:
 
     @torch.no_grad()
     def chain(self, prefix: list[int]) -> list[tuple[int, float]]:
-        """What it drafts after `prefix`, each depth after its own drafts, and by how much over the second choice."""
+        """The drafts after `prefix`, each after the drafts before it, with their margins over the second choice."""
         tokens, found = list(prefix), []
         for depth in range(STEPS):
             batch = DrafterBatch.collate([(tokens[:1], tokens[1:])])
             target = self.teacher(batch)
-            # Serving knows no features of its last token or of drafts: whatever stands there must not count.
+            # Serving has no features of its last token and of drafts, so those values must not matter.
             target.features[:, len(prefix) - 1 :] = 7.0
             hidden = list(self.drafter.unroll(target.embeddings, target.features, depth + 1))[depth]
             best = self.drafter.logits(hidden[0, len(prefix) - 2]).topk(2)
@@ -118,7 +118,7 @@ def known_before_passes(sample) -> list[int]:
     return [len(sample.prompt_ids) + known for known in (1, *ends)]
 
 
-def test_drafts_are_those_of_the_training_time_test(served, unrolled):
+def test_drafts_are_those_of_the_unrolled_drafter(served, unrolled):
     compared = [0] * STEPS
     for sample, passes in zip(*served, strict=True):
         tokens = sample.prompt_ids + sample.response_ids
@@ -128,14 +128,14 @@ def test_drafts_are_those_of_the_training_time_test(served, unrolled):
         for known, drafts in passes[: len(starts)]:
             for depth, (draft, lead) in enumerate(unrolled.chain(tokens[:known])):
                 if lead < MARGIN:
-                    break  # a near tie may fall either way, and what follows hangs on it
+                    break  # a near tie may go either way, and the later drafts depend on it
                 assert drafts[depth] == draft, (known, depth, lead)
                 compared[depth] += 1
     assert min(compared) >= 0.9 * sum(len(known_before_passes(sample)) for sample in served[0])
 
 
 def test_passes_began_after_runs_of_every_length(served):
-    """So that what was compared covers caches that hold tokens of accepted drafts, from the target's features anew."""
+    """The comparison covers caches with tokens of accepted drafts, recomputed from the target's features."""
     histogram = [0] * (STEPS + 1)
     for sample in served[0]:
         for depth, count in enumerate(sample.accept_histogram):

@@ -1,4 +1,4 @@
-"""An objective of one new file and a line in the registry trains a real actor; docs/extending.md tells how."""
+"""An objective of one new file and a line in the registry trains a real actor; docs/extending.md describes how."""
 
 from __future__ import annotations
 
