@@ -3,7 +3,8 @@
     python launch/supervise.py -- deepspeed --num_gpus 8 launch/train.py --config my.yaml
     python launch/supervise.py --max_restarts 5 --window 86400 -- deepspeed --hostfile hosts launch/train.py ...
 
-A run needs checkpoint.every to go on from somewhere, and checkpoint.resume=auto, the default. docs/failures.md
+The run must save checkpoints (checkpoint.every) and resume from them (checkpoint.resume=auto, the default). See
+docs/failures.md.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ def main() -> int:
     parser.add_argument("--max_restarts", type=_count, default=defaults.max_restarts, help="within --window seconds")
     parser.add_argument("--window", type=_seconds, default=defaults.window, help="seconds")
     parser.add_argument("--backoff", type=_seconds, default=defaults.backoff, help="seconds before the first restart")
-    parser.add_argument("--grace", type=_seconds, default=defaults.grace, help="seconds for the command to end itself")
-    parser.add_argument("command", nargs="+", metavar="COMMAND", help="what starts the run, after --")
+    parser.add_argument(
+        "--grace", type=_seconds, default=defaults.grace, help="seconds for the command to end by itself"
+    )
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="the command that starts the run, after --")
     args = parser.parse_args()
     limits = RestartLimits(
         args.max_restarts, args.window, args.backoff, max(defaults.most_backoff, args.backoff), args.grace

@@ -1,18 +1,18 @@
-"""Train a policy with speculative rollouts. What the deepspeed launcher starts, once a rank.
+"""Train a policy with speculative rollouts. The deepspeed launcher starts this script once for each rank.
 
     deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml
     deepspeed launch/train.py --config my.yaml run.steps=100 actor.optim.lr=2e-6
     python launch/train.py --check --config configs/qwen2.5-7b.yaml --nodes 2 --gpus_per_node 8
 
-All that can be wrong with the configuration is said before any process group is made. `--check` trains nothing:
-it shows which rank would do what where, estimates the memory it takes, and lists every problem; docs/launch.md.
+Errors in the configuration are reported before any process group is made. `--check` trains nothing: it shows the
+work of each rank and host, estimates the memory, and lists every problem; see docs/launch.md.
 """
 
 import os
 import sys
 from functools import partial
 
-from respec_trainer.command_line import read_arguments, refuse, settle_process, tell
+from respec_trainer.command_line import print_error, read_arguments, refuse, settle_process
 from respec_trainer.compat import prepare
 from respec_trainer.config_file import load_config
 from respec_trainer.errors import ConfigError
@@ -69,8 +69,8 @@ def train(config, rank: int, world: int) -> int:
             host_engine(config, rank, world)
             watchdog.stop()
     except BaseException as error:
-        watchdog.fail(error, partial(tell, error), lost=isinstance(error, LinkLostError))
-        # Not sys.exit: leaving in order would wait in the process groups for ranks that are stuck or gone.
+        watchdog.fail(error, partial(print_error, error), lost=isinstance(error, LinkLostError))
+        # Not sys.exit: a normal exit would wait in the process groups for ranks that are stuck or gone.
         end_process(2 if isinstance(error, ConfigError) else 1)
     return 0
 

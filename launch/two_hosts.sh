@@ -1,11 +1,11 @@
 #!/bin/bash
-# One run on two hosts without ssh between them: start this on each, with its number, 0 or 1.
+# One run on two hosts without ssh between them: start this script on each host, with the host's number, 0 or 1.
 #
 #   host 0:  launch/two_hosts.sh 0 ADDRESS_OF_HOST_0 --config configs/qwen2.5-7b.yaml
 #   host 1:  launch/two_hosts.sh 1 ADDRESS_OF_HOST_0 --config configs/qwen2.5-7b.yaml
 #
-# SLOTS (ranks of a host, default 8) and PORT (where they meet, default 29500) come from the environment. It also runs on
-# one machine that plays both hosts: with ADDRESS 127.0.0.1 and SLOTS=1, in two terminals.
+# The environment may set SLOTS (ranks of each host, default 8) and PORT (where ranks connect, default 29500). To try it
+# on one machine, run both commands there in two terminals, with ADDRESS 127.0.0.1 and SLOTS=1.
 set -euo pipefail
 if [[ $# -lt 3 || ! "$1" =~ ^[01]$ ]]; then
   echo "usage: $0 0|1 ADDRESS_OF_HOST_0 --config FILE [section.key=value ...]" >&2

@@ -1,4 +1,4 @@
-"""What a drafter learns from, on its way from the actor's scoring pass to the learner: plain data in host memory."""
+"""The data that the actor's scoring pass hands to the drafter's learner: plain tensors in host memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a learner asks of the scoring pass; the same on every rank."""
+    """The data that a learner requests from the scoring pass; the same on every rank."""
 
     layers: tuple[int, ...]  # 0-based decoder layers whose outputs are the features, none of them the last
     draft_ids: torch.Tensor  # [Vd] token ids of the draft vocabulary
@@ -18,30 +18,30 @@ class Wanted:
 
 @dataclass(frozen=True)
 class CapturedRow:
-    """One row of L tokens, R of them the response's. Tensors are in the actor's dtype unless said otherwise."""
+    """One row of L tokens, of which R are the response. Tensors have the actor's dtype, if not noted otherwise."""
 
-    row: int  # of the batch that was scored
+    row: int  # index in the batch that was scored
     features: torch.Tensor  # [L, 3H], the layers' outputs (the residual stream), low to high
-    hidden: torch.Tensor  # [R, H] after the final norm, where each response token is predicted from
+    hidden: torch.Tensor  # [R, H] after the final norm; entry i predicts response token i
     logsumexp: torch.Tensor  # [R] float32, of logits / temperature over the whole vocabulary
 
 
 @dataclass(frozen=True)
 class Captured:
-    """This rank's share of the rows: tensor-parallel ranks, which score the same batch, deal them among themselves.
+    """This rank's share of the captured rows. Tensor-parallel ranks score the same batch and divide its rows.
 
-    With it the rows of the live actor's vocabulary matrices that are needed to learn from the share: the actor moves
-    on, and its features mean nothing beside another actor's embeddings and output weights.
+    Also holds the rows of the actor's vocabulary matrices that learning from the share needs. They are copied because
+    the actor's weights change, and features are only valid with the embeddings and output weights of the same actor.
     """
 
     rows: Sequence[CapturedRow]
     token_ids: torch.Tensor  # [n] ascending, every token that occurs in the batch
-    embeddings: torch.Tensor  # [n, H] theirs
-    output_rows: torch.Tensor  # [Vd, H] of the output layer, the draft vocabulary's
+    embeddings: torch.Tensor  # [n, H] of token_ids
+    output_rows: torch.Tensor  # [Vd, H] of the output layer, for the draft vocabulary
 
 
 class LayerOutputs(list):
-    """The outputs of chosen layers in a forward pass inside the `with`, as they come."""
+    """Collects the outputs of chosen layers in a forward pass inside the `with` statement, in the order computed."""
 
     def __init__(self, layers: torch.nn.ModuleList, chosen: Sequence[int]):
         super().__init__()

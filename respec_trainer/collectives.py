@@ -1,7 +1,7 @@
-"""Collectives: what ranks tell each other in small messages. Every rank of a group calls a function, in one order.
+"""Collectives: small messages between ranks. Every rank of a group calls the same functions in the same order.
 
 `group` is a gloo group for objects; None stands for the default group. In a process that belongs to no group, and in a
-group of one rank, nothing is sent and every function returns what this rank has.
+group of one rank, nothing is sent and every function returns the value of this rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.Re
 
 
 class Endable(Protocol):
-    """As much of an engine as `agree` needs. `failure` says why it is dead; None while it lives."""
+    """The part of an engine that `agree` needs. `failure` is the error that ended it; None while it works."""
 
     failure: Exception | None
 
@@ -28,7 +28,7 @@ class Endable(Protocol):
 
 
 def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-    """Every rank's `value`, in the order of the ranks, on every rank."""
+    """Return the `value` of every rank, in rank order, on every rank."""
     if _alone(group):
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -37,7 +37,7 @@ def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
 
 
 def broadcast(value: Value, source: int = 0, group: dist.ProcessGroup | None = None) -> Value:
-    """The `value` of rank `source` of the default group, on every rank; what the others pass is not looked at."""
+    """Return the `value` of rank `source` of the default group on every rank; the other ranks' values are ignored."""
     if _alone(group):
         return value
     message = [value]
@@ -46,9 +46,9 @@ def broadcast(value: Value, source: int = 0, group: dist.ProcessGroup | None = N
 
 
 def from_first(action: Callable[[], Value], group: dist.ProcessGroup | None = None) -> Value:
-    """What `action` returns on the group's first rank, on every rank. The other ranks do not run it.
+    """Run `action` on the group's first rank only, and return its result on every rank.
 
-    Raises its RespecError on every rank.
+    If `action` raises a RespecError, every rank raises it.
     """
     outcome: tuple[Any, RespecError | None] = None, None
     if _alone(group) or dist.get_rank(group) == 0:
@@ -56,7 +56,7 @@ def from_first(action: Callable[[], Value], group: dist.ProcessGroup | None = No
             outcome = action(), None
         except RespecError as error:
             outcome = None, error
-    # Not broadcast: the first rank must not go on, and end on its error, before the others have come to hear it.
+    # Gathered, not broadcast: the first rank must not continue, and end with its error, before the others received it.
     value, error = gather(outcome, group)[0]
     if error is not None:
         raise error
@@ -69,15 +69,16 @@ def agree(
     group: dist.ProcessGroup | None,
     fatal: type[Exception] | tuple = (),
 ) -> list[Any]:
-    """Run `action` on every rank; every rank gets what each rank's returned, or all of them raise.
+    """Run `action` on every rank. Every rank gets the results of all ranks, or all ranks raise.
 
     Args:
         action: None on ranks that have nothing to do; their result is None.
-        engine: this rank's own. If it is found dead its processes are ended at once: that frees its memory, and
-            whoever waits for it in a collective.
-        fatal: errors after which no engine can be trusted to be whole: all are ended, as if they had died.
+        engine: this rank's engine. If it is dead, its processes are ended at once: this frees its memory, and releases
+            processes that wait for it in a collective.
+        fatal: errors after which the state of every engine is unknown: all engines are ended, as if they had died.
 
-    Raises EngineLostError on every rank if an engine died, else the first rank's EngineError or ResyncError.
+    Raises EngineLostError on every rank if an engine died; otherwise the EngineError or ResyncError of the lowest rank
+    that has one.
     """
     outcome: Any = None
     error: Exception | None = None
@@ -88,34 +89,34 @@ def agree(
     dead = error is not None and engine is not None and engine.failure is not None
     if dead:
         engine.shutdown()
-    told = gather((outcome, error, dead), group)
-    errors = {rank: error for rank, (_, error, _) in enumerate(told) if error is not None}
-    lost = {rank: error for rank, error in errors.items() if told[rank][2] or isinstance(error, fatal)}
+    gathered = gather((outcome, error, dead), group)
+    errors = {rank: error for rank, (_, error, _) in enumerate(gathered) if error is not None}
+    lost = {rank: error for rank, error in errors.items() if gathered[rank][2] or isinstance(error, fatal)}
     if lost and fatal and engine is not None:
         engine.shutdown()
     if lost:
         raise EngineLostError("; ".join(f"engine of rank {rank}: {error}" for rank, error in lost.items()))
     for rank, error in errors.items():
         raise type(error)(f"rank {rank}: {error}") from error
-    return [outcome for outcome, _, _ in told]
+    return [outcome for outcome, _, _ in gathered]
 
 
 def reduce(
     values: Sequence[float], operation: Operation = "sum", group: dist.ProcessGroup | None = None
 ) -> list[float]:
-    """Each of `values` over all ranks, in float64 and on the CPU."""
-    here = torch.tensor(values, dtype=torch.float64)
+    """Reduce each of `values` over all ranks, in float64 and on the CPU."""
+    local = torch.tensor(values, dtype=torch.float64)
     if not _alone(group):
-        dist.all_reduce(here, OPERATIONS[operation], group=group)
-    return here.tolist()
+        dist.all_reduce(local, OPERATIONS[operation], group=group)
+    return local.tolist()
 
 
 def sum_over(
     tensors: Sequence[torch.Tensor], device: torch.device | str, group: dist.ProcessGroup | None = None
 ) -> list[torch.Tensor]:
-    """Each of `tensors` summed over all ranks, in float64: of the same shapes, on the CPU.
+    """Sum each of `tensors` over all ranks, in float64. The sums have the same shapes and are on the CPU.
 
-    One message carries them all. `device` is where the group's backend wants it.
+    All tensors are sent in one message. `device` is the device that the group's backend needs.
     """
     flat = torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in tensors]).to(device)
     if not _alone(group):

@@ -1,4 +1,4 @@
-"""The command line of launch/train.py: its options, the settings of a rank's process, and errors told to the user."""
+"""The command line of launch/train.py: its options, the settings of a rank's process, and the printing of errors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from respec_trainer.errors import RespecError
 from respec_trainer.processes import collect_no_garbage
 
-# The launcher ends all ranks as soon as one ends: the others wait this long, so that the first can say what is wrong.
+# The launcher ends all ranks as soon as one ends. The other ranks wait this long, so that rank 0 can print its error.
 OTHERS_WAIT_SECONDS = 20.0
 
 # Read when torch is imported. Ranks share the machine's cores, and the engine has processes of its own. The log level
-# keeps out notices about hardware and other ranks that are not there; what matters is raised.
+# hides notices about missing hardware and other ranks; real problems are raised as errors.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def read_arguments(description: str, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options and overrides among `words`, by default those of this process.
+    """Read options and overrides from `words`; None: the arguments of this process.
 
-    Prints what is wrong and exits with status 2 where they cannot be read, or ask something of --check without it.
+    Prints the problem and exits with status 2 if an argument is invalid, or is for --check and --check is not given.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
@@ -43,12 +43,14 @@ def read_arguments(description: str, words: Sequence[str] | None = None) -> argp
 
 
 def _add_options_of_check(parser: argparse.ArgumentParser) -> list[str]:
-    """Add the options that only --check reads; their names."""
-    group = parser.add_argument_group("what --check plans for; default: what the launcher started, or this machine")
+    """Add the options that only --check reads; return their names."""
+    group = parser.add_argument_group("the machines --check plans for; default: those of the launcher, or this one")
     options = [
         group.add_argument("--nodes", type=int, metavar="N"),
         group.add_argument("--gpus_per_node", type=int, metavar="G"),
-        group.add_argument("--gpu_memory_gb", type=float, metavar="GB", help="default: this machine's, else 80"),
+        group.add_argument(
+            "--gpu_memory_gb", type=float, metavar="GB", help="default: this machine's, or 80 without a GPU"
+        ),
         group.add_argument(
             "--model_config", metavar="JSON", help="a config.json to plan with before model and data exist"
         ),
@@ -57,7 +59,7 @@ def _add_options_of_check(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def settle_process() -> None:
-    """Set what must stand before torch is imported; what the user has set in the environment stays."""
+    """Apply the settings that must come before torch is imported; variables that the user has set stay as they are."""
     collect_no_garbage()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -66,15 +68,15 @@ def settle_process() -> None:
 
 
 def refuse(error: RespecError, rank: int) -> int:
-    """Tell the error, rank 0 at once and the others later; the exit status of a run that cannot start, 2."""
+    """Print the error, on rank 0 at once and on the others later. Return 2, the exit status for this."""
     if rank != 0:
         time.sleep(OTHERS_WAIT_SECONDS)
-    tell(error)
+    print_error(error)
     return 2
 
 
-def tell(error: BaseException) -> None:
-    """Print an error that this package raises on purpose as one message, any other with its traceback."""
+def print_error(error: BaseException) -> None:
+    """Print an error that this package raises on purpose as one message, and any other error with its traceback."""
     if isinstance(error, RespecError):
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
     else:

@@ -1,4 +1,4 @@
-"""Reading a configuration: one YAML file, `key=value` overrides, and errors that name the key and the remedy.
+"""Read a configuration: one YAML file, `key=value` overrides, and errors that name the key and the remedy.
 
 config = load_config("configs/quickstart.yaml", ["actor.parallel.tp=1", "run.steps=3"])
 """
@@ -21,7 +21,7 @@ Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key given twice."""
+    """A SafeLoader that reads 1e-6 as a number (YAML 1.1 requires 1.0e-6) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -41,8 +41,8 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[Kind] = Config) -> Kind:
     """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate the result as a `kind`.
 
-    Raises ConfigError for a missing or malformed file, and for every bad key at once, each with the nearest valid key;
-    then for what the speculation algorithm cannot work with.
+    Raises ConfigError for a missing or malformed file; for bad keys, all of them in one error, each with the nearest
+    valid key; and for settings that the speculation algorithm does not support.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,12 +65,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), k
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    """Return the resolved configuration as YAML, from which `load_config` reads an equal configuration."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def _check_algorithm(path: Path, config: Config) -> None:
-    """Raise ConfigError, naming the file, for what the chosen speculation algorithm cannot work with."""
+    """Raise ConfigError, naming the file, for settings that the chosen speculation algorithm does not support."""
     try:
         check_config(config)
     except ConfigError as error:
@@ -95,7 +95,7 @@ def _apply_override(tree: dict, override: str) -> None:
 
 
 def _explain(item: dict[str, Any], kind: type[Section]) -> str:
-    """One line for one pydantic error: the dotted key, what is wrong, and the nearest valid key if it is unknown."""
+    """Return one line for one pydantic error: the dotted key, the problem, and the nearest valid key if unknown."""
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"  {key}: unknown key; did you mean {_nearest(key, kind)}?"
@@ -107,22 +107,22 @@ def _explain(item: dict[str, Any], kind: type[Section]) -> str:
 
 
 def _nearest(key: str, kind: type[Section]) -> str:
-    """The valid dotted key most like `key`: a like last name, spelled out or by its initials, and a like parent."""
+    """The valid dotted key most similar to `key`, by its last name (or the initials of that name) and its parent."""
     keys = valid_keys(kind)
     parent, _, name = key.rpartition(".")
     initials = "".join(word[:1] for word in name.split("_"))
 
-    def likeness(candidate: str) -> float:
+    def similarity(candidate: str) -> float:
         candidate_parent, _, candidate_name = candidate.rpartition(".")
         same_name = difflib.SequenceMatcher(None, name, candidate_name).ratio()
         same_name = 1.0 if initials == candidate_name else same_name
         return same_name + 0.5 * difflib.SequenceMatcher(None, parent, candidate_parent).ratio()
 
-    return max(keys, key=likeness)
+    return max(keys, key=similarity)
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the configuration, sections included."""
+    """Return every dotted key of the configuration, including sections."""
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)

@@ -1,4 +1,4 @@
-"""Number formats by the names that the configuration and checkpoints give them."""
+"""The number formats by their names in the configuration and in checkpoints."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "bf16" or "fp32". Raises KeyError for any other dtype."""
+    """Return "bf16" or "fp32". Raises KeyError for any other dtype."""
     return {known: name for name, known in DTYPES.items()}[dtype]
 
 
 def long_name(dtype: torch.dtype) -> str:
-    """ "bfloat16", "float32" and the like: the name in torch, in transformers' config.json and in sglang."""
+    """Return "bfloat16", "float32" and so on: the name in torch, in transformers' config.json and in sglang."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The errors users meet. Each message says what was wrong, where, and what to do."""
+"""The errors that users see. Each message states what is wrong, where, and what to do."""
 
 
 class RespecError(Exception):
@@ -6,11 +6,11 @@ class RespecError(Exception):
 
 
 class ConfigError(RespecError):
-    """The configuration, or something it points to, cannot work. Raised before any process group exists."""
+    """The configuration, or a file that it names, cannot work. Raised before any process group exists."""
 
 
 class DataError(ConfigError):
-    """A data set is missing, empty or malformed; names the file and the line."""
+    """A data set is missing, empty or malformed. The message names the file and the line."""
 
 
 class EngineError(RespecError):
@@ -18,15 +18,15 @@ class EngineError(RespecError):
 
 
 class EngineLostError(EngineError):
-    """Engines died, and every rank knows: they can be started anew, or the run can end in order."""
+    """Engines died. Raised on every rank, so that all can restart the engines together or end the run in order."""
 
 
 class ResyncError(RespecError):
-    """Weights did not reach the engine as sent."""
+    """Weights did not reach the engine as they were sent."""
 
 
 class ProofError(ResyncError):
-    """An engine does not hold, or does not speak, what was sent. Its samples are not the actor's."""
+    """An engine holds other weights than were sent, or computes other log-probs. Its samples are not the actor's."""
 
 
 class TransferError(ResyncError):
@@ -34,20 +34,20 @@ class TransferError(ResyncError):
 
 
 class RewardError(RespecError):
-    """A reward failed, or returned what is no reward; names the reward, the sample and the value."""
+    """A reward failed or returned an invalid value. The message names the reward, the sample and the value."""
 
 
 class TrainingError(RespecError):
-    """Training cannot go on: for example too many steps in a row with non-finite losses or gradients."""
+    """Training cannot continue: for example too many steps in a row with non-finite losses or gradients."""
 
 
 class CheckpointError(RespecError):
-    """A checkpoint could not be written. Those before it are as they were."""
+    """A checkpoint could not be written. Earlier checkpoints are unchanged."""
 
 
 class AuditError(RespecError):
-    """Samples do not follow the policy's law."""
+    """Samples do not follow the policy's distribution."""
 
 
 class UnsupportedVersionError(RespecError):
-    """A shim met a version of a library that it was not written for."""
+    """A library has another version than the shim for it was written for."""

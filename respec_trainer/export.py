@@ -1,4 +1,4 @@
-"""Write the trained models as folders: the actor's for transformers and SGLang, the drafter's for SGLang."""
+"""Write the trained models as folders: the actor for transformers and SGLang, the drafter for SGLang."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from respec_trainer.weights.safetensors_io import Spec, file_names
 
 
 def export_actor(actor, source: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `actor`'s weights to `out`, with config, tokenizer and the rest carried over from `source`.
+    """Write the weights of `actor` to `out`; copy config, tokenizer and other files from `source`.
 
-    Every rank must call it; rank 0 writes, shard by shard, beside `out` and renames at the end: `out` is complete or
-    absent. Raises ConfigError if `out` holds something.
+    Every rank must call it. Rank 0 writes, shard by shard, into a folder beside `out` and renames it at the end: `out`
+    is complete or absent. Raises ConfigError if `out` is not empty.
     """
     writes = actor.topology.rank == 0
     files: list[list[str]] = []
@@ -45,10 +45,10 @@ def export_actor(actor, source: Path, out: Path, shard_bytes: int = SHARD_BYTES)
 
 
 def export_drafter(make: Callable[[Path], None], out: Path, dtype: torch.dtype) -> None:
-    """Write the drafter that `make` puts into the folder it is given to `out`, its weights rounded to `dtype`.
+    """Write a drafter to `out`, its weights rounded to `dtype`. `make` writes the drafter into the folder it is given.
 
-    As `respec-convert drafter` does with a checkpoint's; one rank calls it. `out` is complete or absent. Raises
-    ConfigError if it holds something.
+    The result is that of `respec-convert drafter` for a checkpoint. One rank calls it. `out` is complete or absent.
+    Raises ConfigError if `out` is not empty.
     """
     check_place(out, 0)
     with beside(out) as scratch:
@@ -59,13 +59,13 @@ def export_drafter(make: Callable[[Path], None], out: Path, dtype: torch.dtype) 
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename `folder`, if it is there, to NAME.earlier-1, or the next number that is free; returns the new place."""
+    """Rename `folder`, if it exists, to NAME.earlier-1 or the next free number. Return the new path, or None."""
     if not folder.exists():
         return None
     number = 1
-    while (place := folder.with_name(f"{folder.name}.earlier-{number}")).exists():
+    while (path := folder.with_name(f"{folder.name}.earlier-{number}")).exists():
         number += 1
-    return folder.rename(place)
+    return folder.rename(path)
 
 
 def _size(hf_config, dtype: torch.dtype) -> int:
@@ -77,7 +77,7 @@ def _partial_name(index: int) -> str:
 
 
 def _name_files(folder: Path, files: list[list[str]], total: int) -> None:
-    """Give the files the names transformers looks for, now that their number is known, and write the index."""
+    """Rename the files to the names that transformers expects, which contain their number, and write the index."""
     weight_map = {}
     for index, (names, final) in enumerate(zip(files, file_names(len(files)), strict=True)):
         (folder / _partial_name(index)).rename(folder / final)

@@ -1,4 +1,4 @@
-"""What hosts must have in common, compared before training starts: versions, code, GPUs, ranks, the run's folder."""
+"""Checks that all hosts of a run are alike, before training: versions, code, GPUs, ranks, the run's folder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from respec_trainer.processes import local_size
 
 LIBRARIES = ("torch", "sglang", "transformers", "deepspeed", "megatron-core")
 NAMES = {"code": "respec_trainer's files (digest)", "gpus": "GPUs seen", "ranks": "ranks of a host"}  # in messages
-FOLDER_SECONDS = 20.0  # that a network file system may take to show a new file
+FOLDER_SECONDS = 20.0  # time that a network file system may take to show a new file
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Of the host of one rank. All but `host` must be the same wherever ranks train."""
+    """The facts about the host of one rank. All but `host` must be the same on all hosts with training ranks."""
 
     host: str
     python: str
@@ -49,9 +49,9 @@ class HostFacts:
 
 
 def check_hosts(control: dist.ProcessGroup | None, facts: HostFacts | None = None) -> None:
-    """Raise ConfigError on every rank, naming all that differs between the hosts of `control`'s ranks.
+    """Raise ConfigError on every rank if the hosts of `control`'s ranks differ; the message lists all differences.
 
-    Every rank calls it. `facts` are this rank's; None: looked up.
+    Every rank calls it. `facts` are those of this rank's host; None: look them up.
     """
     problems = differences(gather(facts or HostFacts.here(), control))
     if problems:
@@ -61,20 +61,20 @@ def check_hosts(control: dist.ProcessGroup | None, facts: HostFacts | None = Non
         )
 
 
-def differences(told: Sequence[HostFacts]) -> list[str]:
-    """What is not the same everywhere, a line each: which ranks, on which hosts, have what."""
+def differences(facts_of_ranks: Sequence[HostFacts]) -> list[str]:
+    """Return one line for each fact that is not the same on all ranks: the values, with their ranks and hosts."""
     lines = []
-    for name, values in _columns(told).items():
+    for name, values in _columns(facts_of_ranks).items():
         if len(set(values)) > 1:
-            shares = [f"{value} on {_where(told, values, value)}" for value in dict.fromkeys(values)]
+            shares = [f"{value} on {_where(facts_of_ranks, values, value)}" for value in dict.fromkeys(values)]
             lines.append(f"{name}: {', '.join(shares)}")
     return lines
 
 
 def engine_host_differences(trainer: HostFacts, host: HostFacts) -> list[str]:
-    """What a host that only holds engines has not in common with those that train, a line each.
+    """Return one line for each difference between a host that only holds engines and one that trains.
 
-    How many GPUs and ranks it has is its own affair.
+    The numbers of GPUs and ranks may differ.
     """
     columns = _columns([trainer, host])
     return [
@@ -85,45 +85,45 @@ def engine_host_differences(trainer: HostFacts, host: HostFacts) -> list[str]:
 
 
 def check_shared_folder(folder: Path, control: dist.ProcessGroup | None, seconds: float = FOLDER_SECONDS) -> None:
-    """Raise ConfigError on every rank unless all of them read in `folder` what rank 0 writes there, within `seconds`.
+    """Raise ConfigError on every rank unless all of them see a file that rank 0 writes in `folder` within `seconds`.
 
-    Every rank calls it, each with its own path to the folder; rank 0 makes it if it is missing.
+    Every rank calls it, each with its own path to the folder. Rank 0 makes the folder if it is missing.
     """
-    token = from_first(lambda: _leave_token(folder), control)
-    told = gather((socket.gethostname(), _appears(folder / f".{token}", seconds)), control)
+    token = from_first(lambda: _write_token(folder), control)
+    answers = gather((socket.gethostname(), _appears(folder / f".{token}", seconds)), control)
     if dist.get_rank(control) == 0:
         (folder / f".{token}").unlink(missing_ok=True)
-    blind = [f"rank {number} on {host}" for number, (host, saw) in enumerate(told) if not saw]
+    blind = [f"rank {number} on {host}" for number, (host, saw) in enumerate(answers) if not saw]
     if blind:
         raise ConfigError(
-            f"run.dir: {folder.absolute()} is not one folder for all ranks: what rank 0 on {told[0][0]} wrote there "
+            f"run.dir: {folder.absolute()} is not one folder for all ranks: what rank 0 on {answers[0][0]} wrote there "
             f"did not appear to {', '.join(blind)} within {seconds:.0f} s; set run.dir to a folder that all hosts share"
         )
 
 
 def code_digest(folder: Path = Path(__file__).parent) -> str:
-    """Of every Python file under `folder`: names and contents."""
+    """Return the digest of the names and contents of all Python files under `folder`."""
     digest = xxhash.xxh3_64()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def _columns(told: Sequence[HostFacts]) -> dict[str, list]:
-    """By what is compared, every rank's value."""
+def _columns(facts_of_ranks: Sequence[HostFacts]) -> dict[str, list]:
+    """Return the values of all ranks for each fact that is compared."""
     columns = {}
     for field in fields(HostFacts):
         if field.name == "libraries":
-            columns |= {name: [dict(facts.libraries).get(name) for facts in told] for name in LIBRARIES}
+            columns |= {name: [dict(facts.libraries).get(name) for facts in facts_of_ranks] for name in LIBRARIES}
         elif field.name != "host":
-            columns[NAMES.get(field.name, field.name)] = [getattr(facts, field.name) for facts in told]
+            columns[NAMES.get(field.name, field.name)] = [getattr(facts, field.name) for facts in facts_of_ranks]
     return columns
 
 
-def _where(told: Sequence[HostFacts], values: list, value) -> str:
-    """The hosts of the ranks that have `value`, with the ranks."""
+def _where(facts_of_ranks: Sequence[HostFacts], values: list, value) -> str:
+    """Return the hosts and ranks that have `value`, as text."""
     hosts: dict[str, list[str]] = {}
-    for rank, facts in enumerate(told):
+    for rank, facts in enumerate(facts_of_ranks):
         if values[rank] == value:
             hosts.setdefault(facts.host, []).append(str(rank))
     parts = [f"{host} (rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)})" for host, ranks in hosts.items()]
@@ -137,8 +137,8 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _leave_token(folder: Path) -> str:
-    """Leave a file .TOKEN in the folder; returns the token, a random one."""
+def _write_token(folder: Path) -> str:
+    """Write an empty file .TOKEN, with a random name, into the folder; return TOKEN."""
     token = uuid.uuid4().hex
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""End a rank at once on Ctrl-C, SIGTERM, or the death of its launcher, and leave no process behind.
+"""End a rank and all its processes at once on Ctrl-C, on SIGTERM, or when its launcher dies.
 
-Python runs signal handlers between bytecodes of the main thread, which may sit in a collective for minutes. The
-interpreter's wake-up pipe is written from the C handler, so a thread that reads it acts whatever the main thread does.
+Python runs signal handlers between bytecodes of the main thread, which may wait in a collective for minutes. But the C
+handler writes to the interpreter's wake-up pipe at once, so a thread that reads the pipe can act without the main one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ POLL_SECONDS = 1.0
 
 
 def end_on_signal(before: Callable[[int], None] = lambda number: None) -> None:
-    """From now on SIGINT, SIGTERM and the loss of the launcher kill this process's children, then the process.
+    """Kill this process, its children first, on SIGINT or SIGTERM and when the launcher is gone.
 
-    `before` is called with the signal's number, before anything is killed; it must return soon.
+    `before` is called with the signal's number before any process is killed. It must return quickly.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -35,7 +35,7 @@ def end_on_signal(before: Callable[[int], None] = lambda number: None) -> None:
 
 
 def end_process(status: int) -> None:
-    """End this process now with exit code `status`, its descendants first."""
+    """Kill the descendants of this process, then end it with exit code `status`."""
     kill(descendants(os.getpid()))
     os._exit(status)
 
@@ -53,14 +53,14 @@ def _watch(pipe: int, launcher: Launcher, before: Callable[[int], None]) -> None
 
 @dataclass(frozen=True)
 class Launcher:
-    """The processes that must live for this rank to go on; None for those that need not.
+    """The process numbers of the launcher's processes; this rank ends when one of them does. None: do not watch it.
 
-    deepspeed's per-node launcher, the parent, lives on unaware if the command the user typed is killed; the ranks end
-    the run for it. A rank started by hand has no launcher, and may outlive the shell it was started from.
+    If the command that the user typed is killed, deepspeed's launcher on each node, the parent, does not notice it and
+    runs on; so the ranks end the run. A rank started by hand has no launcher, and may outlive its shell.
     """
 
-    parent: int | None
-    typed: int | None
+    parent: int | None  # of this rank
+    typed: int | None  # the command that the user typed, where it is the parent's parent
 
     @classmethod
     def of_this_process(cls) -> Launcher:

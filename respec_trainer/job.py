@@ -42,15 +42,15 @@ from respec_trainer.watchdog import Watchdog
 
 
 class Job:
-    """What the loop needs. Attributes are public: trainer.py reads like the algorithm because they are built here."""
+    """The parts that the training loop uses, as public attributes. They are built here to keep trainer.py short."""
 
     def __init__(self, config: Config, watchdog: Watchdog | None = None):
-        """`watchdog`: runs already; it is told when the ranks have met, and of every phase."""
+        """`watchdog`: runs already; the job reports to it when all ranks have met, and when a phase begins."""
         self.config = config
         self.topology: Topology = init_parallel(config)
         if watchdog:
             watchdog.met()
-        # Small messages between those ranks go over gloo on every machine, so that they never wait behind a GPU stream.
+        # Small messages between the ranks use gloo on every machine, so that they never wait for a GPU stream.
         self.control = dist.new_group(backend="gloo")
         check_hosts(self.control)
         check_shared_folder(Path(config.run.dir), self.control)
@@ -78,7 +78,7 @@ class Job:
         self.fleet = RolloutFleet(config, self._make_engine, self.control, self.topology.device.type)
         restarts, canary = config.rollout.engine.max_restarts, setup_canary(config.resync, config.model.dtype, prompts)
         self.generation = Generation(self.fleet, self._setup_resync(), self.actor, restarts, self.report.notify, canary)
-        self.generation.sleep()  # and the actor comes back, to be resumed and pushed
+        self.generation.sleep()  # brings the actor back to the device: it is resumed and pushed next
         self.alarm = AcceptAlarm(config.resync.accept_alarm, verified=config.resync.verify != "off")
         ranks = (self.topology.rank, self.topology.world_size)
         self.checkpoints = Checkpoints(config, self.report.folder, *ranks, self.control, self.report.notify)
@@ -96,20 +96,20 @@ class Job:
         return Resync(self.config, self.actor, drafter, fleet.engine, transport, self.control)
 
     def resume(self, trainer: Stateful) -> int:
-        """Take up the checkpoint that `checkpoint.resume` asks for; the steps done by then."""
+        """Load the checkpoint that `checkpoint.resume` selects. Return the steps it has done, 0 for a new run."""
         done = self.checkpoints.resume(self.parts(trainer))
         if done is not None:
             self.report.resumed(done)
         return done or 0
 
     def save(self, done: int, metrics: dict, trainer: Stateful) -> None:
-        """Save the run if it is time to. What that takes is counted in the next step's time/checkpoint."""
+        """Save the run if a save is due. The time it takes is part of the next step's time/checkpoint."""
         if self.checkpoints.due(done):
             with self.clock("checkpoint"):
                 self.checkpoints.save(done, self.parts(trainer), metrics)
 
     def parts(self, trainer: Stateful) -> Parts:
-        """What a checkpoint holds."""
+        """Return the parts that a checkpoint holds."""
         shared = {"trainer": trainer, "prompts": self.prompts, "alarm": self.alarm, "audit": self.audit}
         shared["lengths"] = self.fleet.dealer
         own = {"fleet": self.fleet} | ({"learner": self.learner} if self.learner.stateful else {})
@@ -117,7 +117,7 @@ class Job:
         return Parts(self.actor, shared, own, folders, immutable=("learner/buffer",))
 
     def timelines(self) -> list[Timeline]:
-        """What the engines did in the phase just collected, if they log it, beside plain decoding by the profile."""
+        """Return the timelines of the phase just collected, if engines log it, with the profile's plain decoding."""
         costs = CostModel.of_tuples(self.steps.costs) if self.steps and self.steps.costs else None
         return [Timeline.of(log, costs.step_seconds if costs else None) for log in self.generation.take_decode_log()]
 
@@ -127,7 +127,7 @@ class Job:
         return slice(self.topology.dp_rank * share, (self.topology.dp_rank + 1) * share)
 
     def save_bad_batch(self, step: int, batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> Path:
-        """Save what this rank was about to train on; one file a data-parallel rank. Returns the folder."""
+        """Save the rows of a refused update, one file for each data-parallel rank. Return the folder."""
         folder = self.report.folder / "bad_batches"
         if self.topology.tp_rank == 0:
             folder.mkdir(exist_ok=True)
@@ -136,44 +136,44 @@ class Job:
         return folder
 
     def finish(self) -> None:
-        """After the last step: export both models if asked to, and print the summary."""
+        """Export both models if `checkpoint.export_at_end` is set, and print the summary, after the last step."""
         if self.config.checkpoint.export_at_end:
             self.export()
         self.report.summary()
 
     def export(self) -> Path:
-        """Write the models as they are into the run's folder: `actor`, a Hugging Face folder, and `drafter`.
+        """Write the current models into the run's folder: `actor`, a Hugging Face folder, and `drafter`.
 
-        Every rank calls it. A drafter is there with a speculation algorithm that exports one, learned or not, in the
-        dtype that engines hold it in. What the run exported before it went on is moved aside. Returns the actor's
-        folder.
+        Every rank calls it. A drafter is written, trained or not, if the speculation algorithm exports one; it has
+        the dtype in which engines hold it. Earlier exports of this run are renamed, not overwritten. Returns the
+        actor's folder.
         """
         self.report.phase("exporting the actor")
-        self.actor.onload()  # the engines may have its room: they are not needed any more
+        self.actor.onload()  # the engines are not needed any more, so the actor may use their memory
         actor, drafter = self.report.folder / "actor", self.report.folder / "drafter"
         first = self.topology.rank == 0
         for folder in (actor, drafter) if first else ():
             if earlier := set_aside(folder):
-                self.report.notify(f"what this run had exported before is now in {earlier}")
+                self.report.notify(f"an earlier export of this run was moved to {earlier}")
         export_actor(self.actor, Path(self.config.model.path), actor)
         if first and algorithm_of(self.config.speculation).exports:
             export_drafter(self.learner.copy_drafter(), drafter, DTYPES[self.config.model.dtype])
         return actor
 
     def close(self) -> None:
-        """End a job that ran to its end: the engine's processes, then the process groups."""
+        """End a completed job: the engine's processes, then the process groups."""
         self.report.close()
         self.fleet.shutdown()
         shutdown_parallel()
 
 
 def run_folder(config: Config) -> Path:
-    """That of the run to go on with, or a new one."""
+    """Return the folder of the run to continue, or a new one."""
     return run_to_continue(config) or new_run_folder(config)
 
 
 def context_limit(config: Config, hf_config) -> int:
-    """Tokens a prompt may have so that a full response still fits the model's context."""
+    """Return the most tokens a prompt may have so that a full response fits the model's context."""
     return min(
         config.data.max_prompt_tokens, hf_config.max_position_embeddings - config.rollout.sampling.max_new_tokens
     )

@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 
 LINUX_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-FIRST = 15000  # ports below are more often some service's own
+FIRST = 15000  # lower ports are more often used by other services
 TRIES = 200
 MOST_HELD = 64
 _draw = random.SystemRandom()  # a seeded generator would give the same port to every process of a job
@@ -16,16 +16,16 @@ _held: deque[socket.socket] = deque()
 
 
 def free_port() -> int:
-    """A TCP port for a server that may have yet to start; nobody else gets it meanwhile.
+    """Return a TCP port for a server that starts later, and reserve it until then.
 
-    It lies outside the range that the system takes ports for connections from. And it stays bound here, by a socket
-    that does not listen, until this process ends or has asked for MOST_HELD more: no other caller on this host is given
-    it, while a server that sets SO_REUSEADDR, as servers do, can listen on it.
+    The port lies outside the range from which the system takes ports for connections. A socket of this process that
+    does not listen keeps it bound until this process ends or has reserved MOST_HELD more ports. So no other caller on
+    this host gets the port, but a server that sets SO_REUSEADDR, as servers do, can listen on it.
 
-    Raises OSError if the host has none left.
+    Raises OSError if the host has no free port.
     """
     ports = range(FIRST, _first_of_system())
-    for port in (*(_draw.choice(ports) for _ in range(TRIES) if ports), 0):  # 0: any, where there is no room
+    for port in (*(_draw.choice(ports) for _ in range(TRIES) if ports), 0):  # 0: any port, if all tries fail
         holder = socket.socket()
         try:
             holder.bind(("", port))
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 
 def is_free(port: int, address: str = "") -> bool:
-    """Whether a server could listen on `port` now."""
+    """Return whether a server could listen on `port` now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -52,7 +52,7 @@ def is_free(port: int, address: str = "") -> bool:
 
 
 def _first_of_system() -> int:
-    """The first port that the system gives to connections; IANA's where it does not say (RFC 6335, section 6)."""
+    """The first port that the system uses for connections; if unknown, IANA's (RFC 6335, section 6)."""
     try:
         return int(LINUX_RANGE.read_text().split()[0])
     except OSError:

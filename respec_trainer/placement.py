@@ -1,8 +1,9 @@
 """Placement: which ranks of a job train the actor, and which hold engines.
 
-colocated:     every rank trains; the first of each `rollout.engine.span` ranks holds an engine besides.
-disaggregated: the last `rollout.engine_ranks` ranks only hold engines, one a span. The others train. They are a world
-               of their own: no process group has an engine's rank in it, and their numbers are those of the job.
+colocated:     every rank trains; the first of each `rollout.engine.span` ranks also holds an engine.
+disaggregated: the last `rollout.engine_ranks` ranks only hold engines, one for each span. The other ranks train. No
+               process group contains a rank that only holds engines; training ranks have the same numbers in their
+               process groups and in the job.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Placement:
-    trainers: int  # ranks that train: the first ones
-    engine_ranks: int  # ranks after them; 0: colocated
-    span: int
+    trainers: int  # number of ranks that train, the first ones
+    engine_ranks: int  # number of ranks after them that only hold engines; 0: colocated
+    span: int  # ranks that share one engine
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> Placement:
-        """The placement of a job of `world_size` ranks. Raises ConfigError where there is none."""
+        """Return the placement of a job of `world_size` ranks. Raises ConfigError if they cannot be divided."""
         rollout = config.rollout
-        here = cls(world_size - rollout.engine_ranks, rollout.engine_ranks, rollout.engine.span or rollout.engine.tp)
-        here._check()
-        return here
+        span = rollout.engine.span or rollout.engine.tp
+        placement = cls(world_size - rollout.engine_ranks, rollout.engine_ranks, span)
+        placement._check()
+        return placement
 
     @property
     def described(self) -> str:
@@ -41,13 +43,13 @@ class Placement:
 
     @property
     def engine_launchers(self) -> list[int]:
-        """Of each engine the rank that starts it as its child."""
+        """The rank that starts each engine as its child process."""
         first = self.trainers if self.engine_ranks else 0
         return [first + index * self.span for index in range(self.engines)]
 
     @property
     def owners(self) -> list[int]:
-        """Of each engine the training rank that feeds it and answers for it: its host, or one of those that train."""
+        """The training rank of each engine that sends its requests and handles its errors."""
         if not self.engine_ranks:
             return self.engine_launchers
         return [index * self.trainers // self.engines for index in range(self.engines)]
@@ -77,7 +79,7 @@ class Placement:
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Raise ConfigError where `world_size` trainer ranks cannot carry this configuration."""
+    """Raise ConfigError if a job of `world_size` ranks cannot run this configuration."""
     tp, placement = config.actor.parallel.tp, Placement.of(config, world_size)
     trainers = placement.trainers
     if trainers % tp:

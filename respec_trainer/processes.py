@@ -1,6 +1,6 @@
-"""Processes of this host: how they are ended, what they do when their parent dies, when they collect garbage.
+"""Processes of this host: end them, tie them to their parent, control their garbage collection.
 
-Imports little: launchers and sglang's processes import it before anything else.
+The module imports little, because launchers and sglang's processes import it first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Killable(Protocol):
 
 
 class Child(Killable, Protocol):
-    """A process that this one started, as multiprocessing knows it."""
+    """A child process in the interface of multiprocessing."""
 
     pid: int
 
@@ -32,7 +32,7 @@ class Child(Killable, Protocol):
 
 
 def descendants(process: psutil.Process | int) -> list[psutil.Process]:
-    """The children of a process, or of that of a number, their children, and so on; none if it has ended."""
+    """Return the children of a process (given itself or its number), their children, and so on; [] if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         known = psutil.Process(process) if isinstance(process, int) else process
         return known.children(recursive=True)
@@ -40,19 +40,19 @@ def descendants(process: psutil.Process | int) -> list[psutil.Process]:
 
 
 def kill(processes: Iterable[Killable]) -> None:
-    """Kill those that still live. psutil tells a process from a later one with the same number."""
+    """Kill the processes that still run. psutil never kills a later process that has the same number."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def kill_tree(process: psutil.Process) -> None:
-    """Kill a process and its descendants, these first."""
+    """Kill the descendants of a process, then the process."""
     kill([*descendants(process), process])
 
 
 def kill_and_wait(children: Collection[Child], seconds: float) -> None:
-    """Kill children of this process and their descendants, and wait until they are gone, at most `seconds`."""
+    """Kill children of this process and their descendants. Wait until they are gone, at most `seconds`."""
     deadline = time.monotonic() + seconds
     theirs = [process for child in children for process in descendants(child.pid)]
     kill([*children, *theirs])
@@ -62,43 +62,43 @@ def kill_and_wait(children: Collection[Child], seconds: float) -> None:
 
 
 def parent_death_signal(number: int, parent: int | None = None) -> Callable[[], None]:
-    """What a new process calls so that the kernel sends it signal `number` when its parent dies, however it dies.
+    """Return a function that a new process calls to get signal `number` from the kernel when its parent dies.
 
-    With the `parent`'s process number, the new process ends at once if that one is dead already. Linux only: elsewhere
-    the call does nothing. What it needs is loaded here, so that it can be called between fork and exec.
+    `parent` is the parent's process number: if that process is dead already, the new process ends at once. Linux only:
+    elsewhere the function does nothing. Libraries are loaded here, so it can be called between fork and exec.
     """
     if sys.platform != "linux":
         return lambda: None
     prctl = ctypes.CDLL(None).prctl
 
-    def ask() -> None:
+    def request_signal() -> None:
         prctl(PR_SET_PDEATHSIG, number)
         if parent is not None and os.getppid() != parent:
             os._exit(1)
 
-    return ask
+    return request_signal
 
 
 def collect_no_garbage() -> None:
-    """Collect no garbage while libraries are imported: a tenth of the start would go into looking for it in vain."""
+    """Collect no garbage while libraries are imported: there is none, and the search takes a tenth of the start."""
     gc.disable()
 
 
 def collect_garbage_again() -> None:
-    """Collect garbage from now on, but never look at what there is now: it stays."""
+    """Collect garbage from now on, but not among the objects that exist now: they are needed until the end."""
     gc.freeze()
     gc.enable()
 
 
 def free_all_garbage() -> None:
-    """Look at everything again. Else, as the process ends, libraries complain of leaks of what they made."""
+    """Let the last collection see all objects. Otherwise libraries report leaks when the process ends."""
     gc.unfreeze()
 
 
 def local_size() -> int:
-    """The number of this job's ranks on this host; 1 where no launcher says it.
+    """Return the number of this job's ranks on this host; 1 without a launcher.
 
-    DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE; with WORLD_SIZE alone, all ranks are here.
+    DeepSpeed's launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE. With WORLD_SIZE alone, all ranks are on this host.
     """
     names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
     return int(next(filter(None, map(os.environ.get, names)), "1"))

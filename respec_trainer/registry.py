@@ -1,4 +1,4 @@
-"""Registry: the entries of one kind that a key of the configuration chooses among by name."""
+"""Registry: named entries, from which a key of the configuration selects one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Entry = TypeVar("Entry")
 
 
 class Registry(Generic[Entry]):
-    """Entries by name, in the order added. `key` is the configuration's key that chooses one, for error messages."""
+    """Entries by name, in the order added. `key` is the configuration key that selects one, for error messages."""
 
     def __init__(self, key: str, entries: dict[str, Entry] | None = None):
         self.key = key
@@ -26,14 +26,14 @@ class Registry(Generic[Entry]):
         return entry
 
     def __getitem__(self, name: str) -> Entry:
-        """The entry of that name. Raises ConfigError for an unknown name, offering the nearest one."""
+        """Return the entry of that name. Raises ConfigError for an unknown name, with the most similar one."""
         if name not in self._entries:
             nearest, known = self.nearest(name), ", ".join(self)
             raise ConfigError(f"{self.key}={name}: there is no {name!r}; did you mean {nearest!r}? Known: {known}")
         return self._entries[name]
 
     def nearest(self, name: str) -> str:
-        """The entry's name that looks most like `name`."""
+        """Return the name of an entry that is most similar to `name`."""
         return max(self._entries, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
 
     def __contains__(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Supervisor: starts a run's launcher, and again when it fails; checkpoints make that go on, not begin anew."""
+"""Supervisor: starts a run's launcher, and starts it again when it fails; the run resumes from its checkpoint."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import psutil
 
 from respec_trainer.processes import descendants, kill, parent_death_signal
 
-CONFIGURATION = 2  # exit code of launch/train.py for what starting again would not mend
+CONFIGURATION = 2  # exit code of launch/train.py for errors that a restart cannot fix
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class RestartLimits:
-    """How often to start again.
+    """Limits of the restarts of a failed command.
 
-    max_restarts: within any `window` seconds; one more failure is the end.
-    backoff: seconds before the first restart, doubled with each that follows, up to `most_backoff`.
-    grace: seconds that the launcher gets to end its processes, once told to.
+    max_restarts: restarts within any `window` seconds; after one more failure the supervisor ends.
+    backoff: seconds before the first restart, doubled for each later one, up to `most_backoff`.
+    grace: seconds that the launcher has to end its processes after a signal.
     """
 
     max_restarts: int = 3
@@ -35,23 +35,23 @@ class RestartLimits:
 
 
 class Supervisor:
-    """Runs one command at a time, in a process group of its own. Signals are passed on, and then end it all."""
+    """Runs one command at a time, in its own process group. A signal is passed on to the command, and ends both."""
 
-    def __init__(self, command: Sequence[str], limits: RestartLimits, say: Callable[[str], None] | None = None):
+    def __init__(self, command: Sequence[str], limits: RestartLimits, notify: Callable[[str], None] | None = None):
         self.command, self.limits = list(command), limits
-        self.say = say or (lambda text: print(f"supervise: {text}", file=sys.stderr, flush=True))
-        self.received: int | None = None  # the signal that asked for the end
+        self.notify = notify or (lambda text: print(f"supervise: {text}", file=sys.stderr, flush=True))
+        self.received: int | None = None  # the signal that ends the supervisor
 
     def run(self) -> int:
-        """Exit code of the last life of the command: 0, or why it is not started again. For a signal 128 + its number.
+        """Run the command until it succeeds or is not started again. Return its last exit code; 128 + N after signal N.
 
-        Raises OSError where the command cannot be started at all.
+        Raises OSError if the command cannot be started at all.
         """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._receive)
         restarts: list[float] = []
         while True:
-            code = self._live()
+            code = self._run_once()
             if self.received is not None:
                 return 128 + self.received
             now = time.monotonic()
@@ -62,14 +62,14 @@ class Supervisor:
             if self.received is not None:
                 return 128 + self.received
             restarts.append(now)
-            self.say(f"exit code {code}; restart {len(restarts)} of {self.limits.max_restarts}")
+            self.notify(f"exit code {code}; restart {len(restarts)} of {self.limits.max_restarts}")
 
     def _is_last(self, code: int, restarts: int) -> bool:
         if code == CONFIGURATION:
-            self.say("the configuration was refused: not started again")
+            self.notify("the configuration was refused: not started again")
             return True
         if restarts >= self.limits.max_restarts:
-            self.say(
+            self.notify(
                 f"exit code {code} after {restarts} restarts within {self.limits.window:.0f} s (--max_restarts, "
                 "--window): not started again"
             )
@@ -79,8 +79,8 @@ class Supervisor:
     def _backoff(self, restarts: int) -> float:
         return min(self.limits.backoff * 2**restarts, self.limits.most_backoff)
 
-    def _live(self) -> int:
-        """One life of the command; what it leaves behind is killed. Negative: the signal that ended it."""
+    def _run_once(self) -> int:
+        """Run the command once, then kill all its processes. Return its exit code; -N: ended by signal N."""
         tied = parent_death_signal(signal.SIGTERM, os.getpid())
         process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=tied)  # noqa: PLW1509
         family = {psutil.Process(process.pid)}
@@ -89,12 +89,12 @@ class Supervisor:
             family |= set(descendants(process.pid))
             time.sleep(POLL_SECONDS)
             if self.received is not None and until is None:
-                self.say(f"signal {self.received}: ending the run")
+                self.notify(f"signal {self.received}: ending the run")
                 process.send_signal(signal.SIGINT if self.received == signal.SIGINT else signal.SIGTERM)
                 until = time.monotonic() + self.limits.grace
             if until is not None and time.monotonic() > until:
                 break
-        kill(family)  # also those whose own parents are gone
+        kill(family)  # also processes whose own parents are gone
         return process.wait()
 
     def _receive(self, number: int, frame: object) -> None:

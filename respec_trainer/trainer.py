@@ -1,4 +1,4 @@
-"""The loop of ReSpec (arXiv 2510.26475): roll out, learn the drafter meanwhile, score, update the policy, resync."""
+"""The loop of ReSpec (arXiv 2510.26475): generate while the drafter learns, score, update the policy, resync."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ class Trainer:
 
     def __init__(self, job: Job):
         self.job, self.config = job, job.config
-        self.bad_steps = 0  # in a row
+        self.bad_steps = 0  # refused steps in a row
 
     def run(self) -> None:
         """Train for `run.steps` steps. Raises TrainingError after `run.max_bad_steps` refused steps in a row.
 
-        If the engines keep dying, or samples fail their audit, the actor is exported before the error is raised.
+        If the engines die too often, or samples fail their audit, the actor is exported before the error is raised.
         """
         try:
             first = self.job.resume(self)
             self.resync()
-            self.job.clock.take()  # the start belongs to no step
+            self.job.clock.take()  # times of the start do not count for a step
             for step in range(first, self.config.run.steps):
                 metrics = self.step(step)
                 self.job.report.step(step, metrics)
                 self.job.save(step + 1, metrics, self)
             self.job.checkpoints.wait()
         except (AuditError, EngineLostError) as error:
-            raise type(error)(f"{error}; the actor as it is lies in {self.job.export()}") from error
+            raise type(error)(f"{error}; the current actor is saved in {self.job.export()}") from error
 
     def step(self, step: int) -> dict:
-        """One iteration of the loop; its metrics."""
+        """Run one iteration of the loop and return its metrics."""
         job, clock = self.job, self.job.clock
         prompts = job.prompts.next(self.config.data.prompts_per_step)
         with clock("generate"):
@@ -76,7 +76,7 @@ class Trainer:
         return outcome | job.generation.metrics() | job.learner.metrics() | clock.take()
 
     def requests(self, step: int, prompts: list[Prompt]) -> list[Request]:
-        """`samples_per_prompt` requests a prompt, a group's next to each other."""
+        """Return `samples_per_prompt` requests for each prompt; the requests of one prompt are next to each other."""
         settings = self.config.rollout.sampling
         sampling = SamplingParams(**settings.model_dump(exclude={"seeded"}))
         group = range(self.config.rollout.samples_per_prompt)
@@ -84,7 +84,7 @@ class Trainer:
         return [with_seed(request, self.config.run.seed) for request in requests] if settings.seeded else requests
 
     def score(self, step: int, samples: list[Sample], prompts: list[Prompt]) -> torch.Tensor:
-        """Set every sample's reward; return them as [prompts, samples_per_prompt], NaN for those it skips."""
+        """Set every sample's reward. Return the rewards as [prompts, samples_per_prompt], NaN for skipped samples."""
         texts = self.job.tokenizer.batch_decode([s.response_ids for s in samples], skip_special_tokens=True)
         group = self.config.rollout.samples_per_prompt
         owners = [prompt for prompt in prompts for _ in range(group)]
@@ -99,10 +99,11 @@ class Trainer:
     def train(
         self, step: int, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor, scored: torch.Tensor
     ) -> dict:
-        """Update the actor with this rank's rows; those that the reward skipped train nothing.
+        """Update the actor with this rank's rows. Rows that the reward skipped have no effect.
 
         Args:
-            batch, old_logprobs: of this rank's rows. advantages, scored (bool): [samples] of the whole step.
+            batch, old_logprobs: this rank's rows.
+            advantages, scored: [samples] of the whole step; `scored` (bool) is False for skipped samples.
         """
         if not scored.any():
             return self.refuse(step, "the reward skipped every sample, so there is nothing to train on")
@@ -110,7 +111,7 @@ class Trainer:
         return self.update(step, batch.training_only(scored[mine]), old_logprobs, advantages[mine])
 
     def update(self, step: int, batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> dict:
-        """Update the actor; a step with a non-finite loss or gradient changes nothing, and its batch is saved."""
+        """Update the actor. A step with a non-finite loss or gradient changes nothing, and its batch is saved."""
         try:
             stats = self.job.actor.update(batch, old_logprobs, advantages)
         except NonFiniteStep as error:
@@ -120,7 +121,7 @@ class Trainer:
         return stats | {"policy/refused": 0}
 
     def refuse(self, step: int, why: str, more: str = "", error: Exception | None = None) -> dict:
-        """Count a step that changes nothing, and tell the user. Raises TrainingError at run.max_bad_steps in a row."""
+        """Count a refused step, and notify the user. Raises TrainingError at run.max_bad_steps in a row."""
         self.bad_steps += 1
         self.job.report.notify(f"step {step + 1} refused: {why}{more}")
         if self.bad_steps >= self.config.run.max_bad_steps:
@@ -133,7 +134,7 @@ class Trainer:
             self.job.generation.push()
 
     def check_acceptance(self, acceptance: list[float], drafter: str) -> dict:
-        """Tell the user when drafts are accepted much less often than before the last push."""
+        """Notify the user if drafts are accepted much less often than before the last push. Return the metric."""
         alarm = self.job.alarm.check(acceptance, drafter)
         if alarm:
             self.job.report.notify(alarm)
@@ -147,6 +148,6 @@ class Trainer:
 
 
 def reward_item(sample: Sample, text: str, prompt: Prompt) -> RewardItem:
-    """What a reward is given of a sample, whose response without special tokens is `text`."""
+    """Return the input of a reward for one sample; `text` is its response without special tokens."""
     truncated = sample.finish_reason == "length"
     return RewardItem(prompt.text, text, tuple(sample.response_ids), truncated, prompt.answer, prompt.row)

@@ -10,7 +10,7 @@ import warnings
 import pytest
 
 from respec_trainer import command_line
-from respec_trainer.command_line import read_arguments, refuse, settle_process, tell
+from respec_trainer.command_line import print_error, read_arguments, refuse, settle_process
 from respec_trainer.errors import ConfigError
 
 
@@ -69,11 +69,11 @@ def test_the_first_rank_tells_an_error_before_the_others(rank, waits, monkeypatc
 
 
 def test_only_an_unexpected_error_is_told_with_its_traceback(capsys):
-    tell(ConfigError("no folder actor"))
+    print_error(ConfigError("no folder actor"))
     assert "Traceback" not in capsys.readouterr().err
     try:
         raise KeyError("gone")
     except KeyError as error:
-        tell(error)
+        print_error(error)
     printed = capsys.readouterr().err
     assert "Traceback" in printed and "KeyError: 'gone'" in printed

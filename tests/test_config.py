@@ -158,7 +158,7 @@ def test_every_key_is_documented():
 
 def test_seeds_and_a_drafter_that_draws_are_refused(write):
     both = ["speculation.rejection_sampling=true", "rollout.sampling.seeded=true"]
-    assert "seeded does not reach the drafter" in refused(write(), *both)
+    assert "seeded does not seed the draws of the drafter" in refused(write(), *both)
 
 
 def test_an_audit_knows_one_law(write):

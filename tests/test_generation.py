@@ -63,7 +63,7 @@ def test_an_engine_that_keeps_its_weights_is_pushed_what_changed():
     assert "resync.push False prove=False" in case.log
 
 
-def test_the_canary_sings_last_and_is_compared():
+def test_the_canary_is_compared_last():
     sample = Sample("canary", [1], [7], [-0.502], "length", "actor-1", "drafter-1")
     case = make(Canary([1], 1, tolerance=0.01), fleet={"ask_each": [[sample]], "take_counts": [dict.fromkeys(
         ("restarts", "lost_tokens", "resumed_tokens"), 0)]}, resync={"take_bytes": [5]})  # fmt: skip
@@ -74,12 +74,12 @@ def test_the_canary_sings_last_and_is_compared():
     assert metrics["resync/canary_error"] == pytest.approx(0.002) and metrics["resync/bytes"] == 5
 
 
-def test_another_voice_forbids_generation():
+def test_other_log_probs_forbid_generation():
     wrong = Sample("canary", [1], [9], [-3.0], "length", "actor-1", "drafter-1")
     case = make(Canary([1], 1, tolerance=0.01), fleet={"ask_each": [[wrong]]})
-    with pytest.raises(ProofError, match="voice"):
+    with pytest.raises(ProofError, match="log-probs are not the actor"):
         case.rollouts.push()
-    assert case.log[-1].startswith("resync.distrust the engine does not speak")
+    assert case.log[-1].startswith("resync.distrust the engine's log-probs are not")
     assert Continuation([7], [-0.5]) == case.rollouts.canary.actor_continuation(case.rollouts.actor)
 
 
@@ -87,7 +87,7 @@ def test_a_failed_proof_is_followed_by_one_whole_push():
     case = make(sleeps=False, resync={"push": [ProofError("norm.weight differs")]})
     case.rollouts.push()
     pushes = [entry for entry in case.log if entry.startswith("resync.push")]
-    assert pushes == ["resync.push False prove=False", "resync.push forgot=True prove=True"]
+    assert pushes == ["resync.push False prove=False", "resync.push whole=True prove=True"]
     assert case.said == ["norm.weight differs; both models are pushed again, whole"]
 
 

@@ -179,6 +179,6 @@ def test_an_actor_whose_engines_keep_dying_is_exported(make):
     trainer.job.resume = lambda trainer: 0
     trainer.job.clock = lambda name: contextlib.nullcontext()
     trainer.job.export = lambda: exported.append(1) or "runs/x/actor"
-    with pytest.raises(EngineLostError, match="3 restarts were not enough; the actor as it is lies in runs/x/actor"):
+    with pytest.raises(EngineLostError, match="3 restarts were not enough; the current actor is saved in runs/x/actor"):
         trainer.run()
     assert exported

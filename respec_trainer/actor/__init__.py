@@ -5,7 +5,7 @@ import warnings
 from respec_trainer.compat.deepspeed_cpu import settle_accelerator
 
 settle_accelerator()  # before a module of this package imports DeepSpeed
-# Megatron warns of optional libraries while it is imported, and calls torch functions that torch means to rename:
-# nothing that a user of this package could act on.
+# Megatron warns about optional libraries while it is imported, and calls deprecated torch functions. A user of this
+# package can do nothing about either.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")

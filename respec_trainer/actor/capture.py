@@ -1,4 +1,4 @@
-"""Captures what a drafter learns from while the actor scores a batch: no pass of its own, and nothing on the device."""
+"""Captures the drafter's training data while the actor scores a batch: without another pass, into host memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from respec_trainer.rollout.batch import Batch
 
 
 def vocabulary_rows(weight: torch.Tensor, ids: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Rows [n, H] of a vocabulary-parallel weight, this rank's part of it [V / tp, H], the same on every rank."""
+    """Return rows `ids` [n, H] of a vocabulary-parallel weight, the same on every rank.
+
+    `weight` is this rank's part [V / tp, H].
+    """
     first = dist.get_rank(group) * len(weight)
     mine = (ids >= first) & (ids < first + len(weight))
     rows = torch.where(mine[:, None], weight[torch.where(mine, ids - first, 0)], 0)
-    dist.all_reduce(rows, group=group)  # every row comes from one rank, the others add zeros: exact
+    dist.all_reduce(rows, group=group)  # exact: one rank adds each row, the others add zeros
     return rows
 
 
@@ -26,12 +29,13 @@ def captured_rows(
     logsumexp: torch.Tensor,
     share: slice,
 ) -> list[CapturedRow]:
-    """The rows of a micro-batch that are this rank's, on the host.
+    """Return this rank's rows of a micro-batch, in host memory.
 
     Args:
-        index: [b] where the micro-batch's rows stand in the batch. features: [b, S, 3H].
-        hidden: [n, H], logsumexp: [n], of the micro-batch's response tokens, row by row.
-        share: of the batch's rows; this rank's are those at its start, step by step.
+        index: [b], the indices of the micro-batch's rows in the batch.
+        features: [b, S, 3H].
+        hidden, logsumexp: [n, H] and [n], for the micro-batch's response tokens, row by row.
+        share: selects this rank's rows of the batch; a slice without a stop.
     """
     mine = (index % share.step == share.start).nonzero()[:, 0]
     if not len(mine):
@@ -41,13 +45,13 @@ def captured_rows(
     hiddens, sums = to_host(hidden).split(counts), to_host(logsumexp).split(counts)
     lengths = micro.lengths.tolist()
     return [
-        CapturedRow(int(index[b]), wide[place, : lengths[b]].clone(), hiddens[b].clone(), sums[b].clone())
-        for place, b in enumerate(mine.tolist())
+        CapturedRow(int(index[b]), wide[i, : lengths[b]].clone(), hiddens[b].clone(), sums[b].clone())
+        for i, b in enumerate(mine.tolist())
     ]
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in host memory; from a GPU by way of pinned memory."""
+    """Return the tensor in host memory; a GPU tensor is copied into pinned memory."""
     if tensor.device.type != "cuda":
         return tensor.detach()
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

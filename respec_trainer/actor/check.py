@@ -1,6 +1,6 @@
-"""Whether this trainer can train the model of a Hugging Face config: judged from the config alone, before any weights.
+"""Checks that this trainer can train the model of a Hugging Face config, from the config alone.
 
-A feature that Megatron would silently leave out, a sliding window say, is refused rather than trained wrongly.
+A feature that Megatron would silently ignore, such as a sliding window, is an error: it would be trained wrongly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from respec_trainer.models.rules import head_dim
 def check_model(hf_config, tp: int, model_key: str = "model.path", tp_key: str = "actor.parallel.tp") -> None:
     """Raise ConfigError unless the model of `hf_config` can be trained over `tp` tensor-parallel ranks.
 
-    `model_key` and `tp_key` are what named the model and `tp`, for errors.
+    `model_key` and `tp_key` are the configuration keys of the model and of `tp`, for errors.
     """
     for problem in family_of(hf_config, model_key).problems(hf_config):
         raise ConfigError(f"{model_key}: config.json of this {hf_config.model_type} model has {problem}")

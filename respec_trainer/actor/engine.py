@@ -1,6 +1,6 @@
-"""Actor: the policy's weights in a DeepSpeed engine; what the loop asks of it is `infer` and `update`.
+"""Actor: the policy in a DeepSpeed engine. The training loop calls `infer` and `update`.
 
-Leaves out pipeline and context parallelism: a rank holds its part of every layer and whole sequences.
+There is no pipeline or context parallelism: a rank holds its part of every layer, and whole sequences.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from respec_trainer.rollout.batch import Batch
 
 
 class NonFiniteStep(TrainingError):
-    """A loss or gradient was NaN or infinite on some rank; raised on every rank, and the update changed nothing."""
+    """A loss or gradient was NaN or infinite on some rank. Raised on every rank; the update changed nothing."""
 
 
 @dataclass(frozen=True)
 class Inference:
-    """What the policy says of a batch. Entry t is of token t given those before it; 0 outside the response."""
+    """The policy's scores of a batch. Entry t is for token t given those before it; 0 outside the response."""
 
     logprobs: torch.Tensor  # [B, S] float32, at the sampling temperature
     entropy: torch.Tensor  # [B, S] float32
-    captured: Captured | None = None  # what a learner asked for
+    captured: Captured | None = None  # the data that a learner requested
 
 
 class Actor:
-    """The policy on this rank. Every method is collective: all ranks of a copy call it alike, and all copies too."""
+    """The policy on this rank. Every method is collective: all ranks call it in the same order."""
 
     def __init__(self, config: Config, topology: Topology, total_updates: int):
         """Build the model, load this rank's shards from `model.path`, and wrap it for training.
 
         Args:
-            total_updates: optimizer updates of the whole run, over which the learning rate falls.
+            total_updates: optimizer updates of the whole run, for the learning rate schedule.
         """
         self.config, self.topology = config, topology
         self.objective = setup_objective(config.objective)
@@ -85,7 +85,7 @@ class Actor:
 
     @property
     def version(self) -> str:
-        """Changes with the weights; a refused update changes neither."""
+        """The version of the weights, such as "actor-3"; a refused update does not change it."""
         return f"actor-{self.updates}"
 
     def offload(self, part: Part | None = None) -> None:
@@ -99,18 +99,18 @@ class Actor:
             self._room.back(wanted)
 
     def save_state(self) -> SavedActor:
-        """This rank's part of weights, moments and counters, in host memory that the next call uses again."""
+        """Return this rank's part of weights, moments and counters, in host memory that the next call overwrites."""
         return self._state.save()
 
     def load_state(self, read: ReadFragment, counts: Mapping[str, int]) -> None:
-        """Take the place of a saved actor of any layout; see `actor.state`."""
+        """Load a saved actor of any layout; see `actor.state`."""
         self._state.load(read, counts)
 
     @torch.no_grad()
     def infer(self, batch: Batch, wanted: Wanted | None = None) -> Inference:
-        """Log-probs and entropies of the responses in this data-parallel rank's rows, on the batch's device.
+        """Return log-probs and entropies of the responses in this data-parallel rank's rows, on the batch's device.
 
-        With `wanted` the same pass also captures what a drafter learns from.
+        With `wanted` the same pass also captures the drafter's training data.
         """
         self.engine.eval()
         out = Inference(torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape))
@@ -132,7 +132,7 @@ class Actor:
         )
 
     def _with_vocabulary(self, batch: Batch, rows: list[CapturedRow], wanted: Wanted) -> Captured:
-        """The captured rows beside the vocabulary's rows that they need; every rank calls it."""
+        """Return the captured rows with the rows of the vocabulary matrices that they need; every rank calls it."""
         inside = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
         ids, device = batch.tokens[inside].unique(), self.topology.device
         weights, group = self.engine.module.vocabulary_weights(), self.topology.tp_group
@@ -147,7 +147,8 @@ class Actor:
         Args:
             batch: B rows, the same number on every data-parallel rank, divisible by objective.minibatches. The first
                 rows make the first minibatch.
-            old_logprobs: [B, S] from `infer`, before the first update. advantages: [B], from `objective`.
+            old_logprobs: [B, S], from `infer` before the first update.
+            advantages: [B], from `objective`.
 
         Returns the objective's metrics over all data-parallel ranks and the step's tokens, and policy/loss,
         policy/grad_norm and policy/lr, means over its updates. Raises NonFiniteStep at the first minibatch whose loss
@@ -169,7 +170,7 @@ class Actor:
         return finish(merge(results), count)
 
     def _update_minibatch(self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> Metrics | None:
-        """One optimizer update; its metrics over all data-parallel ranks, None if it was refused."""
+        """Do one optimizer update. Return its metrics over all data-parallel ranks, None if it was refused."""
         tokens, sequences = self._count(batch)
         lr = self.engine.get_lr()[0]
         parts: list[Metrics] = []
@@ -192,7 +193,7 @@ class Actor:
     def _inputs(
         self, micro: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor
     ) -> LossInputs:
-        """A forward pass over a micro-batch, beside what is known of its rows."""
+        """Run the forward pass of a micro-batch; return its results with the other inputs of the loss."""
         device, width = self.topology.device, micro.tokens.shape[1]
         logprobs, entropies = self.engine(micro.tokens, micro.response_mask)
         return LossInputs(
@@ -207,15 +208,15 @@ class Actor:
         )
 
     def _count(self, batch: Batch) -> tuple[float, float]:
-        """Response tokens and non-empty responses of the minibatch over all data-parallel ranks."""
+        """Return the response tokens and non-empty responses of the minibatch over all data-parallel ranks."""
         lengths = batch.response_mask.sum(1)
-        here = torch.stack([lengths.sum(), (lengths > 0).sum()]).to(self.topology.device)
-        dist.all_reduce(here, group=self.topology.dp_group)
-        tokens, sequences = here.clamp(min=1).tolist()
+        counts = torch.stack([lengths.sum(), (lengths > 0).sum()]).to(self.topology.device)
+        dist.all_reduce(counts, group=self.topology.dp_group)
+        tokens, sequences = counts.clamp(min=1).tolist()
         return tokens, sequences
 
     def _over_copies(self, metrics: Metrics) -> Metrics:
-        """Metrics over all data-parallel ranks."""
+        """Combine metrics over all data-parallel ranks."""
         added, compared = pack(metrics)
         dist.all_reduce(added, group=self.topology.dp_group)
         if len(compared):  # an objective may have no extremes
@@ -230,9 +231,9 @@ class Actor:
     def generate_greedy(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """The most likely continuation of each prompt and its log-probs at temperature 1; for checks, not for speed.
+        """Return the greedy continuation of each prompt and its log-probs at temperature 1. For checks: it is slow.
 
-        One full forward pass a token, no cache, no stop token. The same prompts on every rank.
+        Runs one full forward pass for each token, without a cache or a stop token. Every rank gives the same prompts.
         """
         rows, logprobs = [list(prompt) for prompt in prompts], []
         for _ in range(max_new_tokens):
@@ -245,7 +246,7 @@ class Actor:
 
     @torch.no_grad()
     def logits_after(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits [R, V] in float32 of the token after each row, the whole vocabulary; the same rows on every rank."""
+        """Return logits [R, V] in float32 for the token after each row. Every rank gives the same rows."""
         self.engine.eval()
         longest = max(map(len, rows))
         tokens = torch.zeros(len(rows), -(-longest // self.multiple_of) * self.multiple_of, dtype=torch.int64)
@@ -257,9 +258,9 @@ class Actor:
 
     @torch.no_grad()
     def logits_at(self, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] in float32 after the N tokens of tokens [B, S] where wanted [B, S] is true, in that order.
+        """Return logits [N, V] in float32 after the N positions of `tokens` [B, S] where `wanted` [B, S] is true.
 
-        S is a multiple of the tensor-parallel size if sequence parallel.
+        S must be a multiple of the tensor-parallel size under sequence parallelism.
         """
         self.engine.eval()
         shard = self.engine(tokens.to(self.topology.device), wanted.to(self.topology.device), want="logits")
@@ -270,19 +271,19 @@ class Actor:
 
 
 def deepspeed_settings(config: Config) -> dict:
-    """DeepSpeed's configuration for ours. Micro-batches are counted by `Actor`, so accumulation is 1 here."""
+    """Return DeepSpeed's configuration. `Actor` counts micro-batches itself, so accumulation is 1 here."""
     bf16 = config.model.dtype == "bf16"
     return {
         "train_micro_batch_size_per_gpu": config.actor.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.actor.optim.clip,
         "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: elementwise, so it may be cut anywhere
+        "zero_allow_untested_optimizer": True,  # torch's AdamW is elementwise, so ZeRO may divide it anywhere
         "zero_optimization": {
             "stage": config.actor.zero.stage,
             "overlap_comm": False,
-            "reduce_bucket_size": 50_000_000,  # elements; a buffer of this size is allocated whatever the model's
-            "stage3_param_persistence_threshold": 0,  # every parameter partitioned, so that all are treated alike
+            "reduce_bucket_size": 50_000_000,  # elements; a buffer of this size is allocated for every model size
+            "stage3_param_persistence_threshold": 0,  # partition every parameter, so that all are treated alike
         },
         # A bf16 model's many small micro-batch gradients are added up in float32.
         "data_types": {"grad_accum_dtype": "fp32"},

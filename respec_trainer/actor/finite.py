@@ -1,9 +1,9 @@
-"""Take an optimizer step, or none on any rank if a loss or a gradient anywhere is not finite.
+"""Take an optimizer step, or take none on any rank if a loss or a gradient on some rank is not finite.
 
-DeepSpeed refuses a step whose gradient norm is not finite and then clears gradients in its own way for each ZeRO stage.
-Two cases escape it: a loss that is not finite though its gradient is, and a replicated weight's gradient, of which the
-norm counts only tensor-parallel rank 0's. So all ranks agree first, and to refuse they make the whole gradient NaN:
-DeepSpeed's own refusal then does the rest.
+DeepSpeed refuses a step whose gradient norm is not finite, and clears gradients in its own way for each ZeRO stage. It
+misses two cases: a loss that is not finite with a finite gradient, and the gradient of a replicated weight, because
+the norm only counts that of tensor-parallel rank 0. So all ranks agree first. To refuse, they set the whole gradient to
+NaN, so that DeepSpeed refuses the step and clears the gradients.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 
 def step_if_finite(engine, loss_is_finite: torch.Tensor) -> bool:
-    """Whether DeepSpeed `engine` took the step; every rank gets the same answer.
+    """Take the step of a DeepSpeed `engine` if all is finite. Return whether it was taken, the same on every rank.
 
-    Without the step no weight, optimizer state or learning rate has changed, and no gradient is left. Call it on all
-    ranks after the last backward pass of a minibatch. `loss_is_finite` is this rank's, a bool tensor.
+    A refused step changes no weight, optimizer state or learning rate, and leaves no gradient. Call it on all ranks
+    after the last backward pass of a minibatch. `loss_is_finite` is a bool tensor for this rank's loss.
     """
     gradients = reduced_gradients(engine.optimizer)
     largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
@@ -31,7 +31,7 @@ def step_if_finite(engine, loss_is_finite: torch.Tensor) -> bool:
 
 
 def reduced_gradients(optimizer) -> list[torch.Tensor]:
-    """This rank's part of the gradient, averaged over data parallelism, as DeepSpeed holds it before a step."""
-    if isinstance(optimizer, BF16_Optimizer):  # ZeRO-1 of a bf16 model with float32 gradients
+    """Return DeepSpeed's tensors of this rank's part of the gradient, averaged over data parallelism, before a step."""
+    if isinstance(optimizer, BF16_Optimizer):  # ZeRO-1 with a bf16 model and float32 gradients
         return optimizer.fp32_groups_gradients_flat
     return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]

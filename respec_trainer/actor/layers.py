@@ -1,8 +1,8 @@
 """Norms and attention that are right under tensor parallelism, without Transformer Engine or a GPU.
 
-Megatron leaves gradients of replicated weights partial where a rank sees only part of the activations, and adds them
-up in its own optimizer step, which DeepSpeed never runs. `RMSNorm` adds them up in its backward pass instead.
-Activations are [S, B, H] as everywhere in Megatron, [S / tp, B, H] between layers under sequence parallelism.
+If a rank has only part of the activations, its gradients of replicated weights are partial sums. Megatron adds them up
+in its own optimizer step, which DeepSpeed never runs. So `RMSNorm` adds them up in its backward pass. Activations are
+[S, B, H] as everywhere in Megatron, and [S / tp, B, H] between layers under sequence parallelism.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 class RMSNorm(torch.nn.Module):
     """RMSNorm (arXiv 1910.07467), in transformers' order: normalize in float32, scale in the model's dtype."""
 
-    sees_part = False  # whether a rank sees only part of the activations even without sequence parallelism
+    sees_part = False  # whether a rank has only part of the activations, even without sequence parallelism
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
@@ -37,7 +37,7 @@ class RMSNorm(torch.nn.Module):
         self.sum_gradient = config.tensor_model_parallel_size > 1 and (self.sees_part or config.sequence_parallel)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        # The identity forward, an all-reduce of the weight's gradient backward.
+        # Forward: the identity. Backward: an all-reduce of the weight's gradient.
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.sum_gradient else self.weight
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
@@ -45,15 +45,15 @@ class RMSNorm(torch.nn.Module):
 
 
 class HeadRMSNorm(RMSNorm):
-    """The norm of queries and keys: one weight for all heads, of which a rank has only its own."""
+    """The norm of queries and keys: all heads share one weight, and a rank has only some of the heads."""
 
     sees_part = True
 
 
 class CausalAttention(torch.nn.Module):
-    """Causal attention of right-padded sequences by torch's fused kernel.
+    """Causal attention of right-padded sequences with torch's fused kernel.
 
-    There is no mask for the padding: a position sees only what is left of it, and what padding computes is never used.
+    The padding needs no mask: a position depends only on earlier ones, and results at padding are never used.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, *_, softmax_scale: float | None = None, **__):
@@ -61,7 +61,7 @@ class CausalAttention(torch.nn.Module):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query, key, value, *_, **__) -> torch.Tensor:
-        """query [S, B, heads, head_dim], key and value [S, B, kv heads, head_dim] -> [S, B, heads * head_dim]"""
+        """Map query [S, B, heads, head_dim], key and value [S, B, kv heads, head_dim] to [S, B, heads * head_dim]."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
@@ -69,7 +69,7 @@ class CausalAttention(torch.nn.Module):
 
 
 def decoder_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's decoder with the modules above."""
+    """Return Megatron's decoder spec with the modules above."""
     head_norm = HeadRMSNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
@@ -92,10 +92,10 @@ def decoder_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
 
 
 def tag_sharded_parameters(model: GPTModel) -> None:
-    """Mark every sharded parameter `tensor_model_parallel`, with the dimension it is cut along.
+    """Mark every sharded parameter as `tensor_model_parallel`, with the dimension along which it is cut.
 
-    Megatron does so only where it also initialises the weights. DeepSpeed's gradient norm takes an unmarked parameter
-    for a replica and counts it on tensor-parallel rank 0 alone, and resync takes rank 0's shard for all of it.
+    Megatron marks parameters only if it also initializes the weights. DeepSpeed's gradient norm treats an unmarked
+    parameter as a replica and counts it only on tensor-parallel rank 0, and resync would send only rank 0's shard.
     """
     cuts = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():

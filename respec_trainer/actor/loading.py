@@ -1,4 +1,4 @@
-"""Fill a policy model with the shards it holds of a Hugging Face folder's weights, or of a checkpoint's."""
+"""Loads this rank's shards of a Hugging Face folder's or a checkpoint's weights into a policy model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from respec_trainer.weights.hf_map import megatron_shard
 
 
 def load_hf_config(folder: str | Path):
-    """The Hugging Face config in `folder`."""
+    """Return the Hugging Face config in `folder`."""
     define_torchvision_operators()
     from transformers import AutoConfig
 
@@ -24,8 +24,8 @@ def load_hf_config(folder: str | Path):
 def load_weights(model: torch.nn.Module, hf_config, folder: str | Path, topology: Topology) -> None:
     """Copy this rank's shards into `model`, in its dtype and on its device, from a Hugging Face folder or a checkpoint.
 
-    Raises ConfigError if the folder lacks a tensor, holds one that this model has no place for, or one of another
-    shape than the config says.
+    Raises ConfigError if the folder lacks a tensor, or has one that is not in this model or that has another shape
+    than in the config.
     """
     with open_tensors(folder, hf_config) as tensors:
         check_contents(tensors, hf_config, "model.path: ")

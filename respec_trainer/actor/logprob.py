@@ -1,11 +1,12 @@
-"""Log-probs and entropies of chosen tokens when each rank has the logits of only part of the vocabulary.
+"""Log-probs and entropies of given tokens, when each rank has the logits of only part of the vocabulary.
 
 With logits l over the vocabulary, log Z = logsumexp(l), p = exp(l - log Z):
 
     log p_y = l_y - log Z          d log p_y / d l_j = [j = y] - p_j
     H = log Z - sum_j p_j l_j      d H / d l_j = -p_j (log p_j + H)
 
-A chunk of tokens at a time, recomputed in the backward pass: logits of the whole batch never exist. All in float32.
+Computed for one chunk of tokens at a time, and again in the backward pass, so that logits of the whole batch are never
+in memory. All numbers are float32.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-# The logit of padded vocabulary rows. Finite, because 0 * log 0 must be 0; exp of it is exactly 0.
+# The logit of padded vocabulary rows. Its exp is exactly 0; it is finite so that 0 * log 0 is 0.
 NEVER = -1.0e30
 
 
 class _VocabParallelLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, vocab_size: int, temperature: float, group):
-        """logits [n, V / tp], targets [n] -> log-probs, entropies, log Z, [n] each, the same on every rank."""
+        """Map logits [n, V / tp] and targets [n] to log-probs, entropies and log Z, [n] each, equal on every rank."""
         first = dist.get_rank(group) * logits.shape[1]
         scores = mask_padding(logits.to(torch.float32, copy=True), first, vocab_size).div_(temperature)
         top = scores.amax(-1)
@@ -55,7 +56,7 @@ class _VocabParallelLogProb(torch.autograd.Function):
 
 
 def mask_padding(logits: torch.Tensor, first: int, vocab_size: int) -> torch.Tensor:
-    """Overwrite the logits [n, V / tp] of rows past the true vocabulary; `first` is column 0's token id."""
+    """Overwrite the logits [n, V / tp] of padding after the true vocabulary; `first` is the token id of column 0."""
     logits[:, max(vocab_size - first, 0) :] = NEVER
     return logits
 
@@ -70,25 +71,25 @@ def chunked_logprobs(
     chunk: int,
     group: dist.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-prob of each target, entropy and log-sum-exp of its distribution, softmax(hidden @ weight.T / temperature).
+    """Return log-prob of each target, and entropy and log-sum-exp of softmax(hidden @ weight.T / temperature).
 
     Args:
-        hidden: [n, H], whole on every rank; its gradient must be summed over `group` by the caller.
+        hidden: [n, H], whole on every rank. The caller must sum its gradient over `group`.
         weight: [V / tp, H], this rank's vocabulary rows, the padded ones at the end.
         targets: [n] token ids.
-        vocab_size: true vocabulary, without padding.
-        chunk: tokens whose logits exist at one time.
+        vocab_size: the true vocabulary size, without padding.
+        chunk: tokens whose logits are in memory at one time.
 
-    Returns three float32 tensors [n]; the log-sum-exps, of the logits over the temperature, have no gradient.
+    Returns three float32 tensors [n]. The log-sum-exps, of logits / temperature, have no gradient.
     """
 
     def score(part: torch.Tensor, wanted: torch.Tensor, rows: torch.Tensor):
         return _VocabParallelLogProb.apply(part @ rows.t(), wanted, vocab_size, temperature, group)
 
-    starts = range(0, max(len(targets), 1), chunk)  # one empty chunk keeps the graph whole where nothing is asked for
+    starts = range(0, max(len(targets), 1), chunk)  # without targets, one empty chunk keeps the graph connected
     pairs = [(hidden[start : start + chunk], targets[start : start + chunk]) for start in starts]
     if torch.is_grad_enabled():
-        # No random numbers are drawn, so none need to be replayed.
+        # No random numbers are drawn, so there is no random state to restore.
         options = {"use_reentrant": False, "preserve_rng_state": False}
         scored = [checkpoint(score, part, wanted, weight, **options) for part, wanted in pairs]
     else:

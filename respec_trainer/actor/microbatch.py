@@ -1,4 +1,4 @@
-"""Cut a batch into micro-batches that fit one forward pass."""
+"""Cuts a batch into micro-batches for single forward passes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from respec_trainer.rollout.batch import Batch
 def micro_batches(batch: Batch, size: int, multiple_of: int = 1) -> Iterator[tuple[torch.Tensor, Batch]]:
     """Yield (rows, micro-batch) of at most `size` rows, longest rows first, each cut to its longest row.
 
-    Rows of like length share a micro-batch, so little of it is padding. `rows` [b] says where they came from. A
-    micro-batch is as wide as its longest row rounded up to `multiple_of`, or as the batch if that is less; raises
-    ValueError if the batch's own width is no multiple.
+    Rows of similar length share a micro-batch, so it has little padding. `rows` [b] are the indices in the batch. The
+    width of a micro-batch is its longest row rounded up to `multiple_of`, at most the batch's width. Raises ValueError
+    if the batch's width is not a multiple of `multiple_of`.
     """
     width = batch.tokens.shape[1]
     if width % multiple_of:
@@ -28,7 +28,7 @@ def micro_batches(batch: Batch, size: int, multiple_of: int = 1) -> Iterator[tup
 
 
 def narrow(batch: Batch, width: int) -> Batch:
-    """The first `width` positions of every row."""
+    """Return the first `width` positions of every row."""
     return Batch(
         batch.tokens[:, :width],
         batch.response_mask[:, :width],

@@ -1,7 +1,7 @@
-"""Hugging Face config -> Megatron-core GPTModel, which scores tokens inside its own forward pass.
+"""Builds, from a Hugging Face config, a Megatron-core GPTModel that scores tokens inside its forward pass.
 
-Scoring inside matters twice: the engine's hooks (ZeRO-3 gathers weights in them) see the output weight used, and
-logits of the whole batch never exist.
+Scoring is inside the forward pass for two reasons: the engine's hooks, in which ZeRO-3 gathers weights, then cover the
+use of the output weight; and logits of the whole batch are never in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["PolicyModel", "build_model", "check_model", "megatron_config"]
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel whose forward pass answers "how likely is each of these tokens", not "what are the logits"."""
+    """A GPTModel whose forward pass returns the log-probs of given tokens, not all logits."""
 
     def __init__(self, hf_config, config: TransformerConfig, temperature: float, chunk: int):
         super().__init__(
@@ -55,13 +55,13 @@ class PolicyModel(GPTModel):
     ):
         """Score `tokens` [B, S], right-padded; S must be a multiple of tp under sequence parallelism.
 
-        "logprobs": `mask` [B, S] marks the tokens to score, none of them a row's first. Returns log-probs and
-        entropies [B, S] in float32: entry t is of token t given those before it, at the model's temperature; 0 where
-        the mask is False. With `layers` it returns three more: of the n marked tokens, row by row, the hidden states
-        that predict them [n, H], after the final norm, and the log-sum-exps [n] at the model's temperature; and the
+        "logprobs": `mask` [B, S] marks the n tokens to score, none of them a row's first. Returns log-probs and
+        entropies [B, S] in float32: entry t is for token t given those before it, at the model's temperature; 0 where
+        the mask is False. With `layers` it returns three more tensors: the hidden states that predict the marked
+        tokens, after the final norm, row by row [n, H]; their log-sum-exps at the model's temperature [n]; and the
         outputs of those layers [B, S, len(layers) * H].
 
-        "logits": `mask` [B, S] marks n positions. Returns what they predict, [n, V / tp], at temperature 1.
+        "logits": `mask` [B, S] marks n positions. Returns the logits at them, [n, V / tp], at temperature 1.
         """
         embedded, rotary = self._preprocess(input_ids=tokens, position_ids=None)[:2]
         with LayerOutputs(self.decoder.layers, layers) as outputs:
@@ -86,7 +86,7 @@ class PolicyModel(GPTModel):
         return (*scores, chosen, logsumexp) if states else scores
 
     def _whole(self, outputs: list[torch.Tensor]) -> torch.Tensor:
-        """Layer outputs, this rank's part of each, as [B, S, layers * H]."""
+        """Return whole layer outputs [B, S, layers * H] from this rank's part of each."""
         if self.config.sequence_parallel:
             outputs = [gather_from_sequence_parallel_region(part) for part in outputs]
         return torch.cat(outputs, -1).transpose(0, 1)
@@ -97,13 +97,13 @@ class PolicyModel(GPTModel):
         return mask_padding(logits, first, self.true_vocab_size)
 
     def _select(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The masked positions of hidden states [S (/ tp), B, H] as [n, H]; sums their gradient over TP."""
+        """Return the masked positions of hidden states [S (/ tp), B, H] as [n, H]; sum their gradient over TP."""
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True).transpose(0, 1)[mask]
         return copy_to_tensor_model_parallel_region(hidden.transpose(0, 1)[mask])
 
     def vocabulary_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's rows of the embedding and of the output layer, [V / tp, H] each, padded ones at the end."""
+        """Return this rank's rows of the embedding and of the output layer, [V / tp, H] each, padding at the end."""
         return self.embedding.word_embeddings.weight, self._output_weight()
 
     def _output_weight(self) -> torch.Tensor:
@@ -115,7 +115,7 @@ class PolicyModel(GPTModel):
 def build_model(
     hf_config, actor: ActorConfig, dtype: torch.dtype, device: torch.device, temperature: float
 ) -> PolicyModel:
-    """The model with undefined weights, its shards tagged for DeepSpeed. Needs Megatron's process groups."""
+    """Return the model with undefined weights, its shards marked for DeepSpeed. Needs Megatron's process groups."""
     check_model(hf_config, actor.parallel.tp)
     config = megatron_config(hf_config, actor, dtype, device)
     model = PolicyModel(hf_config, config, temperature, actor.logprob_chunk)
@@ -124,7 +124,7 @@ def build_model(
 
 
 def megatron_config(hf_config, actor: ActorConfig, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
-    """Megatron's view of the Hugging Face config. Fused kernels are off: they need Transformer Engine or Apex."""
+    """Return Megatron's config of the same model. Fused kernels are off: they need Transformer Engine or Apex."""
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
@@ -156,9 +156,9 @@ def megatron_config(hf_config, actor: ActorConfig, dtype: torch.dtype, device: t
 
 
 def rope_frequencies(hf_config) -> torch.Tensor:
-    """RoPE's inverse frequencies [head_dim / 2], scaled as the config says, by transformers' own functions.
+    """Return RoPE's inverse frequencies [head_dim / 2], scaled by transformers' functions as the config requires.
 
-    Megatron has Llama 3's scaling too, but with its constants fixed; here they are the config's.
+    Megatron also has Llama 3's scaling, but with fixed constants; transformers uses those of the config.
     """
     rope = hf_config.rope_parameters
     if rope["rope_type"] == "default":
@@ -167,5 +167,5 @@ def rope_frequencies(hf_config) -> torch.Tensor:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     frequencies, attention_scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
-    assert attention_scale == 1.0, "check_model lets through only variants that scale nothing but frequencies"
+    assert attention_scale == 1.0, "check_model accepts only variants that scale nothing but frequencies"
     return frequencies

@@ -1,8 +1,8 @@
-"""The actor makes room for generation: first its optimizer states and gradients leave the device, then its weights.
+"""Frees the actor's device memory for generation: first optimizer states and gradients, then weights.
 
-DeepSpeed 0.19.8's own `offload_states` serves ZeRO 1 and 2, but not the bf16 optimizer of ZeRO-1 with float32
-gradients, and ZeRO-3 only with its own Adam. So memory is moved one level below, alike for all of them: a tensor keeps
-its shape and its place, and the storage under it, which all its views share, is copied to the host and emptied.
+DeepSpeed 0.19.8's own `offload_states` supports ZeRO 1 and 2, but not the bf16 optimizer of ZeRO-1 with float32
+gradients, and ZeRO-3 only with its own Adam. So this module works on storages, alike for all of them: a tensor object
+keeps its shape, and its storage, which all its views share, is copied to the host and emptied.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 Part = Literal["optimizer", "weights"]
-Away = Mapping[int, list[torch.Tensor]]  # by the address of an emptied storage's record: its bytes
-PARTS: tuple[Part, ...] = ("optimizer", "weights")  # in this order they leave, in the other they come back
+Away = Mapping[int, list[torch.Tensor]]  # address of an emptied storage's record -> its bytes in host memory
+PARTS: tuple[Part, ...] = ("optimizer", "weights")  # freed in this order, brought back in the opposite order
 
-# Page-locked memory is given out in powers of two: in pieces of one size, a large buffer wastes none.
+# Page-locked memory is allocated in powers of two: in pieces of this size, a large buffer wastes none.
 PIECE = 1 << 28  # bytes
 
 
 class Offload:
-    """Moves what a DeepSpeed engine of ZeRO 1, 2 or 3 holds off its device and back, bit for bit.
+    """Moves the tensors of a DeepSpeed engine of ZeRO 1, 2 or 3 off its device and back, bit for bit.
 
-    Optimizer states are those of AdamW, float32 weights, gradients and the buffers they are reduced in. What stays are
-    the model's buffers. The host memory is kept for the next time. On a CPU nothing moves, but the order is held.
+    The part "optimizer" holds AdamW's states, float32 weights, gradients and the buffers in which they are reduced. The
+    model's buffers stay on the device. The host memory is kept for the next time. On a CPU nothing is moved, but a
+    wrong order is still an error.
     """
 
     def __init__(self, engine, moves: bool | None = None):
-        """`moves` says whether memory is moved; by default, where the engine is not on a CPU."""
+        """`moves`: whether memory is moved; None: only if the engine is not on a CPU."""
         self.engine = engine
         self.device = next(engine.module.parameters()).device
         self.moves = self.device.type != "cpu" if moves is None else moves
         self.away: dict[Part, list[tuple[torch.Tensor, list[torch.Tensor]]]] = {}
         self.spare: dict[int, list[torch.Tensor]] = {}
-        # Before the hooks in which ZeRO-3 gathers weights.
+        # Must run before the hooks in which ZeRO-3 gathers weights.
         engine.module.register_forward_pre_hook(self._require, prepend=True)
 
     def out(self, part: Part) -> None:
-        """Free the device memory of `part`; nothing happens if it is out already. The optimizer leaves first.
+        """Free the device memory of `part`; do nothing if it is free already. The optimizer must be first.
 
-        Call it between updates: gradients of a backward pass without its step would be kept too. Raises RuntimeError
-        out of order.
+        Call it between updates, because gradients of an unfinished update would be kept too. Raises RuntimeError for a
+        wrong order.
         """
         if part in self.away:
             return
@@ -59,22 +60,22 @@ class Offload:
         get_accelerator().empty_cache()
 
     def back(self, part: Part) -> None:
-        """Bring `part` back; nothing happens if it is in. The weights return first, or RuntimeError is raised."""
+        """Bring `part` back; do nothing if it is on the device. Raises RuntimeError unless the weights are first."""
         if part not in self.away:
             return
         self._check(part, PARTS[PARTS.index(part) + 1 :], away=False)
         moved = self.away.pop(part)
         for content, pieces in moved:
             content.untyped_storage().resize_(content.numel())
-            for there, here in zip(content.split(PIECE), pieces, strict=True):
-                there.copy_(here, non_blocking=True)
+            for on_device, on_host in zip(content.split(PIECE), pieces, strict=True):
+                on_device.copy_(on_host, non_blocking=True)
         if moved:
             get_accelerator().synchronize()
         for piece in (piece for _, pieces in moved for piece in pieces):
             self.spare.setdefault(len(piece), []).append(piece)
 
     def pieces_away(self) -> Away:
-        """What is off the device now: the host memory of each emptied storage, in pieces of PIECE bytes."""
+        """Return the host memory of each emptied storage, in pieces of PIECE bytes."""
         moved = [pair for pairs in self._away.values() for pair in pairs]
         return {content.untyped_storage()._cdata: pieces for content, pieces in moved}
 
@@ -85,13 +86,13 @@ class Offload:
                 raise RuntimeError(f"the actor's {part} cannot go {order} its {other}: move the {other} first")
 
     def _require(self, *_: Any) -> None:
-        """A forward pass needs the weights, and one that a backward pass follows needs everything."""
+        """Raise RuntimeError unless the parts are on the device: the weights, and with gradients also the optimizer."""
         for part in self.away:
             if part == "weights" or torch.is_grad_enabled():
                 raise RuntimeError(f"a forward pass while the actor's {part} is off its device: bring it back first")
 
     def contents(self, part: Part) -> Iterator[torch.Tensor]:
-        """Every storage of `part` on the device, once, as its bytes [N] uint8."""
+        """Yield every storage of `part` on the device once, as its bytes [N] uint8."""
         parameters = list(self.engine.module.parameters())
         weights = _storages(parameters + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")])
         zero = self.engine.optimizer
@@ -101,10 +102,10 @@ class Offload:
                 yield torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
 
     def _to_host(self, content: torch.Tensor) -> list[torch.Tensor]:
-        """A copy of bytes [N] in pieces of host memory; it may still run on return."""
+        """Copy bytes [N] into pieces of host memory. The copy may still run on return."""
         pieces = [self._host_memory(len(piece)) for piece in content.split(PIECE)]
-        for there, here in zip(content.split(PIECE), pieces, strict=True):
-            here.copy_(there, non_blocking=True)
+        for on_device, on_host in zip(content.split(PIECE), pieces, strict=True):
+            on_host.copy_(on_device, non_blocking=True)
         return pieces
 
     def _host_memory(self, size: int) -> torch.Tensor:
@@ -114,7 +115,7 @@ class Offload:
 
 
 def _storages(value: Any) -> dict[int, torch.UntypedStorage]:
-    """Address -> storage, of every tensor with memory in nested containers and data classes, gradients included."""
+    """Return {address: storage} of all non-empty tensors in nested containers and data classes, with gradients."""
     found: dict[int, torch.UntypedStorage] = {}
     ahead, seen = [value], set()
     while ahead:

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) and its learning rate over the run."""
+"""AdamW (arXiv 1711.05101) and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from respec_trainer.config import OptimConfig
 
 
 def setup_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameters`; norms and biases, the one-dimensional ones, do not decay."""
+    """Return AdamW over `parameters`. Norms and biases, which have one dimension, have no weight decay."""
     parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -21,10 +21,10 @@ def setup_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfi
 
 
 def learning_rate_factor(config: OptimConfig, step: int, total: int) -> float:
-    """What the learning rate is multiplied by in update `step` of `total`, counted from 0.
+    """Return the factor of the learning rate in update `step` of `total`, counted from 0.
 
-    Rises linearly over `warmup_steps` updates, the first one already above 0 and the last one 1, then stays, or falls
-    along a line or half a cosine to `min_lr_ratio` in the last update and stays there.
+    It rises linearly over `warmup_steps` updates, from above 0 in the first one to 1 in the last one. Then it is
+    constant, or falls along a line or half a cosine to `min_lr_ratio` in the last update and stays there.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -1,6 +1,6 @@
-"""Which rank does what: process groups of tensor and data parallelism, and the view of them DeepSpeed asks for.
+"""Process groups of tensor and data parallelism, and the interface to them that DeepSpeed needs.
 
-Ranks 0 .. tp-1 hold one copy of the model between them, the next tp the second copy, and so on.
+Ranks 0 .. tp-1 together hold one copy of the model, the next tp ranks the second copy, and so on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from respec_trainer.processes import local_size
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place among those that train. tp_rank counts within one copy of the model, dp_rank the copies."""
+    """This rank's index among the training ranks. tp_rank counts within one copy of the model, dp_rank the copies."""
 
     rank: int
     world_size: int
@@ -42,11 +42,11 @@ class Topology:
 
 
 def init_parallel(config: Config) -> Topology:
-    """Make every process group of the ranks that train, and seed the random numbers.
+    """Make all process groups of the training ranks, and seed the random numbers.
 
-    Megatron and DeepSpeed take the default group for all there is, so ranks that only hold engines are not in it.
-    Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as launchers set them. Raises ConfigError where
-    they are not set, or the world size does not suit the configuration.
+    Megatron and DeepSpeed use all ranks of the default group, so ranks that only hold engines are not in it. Reads
+    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which launchers set. Raises ConfigError if one is not
+    set, or the world size does not fit the configuration.
     """
     missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
     if missing:
@@ -62,14 +62,14 @@ def init_parallel(config: Config) -> Topology:
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, world_size = int(os.environ["RANK"]), Placement.of(config, int(os.environ["WORLD_SIZE"])).trainers
-    # The watchdog knows more of a rank that hangs than a collective that gives up, so it is to speak first.
+    # The watchdog's report on a rank that hangs has more details than a timeout of a collective, so it must come first.
     patience = timedelta(seconds=2 * config.run.hang_timeout)
-    place = {"rank": rank, "world_size": world_size}
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience, **place)
+    position = {"rank": rank, "world_size": world_size}
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience, **position)
     state, tp = _parallel_state(), config.actor.parallel.tp
     state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
     torch.manual_seed(config.run.seed)
-    # Megatron's tracker of random states needs CUDA, the one meant for inference does not; there is no dropout to seed.
+    # Megatron's tracker of random states needs CUDA, its tracker for inference does not. No dropout needs a seed.
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed, inference_rng_tracker=device.type == "cpu")
     return Topology(rank, world_size, tp, rank % tp, world_size // tp, rank // tp, device)
 
@@ -84,7 +84,7 @@ def shutdown_parallel() -> None:
 
 
 class DeepSpeedMpu:
-    """Megatron's parallel state with the three functions DeepSpeed 0.19.8 asks for and Megatron 0.16.1 has no more."""
+    """Megatron's parallel state with three functions that DeepSpeed 0.19.8 needs and Megatron 0.16.1 removed."""
 
     def __getattr__(self, name: str):
         return getattr(_parallel_state(), name)
@@ -112,14 +112,14 @@ def _device(wanted: str) -> torch.device:
 
 
 def _limit_threads(device: torch.device) -> None:
-    """Share the cores between the ranks of this host: by default every rank would start a thread on each."""
+    """Divide the cores between the ranks of this host: by default every rank would use all of them."""
     if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size()))
 
 
 def _parallel_state():
-    # Imported late: Megatron takes seconds, and DeepSpeed and its shims come first.
+    # Imported late, because Megatron takes seconds, and DeepSpeed and the shims must be first.
     from megatron.core import parallel_state
 
     return parallel_state

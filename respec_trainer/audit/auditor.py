@@ -173,6 +173,6 @@ class Auditor:
             self.actor.update(batch, self.actor.infer(batch).logprobs, advantages)
         if sleep:
             engine.wake("weights")
-        self._resync_of(engine).push(forgot=sleep)
+        self._resync_of(engine).push(whole=sleep)
         if sleep:
             engine.wake("kv_cache")

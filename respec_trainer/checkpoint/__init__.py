@@ -1,1 +1,1 @@
-"""Weights at rest and on the way: the map between Hugging Face and Megatron names and shapes, and files."""
+"""Checkpoints of a run: saving, publishing, checking and resuming."""

@@ -1,8 +1,8 @@
-"""Checkpoints: when a run saves itself, what of it, and how it is taken up again.
+"""Checkpoints: when a run is saved, which state is saved, and how a run resumes.
 
-Saving has two parts. Everything that the next step may change is copied into host memory, and only this makes training
-wait; threads then write the copies (`writer`), and rank 0 publishes the folder (`store`). What a checkpoint holds is
-told in docs/checkpoints.md.
+A save has two parts. First all state that the next step may change is copied into host memory; training waits only for
+this. Then threads write the copies (`writer`), and rank 0 publishes the folder (`store`). docs/checkpoints.md describes
+the contents of a checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from respec_trainer.config import Config
 from respec_trainer.config_file import dump_config
 from respec_trainer.errors import CheckpointError, ConfigError
 
-LOGS = ("metrics.jsonl", "samples.jsonl")  # one line a step, or several; cut back to the checkpoint on resuming
+LOGS = ("metrics.jsonl", "samples.jsonl")  # one or more lines for each step; on resume cut back to the checkpoint
 PACKAGES = ("respec_trainer", "torch", "deepspeed", "megatron-core", "transformers", "sglang")
 
 
@@ -43,7 +43,7 @@ class Stateful(Protocol):
 
 
 class ActorPart(Protocol):
-    """As much of `actor.engine.Actor` as is needed."""
+    """The part of `actor.engine.Actor` that is used here."""
 
     topology: Any
     hf_config: Any
@@ -55,13 +55,13 @@ class ActorPart(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of, as seen from this rank.
+    """The parts of a run on this rank that a checkpoint holds.
 
     Args:
-        shared: parts that are alike on all ranks, of states that are JSON; rank 0's are saved.
-        ranks: parts of which every rank has its own, of states that `tree` can save.
-        folders: what else rank 0 keeps: name of a folder -> takes a copy of what belongs in it, and returns a function
-            that makes that folder, in a thread.
+        shared: parts that are equal on all ranks, with states that are JSON; those of rank 0 are saved.
+        ranks: parts that differ between ranks, with states that `tree` can save.
+        folders: folders of rank 0, by name. The function copies the data of the folder at once, and returns a function
+            that writes the folder later, in a thread.
         immutable: paths of tensors in `ranks` that never change, such as "learner/buffer": they are not copied.
     """
 
@@ -76,10 +76,11 @@ class Parts:
 
 
 class Checkpoints:
-    """The checkpoints of the run in `folder`. Every rank calls every method but `due` alike.
+    """The checkpoints of the run in `folder`. Every rank calls every method, except `due`, in the same order.
 
     Args:
-        control: a gloo group of all ranks; None: this is the only one. notify: tells the user; heard from rank 0.
+        control: a gloo group of all ranks; None: this is the only rank.
+        notify: informs the user; only rank 0's messages are shown.
     """
 
     def __init__(
@@ -97,14 +98,14 @@ class Checkpoints:
         self.writer = Writer(rank, world_size, notify)
 
     def due(self, done: int) -> bool:
-        """Whether to save after `done` steps."""
+        """Return whether to save after `done` steps."""
         every = self.settings.every
         return every > 0 and (done % every == 0 or done == self.config.run.steps)
 
     def save(self, done: int, parts: Parts, metrics: Mapping[str, Any]) -> None:
-        """Save the run as it is after `done` steps, the last of which gave `metrics` and is in metrics.jsonl.
+        """Save the run after `done` steps. `metrics` are those of the last step, which is in metrics.jsonl already.
 
-        Waits for the checkpoint before, if that is still being written, and raises CheckpointError if it failed.
+        Waits for the previous checkpoint if that is still being written, and raises CheckpointError if it failed.
         """
         self.writer.wait()
         actor = parts.actor.save_state()
@@ -119,19 +120,19 @@ class Checkpoints:
             files |= self._common_files(done, parts, actor, metrics)
             folders = {name: take() for name, take in parts.folders.items()}
             folders["hf"] = partial(carry_over, Path(self.config.model.path))
-        place = self._from_first(lambda: begin(self.root, done))
-        self.writer.start(SaveTask(done, place, files, folders, partial(self._publish, place, self._meta(done, actor))))
+        path = self._from_first(lambda: begin(self.root, done))
+        self.writer.start(SaveTask(done, path, files, folders, partial(self._publish, path, self._meta(done, actor))))
         if not self.settings.background:
             self.writer.wait()
 
     def wait(self) -> None:
-        """Until what was saved is on the disk. Raises CheckpointError if it could not be written."""
+        """Wait until the last save is on the disk. Raises CheckpointError if it could not be written."""
         self.writer.wait()
 
     def resume(self, parts: Parts) -> int | None:
-        """Take the place of the checkpoint that checkpoint.resume asks for; the steps done by then. None: a new run.
+        """Load the checkpoint that checkpoint.resume selects. Return its number of steps; None for a new run.
 
-        Raises ConfigError where none of those found is valid, or the one chosen is of another model or configuration.
+        Raises ConfigError if no checkpoint found is valid, or the chosen one has another model or configuration.
         """
         tried = self._from_first(lambda: candidates(self.config, self.folder))
         problems: list[str] = []
@@ -150,7 +151,7 @@ class Checkpoints:
             return None
         check_compatible(checkpoint, meta, self.config, self._model())
         self._load(checkpoint, meta, parts)
-        self._from_first(lambda: self._take_up(checkpoint))
+        self._from_first(lambda: self._restore_folder(checkpoint))
         self.notify(f"resumed after step {meta['step']} from {checkpoint}{self._other_layout(meta, parts.actor)}")
         return meta["step"]
 
@@ -175,20 +176,20 @@ class Checkpoints:
     def _model(self) -> dict[str, Any]:
         return json.loads((Path(self.config.model.path) / "config.json").read_text())
 
-    def _publish(self, place: Path, meta: Mapping[str, Any], written: Mapping) -> None:
-        publish(place, meta, written)
+    def _publish(self, path: Path, meta: Mapping[str, Any], written: Mapping) -> None:
+        publish(path, meta, written)
         retain(self.root, self.settings.keep, self.settings.keep_best, self._score)
 
     def _score(self, checkpoint: Path) -> float | None:
-        """The best_metric of its step; None where it has none."""
+        """Return the best_metric of the checkpoint's step; None if the step has none."""
         try:
             value = read_state(checkpoint)["metrics"].get(self.settings.best_metric)
         except ConfigError:
-            return None  # damaged since: it cannot be resumed from, so it is not among the best
+            return None  # damaged: no run can resume from it, so it is not among the best
         return value if isinstance(value, int | float) and value == value else None
 
     def _examine(self, checkpoint: Path) -> tuple[dict[str, Any], str | None]:
-        """Its meta.json, and what is wrong with it; each rank reads some of its files."""
+        """Return the meta.json of a checkpoint, and its first problem or None. Each rank reads some of the files."""
         try:
             meta = self._from_first(lambda: read_meta(checkpoint))
         except ConfigError as error:
@@ -207,31 +208,33 @@ class Checkpoints:
         for states, loaded in ((state["shared"], parts.shared), (own, parts.of_ranks())):
             for name, part in loaded.items():
                 if name not in states:
-                    raise ConfigError(f"{checkpoint} was saved by a run without {name}: it cannot go on with one")
+                    raise ConfigError(
+                        f"{checkpoint} was saved by a run without {name}: a run with one cannot resume from it"
+                    )
                 part.load_state_dict(states[name])
 
-    def _take_up(self, checkpoint: Path) -> None:
-        """On rank 0: logs and folder become what they were when the checkpoint was published."""
+    def _restore_folder(self, checkpoint: Path) -> None:
+        """Restore the logs and the folder to their state when the checkpoint was published; on rank 0."""
         source = checkpoint.parent.parent
         same = source.resolve() == self.folder.resolve()
         missing = restore_logs(self.folder, self.folder if same else source, read_state(checkpoint)["logs"])
         if missing:
-            self.notify(f"{source} holds no {', '.join(missing)}: those of this run begin after the checkpoint")
+            self.notify(f"{source} holds no {', '.join(missing)}: this run's begin after the checkpoint")
         if same:
             for aside in tidy(self.root, checkpoint):
                 self.notify(f"a later checkpoint that is not valid was moved to {aside}")
 
     def _other_layout(self, meta: Mapping[str, Any], actor: ActorPart) -> str:
-        saved, here = (meta["tp"], meta["dp"]), (actor.topology.tp, actor.topology.dp)
-        if saved == here:
+        saved, current = (meta["tp"], meta["dp"]), (actor.topology.tp, actor.topology.dp)
+        if saved == current:
             return ""
-        said = ", saved at tp {} x dp {}, at tp {} x dp {}".format(*saved, *here)
-        if saved[0] * saved[1] != here[0] * here[1]:
-            said += "; what each rank had of its own, such as its replay buffer, is that of rank (number mod saved)"
-        return said
+        text = ", saved at tp {} x dp {}, at tp {} x dp {}".format(*saved, *current)
+        if saved[0] * saved[1] != current[0] * current[1]:
+            text += "; the state of single ranks, such as the replay buffer, is that of rank (number mod saved)"
+        return text
 
     def _from_first(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns on rank 0, on every rank; or its error, an OSError as a CheckpointError."""
+        """Run `action` on rank 0. Return its result or raise its error on every rank; an OSError as CheckpointError."""
 
         def attempt() -> Any:
             try:
@@ -243,7 +246,7 @@ class Checkpoints:
 
 
 def _write_state(path: Path, text: str, logs: list[Path]):
-    """Beside, the logs that state.json tells the lengths of are brought to the disk."""
+    """Write state.json. Before that, sync the logs to the disk, because state.json holds their lengths."""
     for log in logs:
         sync_folder(log)
     return write_text(path, text)

@@ -1,4 +1,4 @@
-"""Write a checkpoint's files: on the disk when the call returns, and with what meta.json says of them."""
+"""Write the files of a checkpoint. A file is on the disk when the call returns its facts for meta.json."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 from respec_trainer.weights.safetensors_io import CODES, SafetensorsWriter, Spec, file_digest
 
-Facts = dict[str, int | str]  # of a file: "bytes" and "xxh3_128"
+Facts = dict[str, int | str]  # about a file: "bytes" and "xxh3_128"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Facts:
-    """Write CPU tensors as a safetensors file. Views, and tensors that share memory, are written out whole."""
-    # The widest first: so every tensor begins at a multiple of its own width.
+    """Write CPU tensors as a safetensors file. Views, and tensors that share memory, are each written in full."""
+    # The widest dtypes first, so that every tensor begins at a multiple of its element size.
     ordered = dict(sorted(tensors.items(), key=lambda pair: -pair[1].element_size()))
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
     with named_errors(path), SafetensorsWriter(path, specs, metadata) as writer:
@@ -26,7 +26,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def write_text(path: Path, text: str) -> Facts:
-    """Write a whole file."""
+    """Write a text file."""
     with named_errors(path), path.open("x") as file:
         file.write(text)
         file.flush()
@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> Facts:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Opening a file says which it was if it fails; writing, on a full disk, does not."""
+    """Add the path to an OSError without one: errors of writing, such as a full disk, have none."""
     try:
         yield
     except OSError as error:
@@ -45,10 +45,10 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 def facts_of(path: Path) -> Facts:
-    """What a file is now. It is read to the end."""
+    """Return the size and digest of a file. Reads the whole file."""
     return {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
 
 
 def can_hold(dtype: torch.dtype) -> bool:
-    """Whether a file can hold tensors of `dtype`."""
+    """Return whether a file can hold tensors of `dtype`."""
     return dtype in CODES

@@ -1,12 +1,12 @@
-"""Fragments: how a checkpoint's files hold an actor's weights and moments, and where in them each entry is found.
+"""Fragments: the format in which a checkpoint's files hold an actor's weights and moments, and its index.
 
-A fragment is some entries, from START on, of one flattened Megatron parameter, as tensor-parallel rank t holds it. Its
-key is "KIND/NAME/START", it lies in one of the files actor/tpT_dpD.safetensors of T = t, and together these cover every
-parameter exactly once, whatever the ZeRO stage was. Kinds are "master" (float32 weights), "exp_avg" and "exp_avg_sq"
-(AdamW's moments) where the optimizer was saved, and "weight" (in the model's dtype) where it was not.
+A fragment is a range of entries, from START on, of one flattened Megatron parameter's shard on tensor-parallel rank t.
+Its key is "KIND/NAME/START", and it is in one of the files actor/tpT_dpD.safetensors with T = t. Together the files
+cover every parameter exactly once, for every ZeRO stage. Kinds are "master" (float32 weights), "exp_avg" and
+"exp_avg_sq" (AdamW's moments) if the optimizer was saved, and "weight" (in the model's dtype) if it was not.
 
-There are two views of the index: `reader.FragmentReader`, the stretches of one rank of any layout, and
-`megatron_folder.MegatronFolder`, whole shards.
+There are two views of the index: `reader.FragmentReader`, for the ranges of one rank in any layout, and
+`megatron_folder.MegatronFolder`, for whole shards.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from respec_trainer.errors import ConfigError
 from respec_trainer.weights.safetensors_io import MappedFile
 
 ACTOR = "actor/"  # the folder of the files with fragments
-KINDS = ("master", "exp_avg", "exp_avg_sq")  # where the optimizer was saved
-WEIGHT = "weight"  # the only kind where it was not
+KINDS = ("master", "exp_avg", "exp_avg_sq")  # if the optimizer was saved
+WEIGHT = "weight"  # the only kind if it was not
 
 Shard = tuple[str, str, int]  # kind, parameter, tensor-parallel rank
 
@@ -35,14 +35,14 @@ class SavedActor:
 
     tp_rank: int
     dp_rank: int
-    layout: dict[str, Any]  # of meta.json: tp, dp, zero, dtype, optimizer, parameters
+    layout: dict[str, Any]  # for meta.json: tp, dp, zero, dtype, optimizer, parameters
     fragments: dict[str, torch.Tensor]  # by key, [length] float32
-    counts: dict[str, int]  # of optimizer updates and the like; the same on every rank
+    counts: dict[str, int]  # counters, such as optimizer updates; the same on every rank
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Entries start .. start + length of a flattened shard: the tensor `key` of `file`."""
+    """Entries start .. start + length of a flattened shard, stored as tensor `key` of `file`."""
 
     start: int
     length: int
@@ -55,15 +55,15 @@ class Fragment:
         return self.start + self.length
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Entries start .. stop of the shard, which must lie in it; mapped from the file, not copied."""
+        """Return entries start .. stop of the shard, which must be in this fragment; mapped, not copied."""
         whole = (start, stop) == (self.start, self.stop)
         return self.file.read(self.key, () if whole else (slice(start - self.start, stop - self.start),))
 
 
 class FragmentIndex:
-    """The fragments in the files `names` of a checkpoint's `folder`. Opens the files; reads what is asked for.
+    """The fragments in the files `names` of a checkpoint's `folder`. Opens all files, but reads only requested entries.
 
-    Raises ConfigError for a file that cannot be read, and for names and keys that are not of this format.
+    Raises ConfigError for a file that cannot be read, and for names and keys that do not have this format.
     """
 
     def __init__(self, folder: Path, names: Iterable[str]):
@@ -75,9 +75,10 @@ class FragmentIndex:
             fragments.sort(key=lambda fragment: (fragment.start, fragment.length))
 
     def read(self, kind: str, name: str, tp_rank: int, start: int, stop: int) -> torch.Tensor:
-        """Entries start .. stop, at least one, of a flattened shard, [stop - start]; mapped where one fragment has all.
+        """Return entries start .. stop, at least one, of a flattened shard: [stop - start].
 
-        Raises ConfigError where the checkpoint lacks some of them.
+        They are mapped from the file if one fragment has all of them, and copied otherwise. Raises ConfigError if the
+        checkpoint lacks some.
         """
         parts: list[tuple[Fragment, int, int]] = []
         at = start
@@ -90,7 +91,7 @@ class FragmentIndex:
             raise ConfigError(f"{self.folder} lacks {kind} of {name} from entry {at} on, of tp rank {tp_rank}")
         if len(parts) == 1:
             return parts[0][0].read(start, stop)
-        # Copied one after the other: what was mapped for one need not stay in memory for the next.
+        # Copied one by one, so that the mapped memory of one fragment can be freed before the next.
         out = torch.empty(stop - start, dtype=parts[0][0].dtype)
         for fragment, low, high in parts:
             out[low - start : high - start] = fragment.read(low, high)
@@ -110,7 +111,7 @@ def fragment_key(kind: str, name: str, start: int = 0) -> str:
 
 
 def parse_key(key: str, path: Path) -> tuple[str, str, int]:
-    """Kind, parameter and start of a key in the file `path`. Raises ConfigError where it is none."""
+    """Return kind, parameter and start of a key in the file `path`. Raises ConfigError for an invalid key."""
     kind, _, rest = key.partition("/")
     name, _, start = rest.rpartition("/")
     if not name or not start.isdigit():

@@ -1,4 +1,4 @@
-"""MegatronFolder: a checkpoint's actor parameter by parameter, in whole shards, however ZeRO has cut them."""
+"""MegatronFolder: the actor's parameters in a checkpoint as whole shards, for every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REMEDY = "use another checkpoint, or copy this file again"
 
 
 class MegatronFolder:
-    """The actor's shards in a checkpoint. Raises ConfigError where files are missing, or fragments do not fit."""
+    """The actor's shards in a checkpoint. Raises ConfigError if files are missing or fragments are inconsistent."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -31,11 +31,11 @@ class MegatronFolder:
             self._check_dtypes()
             self._check_cover()
         except ConfigError:
-            self.check_digests(Silent(), ACTOR)  # a damaged file is the likely cause, and named with its checksums
+            self.check_digests(Silent(), ACTOR)  # a damaged file is the likely cause; its error is more exact
             raise
 
     def shard(self, kind: str, name: str, tp_rank: int) -> torch.Tensor:
-        """One tensor-parallel rank's shard of a parameter, whole; mapped from the file where one fragment holds it."""
+        """Return one tensor-parallel rank's whole shard of a parameter; mapped if one fragment holds it."""
         shape = torch.Size(self.shapes[name])
         return self._index.read(kind, name, tp_rank, 0, shape.numel()).view(shape)
 
@@ -43,7 +43,7 @@ class MegatronFolder:
         return self.dtype if kind == WEIGHT else torch.float32
 
     def check_digests(self, progress: Progress, within: str = "") -> None:
-        """Read every file, or those within a folder, and raise ConfigError for one that meta.json does not speak of."""
+        """Read every file whose name begins with `within`; raise ConfigError if one does not match meta.json."""
         files = {name: facts for name, facts in self.meta["files"].items() if name.startswith(within)}
         progress.begin("checksums", sum(facts["bytes"] for facts in files.values()))
         for name, facts in files.items():

@@ -1,4 +1,4 @@
-"""meta.json, which makes a folder a checkpoint: what it says of the model, of the layout, and of every other file."""
+"""meta.json, which makes a folder a checkpoint: facts about the model, the layout, and every other file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def is_checkpoint(folder: Path | str) -> bool:
 
 
 def sealed(meta: Mapping[str, Any]) -> str:
-    """The text of meta.json: `meta` as JSON, with the format and the XXH3-128 of all else in it."""
-    meta = json.loads(json.dumps({"format": FORMAT, **meta}))  # as it will be read
+    """Return the text of meta.json: `meta` as JSON, with the format number and the XXH3-128 of the rest."""
+    meta = json.loads(json.dumps({"format": FORMAT, **meta}))  # equal to what a reader gets
     return json.dumps({**meta, "xxh3_128": _seal(meta)}, indent=1) + "\n"
 
 
@@ -34,12 +34,12 @@ def _seal(meta: Mapping[str, Any]) -> str:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The contents of meta.json. Raises ConfigError where they are not those of a checkpoint, or not as written."""
+    """Return the contents of meta.json. Raises ConfigError if they are no checkpoint's, or were changed."""
     path = folder / META
     try:
         meta = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{folder} has no {META}: it is no checkpoint, or one that was not completed") from None
+        raise ConfigError(f"{folder} has no {META}: it is not a checkpoint, or was not completed") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(meta, dict):
@@ -59,7 +59,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, files: Mapping[str, Facts], names: Iterable[str]) -> str | None:
-    """What is wrong with the first of `names` that is not as meta.json says; None if all are. Reads them to the end."""
+    """Return the problem of the first of `names` that differs from meta.json; None if none does. Reads whole files."""
     for name in names:
         problem = size_problem(folder, name, files[name]) or _content_problem(folder, name, files[name])
         if problem:
@@ -68,7 +68,10 @@ def check_files(folder: Path, files: Mapping[str, Facts], names: Iterable[str]) 
 
 
 def size_problem(folder: Path, name: str, facts: Facts) -> str | None:
-    """Why a file cannot be the one that meta.json names, as far as its size shows it. A file that fits is not read."""
+    """Return the problem of a file that is missing or of another size than in meta.json; None if there is none.
+
+    A file of the right size is not read.
+    """
     path = folder / name
     if not path.is_file():
         return f"{path}, which {META} names, is missing"

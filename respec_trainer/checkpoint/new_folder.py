@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: filled beside their place, brought to the disk, then renamed."""
+"""Folders that are complete or absent: filled under another name, synced to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from respec_trainer.errors import ConfigError, RespecError
 
-# What a Hugging Face folder holds besides config, tokenizer and the like: weights in any format, and hidden files.
+# Files of a Hugging Face folder that `carry_over` does not copy: weights in any format, and hidden files.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 LEFT_BEHIND = (*WEIGHTS, "*.gguf", "*.onnx", "*.h5", "*.msgpack", ".*", "__pycache__")
 
@@ -21,10 +21,10 @@ LEFT_BEHIND = (*WEIGHTS, "*.gguf", "*.onnx", "*.h5", "*.msgpack", ".*", "__pycac
 def check_place(out: Path, size: int) -> None:
     """Raise ConfigError unless `out` is absent or an empty folder, and the disk has room for `size` bytes.
 
-    What killed processes left of `out` is removed: it may be what fills the disk.
+    Unfinished folders of killed processes for the same `out` are removed, because they may fill the disk.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; nothing is overwritten: choose another place")
+        raise ConfigError(f"{out} exists and is not an empty folder; nothing is overwritten: choose another path")
     _remove_leftovers(out)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
@@ -34,10 +34,10 @@ def check_place(out: Path, size: int) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, beside `out`, which it becomes at the end; after an exception nothing is left of it.
+    """Yield a folder to fill, which is renamed to `out` at the end; after an exception it is removed.
 
-    What a killed process left there is removed by the next one that makes `out`. Raises RespecError where the disk is
-    full.
+    The unfinished folder of a killed process is removed by the next process that makes `out`. Raises RespecError if the
+    disk is full.
     """
     with beside(out) as scratch:
         yield scratch
@@ -48,15 +48,15 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def beside(out: Path) -> Iterator[Path]:
-    """An empty folder .NAME.partial-PID beside `out`, which is removed at the end, if it is still there.
+    """Yield an empty folder .NAME.partial-PID beside `out`; at the end it is removed, if it still exists.
 
-    Locked for as long as this process lives: those that are not locked were left by killed ones, and are removed
-    before. Raises RespecError where the disk is full.
+    The folder is locked while this process lives. Such folders without a lock were left by killed processes, and are
+    removed first. Raises RespecError if the disk is full.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out)
     scratch = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    lock = _make_locked(scratch)  # gone with this process, however it ends
+    lock = _make_locked(scratch)  # released when this process ends, in any way
     try:
         yield scratch
     except OSError as error:
@@ -69,10 +69,10 @@ def beside(out: Path) -> Iterator[Path]:
 
 
 def _make_locked(folder: Path) -> int:
-    """Make a folder and lock it; returns the lock, to be closed."""
+    """Make a folder and lock it. Return the lock's file descriptor, which the caller closes."""
     while True:
         folder.mkdir()
-        with suppress(FileNotFoundError):  # removed by another process before it was locked: once more
+        with suppress(FileNotFoundError):  # another process removed it before it was locked: try again
             lock = os.open(folder, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
             if folder.exists():
@@ -90,14 +90,14 @@ def _remove_leftovers(out: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Bring every file and folder in `folder` to the disk."""
+    """Sync every file and folder in `folder` to the disk."""
     for path in folder.rglob("*"):
         sync_folder(path)
     sync_folder(folder)
 
 
 def sync_folder(path: Path) -> None:
-    """Bring a file's content, or a folder's entries, to the disk."""
+    """Sync a file's content, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -106,5 +106,5 @@ def sync_folder(path: Path) -> None:
 
 
 def carry_over(source: Path, out: Path) -> None:
-    """Copy a Hugging Face folder's config, tokenizer and whatever else is not weights."""
+    """Copy a Hugging Face folder without its weights: config, tokenizer and so on."""
     shutil.copytree(source, out, ignore=shutil.ignore_patterns(*LEFT_BEHIND), dirs_exist_ok=True)

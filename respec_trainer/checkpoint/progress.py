@@ -1,4 +1,4 @@
-"""How far a long conversion is, in bytes."""
+"""Progress of a long conversion, in bytes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Protocol
 
 class Progress(Protocol):
     def begin(self, what: str, total: int) -> None:
-        """A new phase, of `total` bytes."""
+        """Begin a new phase of `total` bytes."""
 
     def advance(self, size: int) -> None:
-        """So many bytes more are done."""
+        """Count `size` more bytes as done."""
 
 
 class Silent:
-    """Tells nobody."""
+    """Progress that is not shown."""
 
     def begin(self, what: str, total: int) -> None:
         pass
@@ -24,7 +24,7 @@ class Silent:
 
 
 class Bar:
-    """A bar a phase, on the standard error stream. Use it in a `with` statement."""
+    """A progress bar for each phase, on the standard error stream. Use it in a `with` statement."""
 
     def __init__(self):
         from rich.console import Console

@@ -1,7 +1,7 @@
-"""FragmentReader: a checkpoint's fragments as one rank sees them that takes the place of saved ones, of any layout.
+"""FragmentReader: reads the part of a saved actor that one rank needs, whatever the layout it was saved at.
 
-Another number of data-parallel ranks, or another ZeRO stage, reads other stretches of the same shards. Another tensor
-parallelism goes by way of `hf_map`: moments lie as their weights do.
+With another number of data-parallel ranks, or another ZeRO stage, a rank reads other ranges of the same shards. For
+another tensor parallelism, `hf_map` gives the position of each row; moments have the layout of their weights.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from respec_trainer.weights.hf_map import Layout, parameter_layout
 
 @dataclass(frozen=True)
 class Run:
-    """Rows, or columns, `first` .. first + length of what is wanted are those from `place` on of source rank `rank`."""
+    """A run of rows (or columns): `first` .. first + length of the target are those from `source` on of rank `rank`."""
 
     first: int
     length: int
     rank: int
-    place: int
+    source: int
 
 
 class FragmentReader:
-    """Reads stretches of an actor's parameters out of a checkpoint; only the bytes that are asked for.
+    """Reads ranges of an actor's parameters from a checkpoint; reads only the bytes that are requested.
 
     Args:
-        meta: the checkpoint's meta.json. hf_config: the Hugging Face config that both layouts follow.
-        tp_rank, tp: of the reader.
+        meta: the checkpoint's meta.json.
+        hf_config: the Hugging Face config of both layouts.
+        tp_rank, tp: the tensor-parallel rank and size of the reader.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], hf_config, tp_rank: int, tp: int):
@@ -45,9 +46,9 @@ class FragmentReader:
         self._index = FragmentIndex(self.folder, names)
 
     def read(self, kind: str, name: str, shape: Sequence[int], start: int, length: int) -> torch.Tensor:
-        """Entries start .. start + length of the flattened shard `name` of `shape`; [length].
+        """Return entries start .. start + length of the flattened shard `name` of `shape`: [length].
 
-        Raises ConfigError where the checkpoint lacks some of them, or has the parameter in another shape.
+        Raises ConfigError if the checkpoint lacks some of them, or has the parameter in another shape.
         """
         if self.saved_tp == self.tp:
             self._check_shape(name, shape)
@@ -61,7 +62,7 @@ class FragmentReader:
             )
 
     def _reshard(self, kind: str, name: str, shape: Sequence[int], start: int, stop: int) -> torch.Tensor:
-        """The same from shards of another tensor parallelism: the rows that hold the stretch are put together."""
+        """Return the same range from shards of another tensor parallelism, by joining the rows that hold it."""
         mine, theirs = (parameter_layout(name, self.hf_config, tp) for tp in (self.tp, self.saved_tp))
         if mine.dim is None:
             self._check_shape(name, shape)
@@ -75,36 +76,39 @@ class FragmentReader:
         return block.flatten()[start - first * width : stop - first * width]
 
     def _fill_rows(self, block: torch.Tensor, runs: list[Run], kind: str, name: str, first: int) -> None:
-        """Rows first .. of the wanted shard into `block` [rows, width], from shards that were cut by rows too."""
+        """Fill `block` [rows, width] with rows first .. of the target shard, from shards that are also cut by rows."""
         rows, width = block.shape
         for run in runs:
             low, high = max(run.first, first), min(run.first + run.length, first + rows)
             if low < high:
-                place = run.place + low - run.first
-                part = self._index.read(kind, name, run.rank, place * width, (place + high - low) * width)
+                row = run.source + low - run.first
+                part = self._index.read(kind, name, run.rank, row * width, (row + high - low) * width)
                 block[low - first : high - first] = part.view(-1, width)
 
     def _fill_columns(self, block: torch.Tensor, runs: list[Run], kind: str, name: str, first: int) -> None:
-        """Rows first .. of the wanted shard into `block`, from the same rows of shards that hold other columns."""
+        """Fill `block` with rows first .. of the target shard, from the same rows of shards that hold other columns."""
         rows, width = len(block), self.shapes[name][1]
         for run in runs:
             part = self._index.read(kind, name, run.rank, first * width, (first + rows) * width).view(rows, width)
-            block[:, run.first : run.first + run.length] = part[:, run.place : run.place + run.length]
+            block[:, run.first : run.first + run.length] = part[:, run.source : run.source + run.length]
 
 
 def _runs(mine: Layout, rank: int, tp: int, theirs: Layout, saved_tp: int) -> Iterator[Run]:
-    """Where each row (column) of the `rank`-th of `tp` cuts lies in `saved_tp` cuts, by way of Hugging Face's rows."""
-    places = [(part, r, place) for r in range(saved_tp) for part, place in _placed(theirs, r, saved_tp)]
-    for wanted, offset in _placed(mine, rank, tp):
-        for part, saved_rank, place in places:
+    """Yield the source of each row (column) of shard `rank` of `tp` in the `saved_tp` saved shards.
+
+    Rows of both layouts are matched by the Hugging Face rows that they come from.
+    """
+    saved = [(part, r, offset) for r in range(saved_tp) for part, offset in _with_offsets(theirs, r, saved_tp)]
+    for wanted, offset in _with_offsets(mine, rank, tp):
+        for part, saved_rank, saved_offset in saved:
             low = max(wanted.start, part.start)
             high = min(wanted.start + wanted.length, part.start + part.length)
             if part.source == wanted.source and low < high:
-                yield Run(offset + low - wanted.start, high - low, saved_rank, place + low - part.start)
+                yield Run(offset + low - wanted.start, high - low, saved_rank, saved_offset + low - part.start)
 
 
-def _placed(layout: Layout, rank: int, tp: int):
-    """(segment, where it begins in the shard) of a cut, without padding."""
+def _with_offsets(layout: Layout, rank: int, tp: int):
+    """Yield the segments of a shard, without padding, each with its offset in the shard."""
     offset = 0
     for part in layout.cut(rank, tp):
         if part.source is not None:

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint, and which run that is."""
+"""Selects the checkpoint that a run resumes from, and checks that it fits the run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from respec_trainer.config import Config
 from respec_trainer.config_file import load_config
 from respec_trainer.errors import ConfigError
 
-# Keys, and sections, that a run may go on with other values of: where and how it is computed, not what. Data and model
-# are compared by their content, not by where they lie.
+# Keys, and sections, that may change when a run resumes: where and how it computes, not what. Data and model are
+# compared by content, not by path.
 MAY_DIFFER = (
     "run.name",
     "run.dir",
@@ -52,14 +52,14 @@ MAY_DIFFER = (
     "checkpoint",
     "telemetry",
 )
-# Of config.json: what says how a folder was written, not what the model is.
+# Keys of config.json that depend on how a folder was written, not on the model.
 MODEL_MAY_DIFFER = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "use_cache"}
 
 
 def run_to_continue(config: Config) -> Path | None:
-    """The folder of the run to go on with under checkpoint.resume=auto: the newest of its name with checkpoints.
+    """Return the run's folder to continue under checkpoint.resume=auto: the newest of its name with checkpoints.
 
-    None: there is none, it has done run.steps steps already, or a new run is asked for.
+    None if there is none, if it has done run.steps steps already, or if checkpoint.resume has another value.
     """
     if config.checkpoint.resume != "auto":
         return None
@@ -76,9 +76,9 @@ def run_to_continue(config: Config) -> Path | None:
 
 
 def candidates(config: Config, run: Path) -> list[Path]:
-    """The checkpoints to try, in this order, in the run's folder `run`; [] for a new run.
+    """Return the checkpoints to try, in this order, for the run in folder `run`; [] for a new run.
 
-    Raises ConfigError where checkpoint.resume names a folder that holds none.
+    Raises ConfigError if checkpoint.resume names a folder without checkpoints.
     """
     wanted = config.checkpoint.resume
     if wanted == "never":
@@ -108,7 +108,7 @@ def _saved_config(checkpoint: Path) -> Config:
 
 
 def check_compatible(checkpoint: Path, meta: Mapping[str, Any], config: Config, model: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless the run of `config`, with the model of config.json `model`, can go on from there."""
+    """Raise ConfigError unless the run of `config` can resume from `checkpoint`; `model` is its model's config.json."""
     if not meta["optimizer"]:
         raise ConfigError(
             f"{checkpoint} holds no optimizer: it is a converted model. Convert it to a Hugging Face folder and start "
@@ -127,13 +127,13 @@ def check_compatible(checkpoint: Path, meta: Mapping[str, Any], config: Config, 
 
 
 def restore_logs(run: Path, source: Path, positions: Mapping[str, int]) -> list[str]:
-    """Let the logs in `run` end where they ended when the checkpoint was saved, so that no step is in them twice.
+    """Cut the logs in `run` to their lengths when the checkpoint was saved, so that no step is in them twice.
 
     Args:
-        source: the run that saved it; if it is another one, the beginning of its logs is copied.
-        positions: their lengths in bytes, by file name.
+        source: the run that saved the checkpoint; if it is another run, its logs are copied first.
+        positions: the lengths in bytes, by file name.
 
-    Returns the names of those that `source` has no longer. Raises ConfigError for one that has become shorter.
+    Returns the names of logs that `source` does not have any more. Raises ConfigError for a log that is too short.
     """
     missing = []
     for name, length in positions.items():
@@ -144,8 +144,8 @@ def restore_logs(run: Path, source: Path, positions: Mapping[str, int]) -> list[
         size = origin.stat().st_size if origin.is_file() else 0
         if size < length:
             raise ConfigError(
-                f"{origin} holds {size} bytes, but {length} when the checkpoint was saved: steps are missing in it. "
-                "Restore it, or go on in a new run: checkpoint.resume=FOLDER OF THE CHECKPOINT"
+                f"{origin} holds {size} bytes, but held {length} when the checkpoint was saved: it lacks some steps. "
+                "Restore it, or continue in a new run: checkpoint.resume=FOLDER OF THE CHECKPOINT"
             )
         if source != run:
             shutil.copyfile(origin, log)
@@ -163,7 +163,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], ignored) -> str:
-    """ "key saved -> current" of every key that differs, but for those ignored, or in ignored sections."""
+    """Return "key saved -> current" for every key that differs, except ignored keys and sections."""
     return "; ".join(
         f"{key} {saved.get(key)} -> {current.get(key)}"
         for key in sorted(saved.keys() | current.keys())

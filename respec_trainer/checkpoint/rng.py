@@ -1,4 +1,4 @@
-"""The states of this process's random number generators: Python's, NumPy's, PyTorch's on the CPU and on its GPU."""
+"""The states of this process's random number generators: Python, NumPy, PyTorch on the CPU and on the GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class RandomStates:
-    """Saved and loaded as any other part of a run."""
+    """The random states as a part of a run that can be saved and loaded."""
 
     def state_dict(self) -> dict[str, Any]:
         kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the legacy generator is what libraries draw from
@@ -23,7 +23,7 @@ class RandomStates:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A GPU's state is left out where the run was saved without one, or goes on without one."""
+        """Restore the states; the GPU's only if the run was saved with a GPU and has one now."""
         kind, keys, *rest = state["numpy"]
         random.setstate(state["python"])
         np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

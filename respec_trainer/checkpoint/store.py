@@ -1,8 +1,8 @@
-"""The folder checkpoints/ of a run: publishing, finding, checking and dropping of checkpoints.
+"""The folder checkpoints/ of a run: publishes, finds and removes checkpoints.
 
-A checkpoint is filled as .step_N.partial-PID, brought to the disk, and renamed to step_N; then the pointer `latest` is
-replaced by a rename too. So whenever a process, or the machine, dies: what is named step_N was complete, and `latest`
-names one of them. Everything else begins with a dot, and is removed when the run is taken up again.
+A checkpoint is filled as .step_N.partial-PID, synced to the disk, and renamed to step_N; then the pointer `latest` is
+replaced, also by a rename. So at any time, even if a process or the machine dies, every folder step_N is complete, and
+`latest` names one of them. Other names begin with a dot and are removed when the run resumes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from respec_trainer.errors import ConfigError
 
 
 def step_of(folder: Path) -> int | None:
-    """The N of step_N; None for any other name."""
+    """Return the N of step_N; None for any other name."""
     match = re.fullmatch(r"step_(\d+)", folder.name)
     return int(match[1]) if match else None
 
 
 def checkpoints_in(root: Path) -> list[Path]:
-    """The folders step_N in `root`, whether valid or not, the newest first; [] where there is no `root`."""
+    """Return the folders step_N in `root`, valid or not, the newest first; [] if there is no `root`."""
     found = [path for path in root.glob("step_*") if step_of(path) is not None]
     return sorted(found, key=lambda path: -step_of(path))
 
 
 def begin(root: Path, step: int) -> Path:
-    """A new folder to fill with the checkpoint of `step`. Raises FileExistsError where that exists already."""
+    """Make a folder to fill with the checkpoint of `step`. Raises FileExistsError if the checkpoint exists already."""
     final = root / f"step_{step}"
     if final.exists():
         raise FileExistsError(f"{final} exists; nothing is overwritten")
@@ -45,10 +45,10 @@ def begin(root: Path, step: int) -> Path:
 
 
 def publish(partial: Path, meta: Mapping[str, Any], written: Mapping[str, Facts]) -> Path:
-    """Make a filled folder the newest checkpoint. Returns its place.
+    """Make a filled folder the newest checkpoint. Return its path.
 
     Args:
-        written: what is known of its files already; the others are read to know it.
+        written: the known facts about some of its files; other files are read for theirs.
     """
     step = int(meta["step"])
     names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
@@ -64,7 +64,7 @@ def publish(partial: Path, meta: Mapping[str, Any], written: Mapping[str, Facts]
 
 
 def point(checkpoint: Path) -> None:
-    """Let `latest` name `checkpoint`."""
+    """Make `latest` name `checkpoint`."""
     beside = checkpoint.with_name(f".latest-{os.getpid()}")
     beside.unlink(missing_ok=True)
     write_text(beside, f"{checkpoint.name}\n")
@@ -73,27 +73,27 @@ def point(checkpoint: Path) -> None:
 
 
 def latest(root: Path) -> Path | None:
-    """What `latest` names; None where there is none yet."""
+    """Return the checkpoint that `latest` names; None if there is no `latest` yet."""
     pointer = root / "latest"
     return root / pointer.read_text().strip() if pointer.is_file() else None
 
 
 def retain(root: Path, newest: int, best: int, score: Callable[[Path], float | None]) -> None:
-    """Drop all checkpoints but the newest ones, the best ones by `score`, and the one that `latest` names."""
+    """Remove all checkpoints but the `newest`, the `best` by `score`, and the one that `latest` names."""
     found = checkpoints_in(root)
     scores = {path: score(path) for path in found}
     ranked = sorted((path for path in found if scores[path] is not None), key=lambda path: -scores[path])
     kept = {latest(root), *found[:newest], *ranked[:best]}
     for path in found:
         if path not in kept:
-            # Renamed first: a folder that is half removed must not look like a checkpoint.
+            # Renamed first, because a folder that is half removed must not look like a checkpoint.
             doomed = path.with_name(f".{path.name}.dropped-{os.getpid()}")
             path.rename(doomed)
             shutil.rmtree(doomed)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The contents of state.json. Raises ConfigError where they cannot be read."""
+    """Return the contents of state.json. Raises ConfigError if they cannot be read."""
     path = folder / "state.json"
     try:
         return json.loads(path.read_text())
@@ -102,9 +102,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def tidy(root: Path, newest: Path) -> list[Path]:
-    """Before a run goes on from checkpoint `newest`: remove what was never completed, and move later ones aside.
+    """Prepare `root` for a run that resumes from `newest`: remove unfinished folders, rename later checkpoints.
 
-    Those did not pass the check. Returns their new places; nothing is removed of them.
+    Later checkpoints did not pass the check. Nothing in them is removed. Returns their new paths.
     """
     for left in [*root.glob(".step_*.partial-*"), *root.glob(".step_*.dropped-*")]:
         shutil.rmtree(left)
@@ -114,8 +114,8 @@ def tidy(root: Path, newest: Path) -> list[Path]:
     for path in checkpoints_in(root):
         if step_of(path) > step_of(newest):
             number = 1
-            while (place := path.with_name(f"{path.name}.damaged-{number}")).exists():
+            while (new := path.with_name(f"{path.name}.damaged-{number}")).exists():
                 number += 1
-            aside.append(path.rename(place))
+            aside.append(path.rename(new))
     point(newest)
     return aside

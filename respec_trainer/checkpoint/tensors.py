@@ -1,4 +1,4 @@
-"""Tensors by Hugging Face name, whatever they lie in: what loading, converting and comparing read."""
+"""Tensors by Hugging Face name, from a Hugging Face folder or a checkpoint: for loading, converting, comparing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from respec_trainer.models.registry import head_weights
 from respec_trainer.weights import hf_map
 from respec_trainer.weights.hf_folder import HFFolder, some
 
-# Tensors some exporters add: RoPE's frequencies, which the config says, and the head that is the embedding.
+# Tensors that some exporters add: RoPE's frequencies, which follow from the config, and a head tied to the embedding.
 IGNORED = ("rotary_emb.inv_freq", *head_weights())
 
 
 class Tensors(Protocol):
-    """An HFFolder, or a kind of a checkpoint seen as one."""
+    """An HFFolder, or one kind of a checkpoint's state with the same interface."""
 
     folder: Path
 
@@ -34,15 +34,15 @@ class Tensors(Protocol):
 
 
 class CheckpointTensors:
-    """One kind of a checkpoint's state under Hugging Face names and in their shapes: weights, or AdamW's moments.
+    """One kind of a checkpoint's state (weights, or a moment of AdamW) under Hugging Face names, in their shapes.
 
-    A Megatron parameter is put together when one of its tensors is read, and kept until one of another, or of another
-    kind, is: read in the order of `names`. Use it in a `with` statement, as HFFolder. Raises ConfigError where the
-    checkpoint's parameters are not those of its model.
+    A Megatron parameter is assembled when one of its tensors is read, and kept until a tensor of another parameter or
+    kind is read; so read in the order of `names`. Use it in a `with` statement, like HFFolder. Raises ConfigError if
+    the checkpoint's parameters are not those of its model.
     """
 
     def __init__(self, checkpoint: MegatronFolder, hf_config, kind: str | None = None):
-        """`kind`: None stands for the weights, the float32 ones where there are such."""
+        """`kind`: None stands for the weights, in float32 if the checkpoint has them."""
         self.folder, self.checkpoint, self.hf_config = checkpoint.folder, checkpoint, hf_config
         self.kind = kind or checkpoint.kinds[0]
         _check_parameters(checkpoint, hf_config)
@@ -64,16 +64,16 @@ class CheckpointTensors:
         return self.checkpoint.kind_dtype(self.kind)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
-        """The part of tensor `name` that `index` selects; all of it for ()."""
+        """Return the part of tensor `name` that `index` selects; all of it for ()."""
         key = self.kind, name
         if key not in self._held:
-            self._held.clear()  # before its successors are made, so that both never exist together
+            self._held.clear()  # before the next ones are made, so that both are never in memory together
             made = self._assemble(self._parameter_of[name])
             self._held |= {(self.kind, each): tensor for each, tensor in made.items()}
         return self._held[key][index] if index else self._held[key]
 
     def of_kind(self, kind: str) -> CheckpointTensors:
-        """Another kind of the same checkpoint's state."""
+        """Return another kind of the same checkpoint's state."""
         other = CheckpointTensors(self.checkpoint, self.hf_config, kind)
         other._held = self._held
         return other
@@ -93,16 +93,16 @@ class CheckpointTensors:
 
 
 def open_tensors(folder: Path | str, hf_config) -> HFFolder | CheckpointTensors:
-    """The weights in a Hugging Face folder or a checkpoint."""
+    """Open the weights in a Hugging Face folder or a checkpoint."""
     if is_checkpoint(folder):
         return CheckpointTensors(MegatronFolder(folder), hf_config)
     return HFFolder(folder)
 
 
 def check_contents(tensors: Tensors, hf_config, key: str = "") -> None:
-    """Raise ConfigError unless there is every tensor of the model of `hf_config`, in its shape, and no other.
+    """Raise ConfigError unless `tensors` are exactly those of the model of `hf_config`, in its shapes.
 
-    `key` begins the message: the key of the configuration that names the folder.
+    `key` begins the message: the configuration key that names the folder.
     """
     expected = hf_map.hf_model_shapes(hf_config)
     missing = expected.keys() - tensors.names()
@@ -130,7 +130,7 @@ def _check_parameters(checkpoint: MegatronFolder, hf_config) -> None:
 
 
 def _check_replicas(parameter: str, shards: list[torch.Tensor], folder: Path) -> None:
-    """A parameter that is not cut is in every rank's file: taking one of unlike ones would hide a fault of the run."""
+    """Raise ConfigError if the replicas of a parameter that is not cut differ: the run that wrote them had a fault."""
     for rank, shard in enumerate(shards):
         if not torch.equal(shard.view(torch.uint8), shards[0].view(torch.uint8)):
             raise ConfigError(

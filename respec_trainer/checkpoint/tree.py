@@ -1,7 +1,7 @@
 """State as a tree: dicts, lists and tuples of tensors, numbers, strings, booleans and None, in one safetensors file.
 
-Tensors are tensors of the file, the rest is JSON in its metadata, so that reading a checkpoint never runs code out of
-it. What comes back has the same types, keys that are numbers included, and the same bits.
+Tensors are tensors of the file, the rest is JSON in its metadata; so reading a checkpoint never runs code from it. A
+tree that is read has the same types, also of keys that are numbers, and the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCALARS = (str, bool, int, float, type(None))
 
 
 def copy_tree(tree: Any, immutable: Sequence[str] = (), path: str = "") -> Any:
-    """The tree with copies of its tensors in host memory, which later steps do not change.
+    """Return the tree with copies of its tensors in host memory, which later steps do not change.
 
     Args:
         immutable: paths such as "learner/buffer" below which tensors on the CPU never change: they are not copied.
@@ -41,14 +41,14 @@ def copy_tree(tree: Any, immutable: Sequence[str] = (), path: str = "") -> Any:
 
 
 def save_tree(path: Path, tree: Any) -> Facts:
-    """Write a tree of CPU tensors. Raises TypeError naming the path of a value that has no place in one."""
+    """Write a tree of CPU tensors. Raises TypeError, with its path, for a value of another type."""
     tensors: dict[str, torch.Tensor] = {}
     plain = _plain(tree, "", tensors)
     return write_tensors(path, tensors, {"tree": json.dumps(plain)})
 
 
 def load_tree(path: Path) -> Any:
-    """The tree in `path`, tensors on the CPU. Raises ConfigError for a file that holds none."""
+    """Read the tree in `path`, with tensors on the CPU. Raises ConfigError for a file that holds none."""
     file = open_safetensors(path)
     metadata = file.metadata() or {}
     if "tree" not in metadata:
@@ -57,11 +57,11 @@ def load_tree(path: Path) -> Any:
 
 
 def _plain(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """What JSON can say of `value`; its tensors go into `tensors`. Whatever is not a scalar becomes {kind: content}."""
+    """Return `value` as JSON data, and add its tensors to `tensors`. All but scalars become {kind: content}."""
     if isinstance(value, torch.Tensor):
         if not can_hold(value.dtype):
             raise TypeError(f"{path}: a tensor of {value.dtype} has no place in a checkpoint")
-        name = f"{len(tensors)}:{path}"  # paths alone need not differ: keys may hold slashes, or be 0 and "0"
+        name = f"{len(tensors)}:{path}"  # paths alone may be equal: keys may contain slashes, or be 0 and "0"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):

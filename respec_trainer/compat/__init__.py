@@ -1,4 +1,4 @@
-"""What other libraries lack where this package needs it: one named place a shim, each with its reason and version."""
+"""Shims for other libraries: one module for each library, with the reason and the version it was written for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 def prepare(device: Literal["auto", "cpu", "cuda"]) -> str:
     """Apply the shims that must come before transformers and DeepSpeed are imported; returns "cpu" or "cuda".
 
-    Raises UnsupportedVersionError where a library is not of the version its shim was written for.
+    Raises UnsupportedVersionError if a library has another version than its shim was written for.
     """
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 
@@ -21,7 +21,7 @@ def prepare(device: Literal["auto", "cpu", "cuda"]) -> str:
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> str:
-    """What `run.device` means on this machine, "cpu" or "cuda"."""
+    """Return the device that `run.device` selects on this machine, "cpu" or "cuda"."""
     import torch
 
     return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

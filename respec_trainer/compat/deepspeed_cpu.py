@@ -1,6 +1,6 @@
-"""DeepSpeed 0.19.8 without a GPU, and without its chatter.
+"""DeepSpeed 0.19.8 without a GPU, and without needless messages.
 
-- It guesses its accelerator while it is imported and warns about the guess; DS_ACCELERATOR settles it beforehand.
+- It guesses its accelerator while it is imported and warns about the guess; DS_ACCELERATOR selects it in advance.
 - Making its process group compiles a shared-memory all-reduce, 40 seconds of g++, that only its inference engine uses.
 - Its bf16 optimizer prints memory use to stdout, whatever the log level.
 """
@@ -19,14 +19,14 @@ from respec_trainer.errors import RespecError
 
 
 def settle_accelerator() -> None:
-    """Tell a DeepSpeed that is not imported yet which accelerator there is, unless the environment does."""
+    """Set the accelerator for DeepSpeed before it is imported, unless the environment sets it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def prepare_deepspeed(device_type: str) -> None:
-    """Check DeepSpeed's accelerator ("cpu" or "cuda"), skip what it need not compile, and keep its log to errors.
+    """Check DeepSpeed's accelerator ("cpu" or "cuda"), skip needless compilation, and limit its log to errors.
 
-    Idempotent. Raises RespecError where DeepSpeed runs on the other kind of device.
+    Idempotent. Raises RespecError if DeepSpeed was imported for the other kind of device.
     """
     require_version("deepspeed", "0.19.8", "respec_trainer.compat.deepspeed_cpu")
     if "deepspeed" not in sys.modules:
@@ -42,7 +42,7 @@ def prepare_deepspeed(device_type: str) -> None:
         )
     import_module("deepspeed.runtime.bf16_optimizer").see_memory_usage = _do_nothing
     if device_type == "cpu":
-        # By its full name: in deepspeed.comm, `torch` is the library.
+        # By its full name, because in deepspeed.comm `torch` is the library.
         import_module("deepspeed.comm.torch").build_shm_op = _do_nothing
 
 

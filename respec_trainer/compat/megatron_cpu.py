@@ -1,9 +1,9 @@
 """Megatron-core 0.16.1 without a GPU, and inside DeepSpeed.
 
 - Its rotary embedding, its buffer pool and its sequence-parallel mappings place tensors on
-  `torch.cuda.current_device()`, which raises where torch has no CUDA. A `torch.device` is as good an answer.
-- Activation recompute saves and restores CUDA's random state: nothing to do without one.
-- Its parallel linears put `_extra_state: None` into state dicts, which DeepSpeed's checkpoint tools take for tensors.
+  `torch.cuda.current_device()`, which raises if torch has no CUDA. A `torch.device` works as well.
+- Activation recompute saves and restores CUDA's random state, which does not exist without a GPU.
+- Its parallel linears put `_extra_state: None` into state dicts, which DeepSpeed's checkpoint tools treat as tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from respec_trainer.compat.versions import require_version
 
 
 def prepare_megatron(device_type: str) -> None:
-    """Apply the shims to this process, whose models live on `device_type`, "cpu" or "cuda". Idempotent.
+    """Apply the shims to this process, whose models are on `device_type`, "cpu" or "cuda". Idempotent.
 
     The first two only apply to "cpu".
     """

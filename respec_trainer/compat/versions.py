@@ -1,4 +1,4 @@
-"""Shims reach into other libraries, so each names the one version it was written for and refuses any other."""
+"""Version checks for shims: they change internals of libraries, so each accepts only the version it was written for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def require_version(distribution: str, wanted: str, why: str) -> None:
     """Raise UnsupportedVersionError unless `distribution` is installed at `wanted`; "+cpu" and the like do not count.
 
     Args:
-        distribution: the name pip knows, such as "megatron-core".
+        distribution: its name for pip, such as "megatron-core".
         wanted: the exact public version, such as "0.16.1".
-        why: what depends on it, to complete "... is needed by".
+        why: the part that depends on it, to complete "... is needed by".
     """
     try:
         found = version(distribution)

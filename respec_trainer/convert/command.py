@@ -1,4 +1,4 @@
-"""The command that converts, compares and describes models: what tools/convert_checkpoint.py and respec-convert run."""
+"""The command respec-convert (and tools/convert_checkpoint.py): converts, compares and describes models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from respec_trainer.errors import ConfigError, RespecError
 
-DESCRIPTION = """Convert models between Hugging Face folders and checkpoints, compare them, and see what is in them.
+DESCRIPTION = """Convert models between Hugging Face folders and checkpoints, compare them, and describe them.
 
     respec-convert to-megatron --hf Qwen2.5-3B --out converted --tp 2
     respec-convert to-hf --checkpoint runs/NAME/checkpoints/step_40 --out my_model --dtype bf16
@@ -19,8 +19,8 @@ DESCRIPTION = """Convert models between Hugging Face folders and checkpoints, co
     respec-convert verify my_model runs/NAME/checkpoints/step_40 --tolerance 0.01
     respec-convert inspect runs/NAME/checkpoints/step_40
 
-Tensors are read and written one by one. What is written is complete or absent, and replaces nothing. Status 0: done, or
-equal; 1: not equal; 2: an error, and nothing was written.
+Tensors are read and written one by one. The output is complete or absent, and never replaces files. Exit status 0:
+done, or equal; 1: not equal; 2: an error, and nothing was written.
 """
 DTYPE_HELP = "bf16 or fp32"
 
@@ -49,11 +49,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--hf", type=Path, required=True, help="the Hugging Face folder")
     one.add_argument("--out", type=Path, required=True, help="the checkpoint to make")
     one.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (default 1)")
-    one.add_argument("--dtype", help=f"{DTYPE_HELP} (default: as they are)")
+    one.add_argument("--dtype", help=f"{DTYPE_HELP} (default: the weights' own)")
     one = command("to-hf", to_hf, "a checkpoint as a Hugging Face folder")
     _from_checkpoint(one, "the Hugging Face folder to make")
     one.add_argument("--dtype", help=f"{DTYPE_HELP} (default: the model's)")
-    one.add_argument("--shard-gb", type=float, default=4.0, help="size of a file at most (default 4)")
+    one.add_argument("--shard-gb", type=float, default=4.0, help="largest size of a file (default 4)")
     one = command("reshard", reshard, "a checkpoint for another number of tensor-parallel ranks")
     one.add_argument("--checkpoint", type=Path, required=True)
     one.add_argument("--tp", type=int, required=True, help="tensor-parallel ranks")
@@ -61,12 +61,14 @@ def parser() -> argparse.ArgumentParser:
     one = command("drafter", drafter, "a checkpoint's drafter as a folder that SGLang loads")
     _from_checkpoint(one, "the drafter's folder to make")
     one.add_argument("--dtype", default="bf16", help=f"{DTYPE_HELP} (default bf16)")
-    one = command("verify", verify, "whether two folders, of either kind, hold the same model")
+    one = command("verify", verify, "check that two folders, of either kind, hold the same model")
     one.add_argument("first", type=Path)
     one.add_argument("second", type=Path)
     one.add_argument("--tolerance", type=float, default=0.0, help="largest difference allowed (default 0: every bit)")
-    one.add_argument("--tokens", type=int, default=16, help="also compare logits, of 2 rows of so many; 0: do not")
-    one = command("inspect", inspect, "what a folder holds")
+    one.add_argument(
+        "--tokens", type=int, default=16, help="compare logits of 2 rows of so many tokens (default 16; 0: do not)"
+    )
+    one = command("inspect", inspect, "describe the content of a folder")
     one.add_argument("folder", type=Path)
     one.add_argument("--checksums", action="store_true", help="also read every file of a checkpoint and check it")
     return whole
@@ -105,7 +107,7 @@ def reshard(args: argparse.Namespace) -> int:
     from respec_trainer.convert.convert import reshard as convert
 
     checkpoint, hf_config = open_checkpoint(args.checkpoint, args.tp)
-    # Not step_N: what a run finds among its checkpoints under such a name, it takes for its own.
+    # Not step_N: a run treats every folder of such a name among its checkpoints as its own.
     out = args.out or args.checkpoint.with_name(f"tp{args.tp}_{args.checkpoint.resolve().name}")
     with Bar() as bar:
         convert(checkpoint, hf_config, out, args.tp, bar)
@@ -175,21 +177,21 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def open_checkpoint(folder: Path, tp: int = 1):
-    """The checkpoint in `folder` and its Hugging Face config, of a model that `tp` ranks can share."""
+    """Open the checkpoint in `folder`. Return it and its Hugging Face config; checks that `tp` ranks can divide it."""
     from respec_trainer.checkpoint.megatron_folder import MegatronFolder
 
     return MegatronFolder(folder), read_config(folder / "hf", tp)
 
 
 def config_of(folder: Path):
-    """The Hugging Face config of a checkpoint or a Hugging Face folder."""
+    """Return the Hugging Face config of a checkpoint or a Hugging Face folder."""
     from respec_trainer.checkpoint.meta import is_checkpoint
 
     return read_config(folder / "hf" if is_checkpoint(folder) else folder)
 
 
 def read_config(folder: Path, tp: int = 1):
-    """The Hugging Face config in `folder`. Raises ConfigError unless `tp` ranks can share the model, which is known."""
+    """Return the Hugging Face config in `folder`. Raises ConfigError for a model or `tp` that is not supported."""
     from respec_trainer.actor.check import check_model
     from respec_trainer.actor.loading import load_hf_config
     from respec_trainer.models.registry import family_named
@@ -221,7 +223,7 @@ def _is_drafter(folder: Path) -> bool:
 
 
 def parse_dtype(name: str):
-    """The torch.dtype of a name as in the trainer's configuration. Raises ConfigError for any other."""
+    """Return the torch.dtype of a name in the trainer's configuration. Raises ConfigError for any other name."""
     from respec_trainer.dtypes import DTYPES
 
     if name not in DTYPES:

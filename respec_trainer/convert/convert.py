@@ -1,8 +1,8 @@
 """Convert between Hugging Face folders and checkpoints, one tensor in memory at a time.
 
-What is read is seen as Hugging Face tensors, from wherever; so there are two conversions, not one a pair of formats:
-`write_hf`, which writes them as they are, and `write_shards`, which cuts them over tensor-parallel ranks. Another
-tensor-parallel size is the second, of every kind of state a checkpoint has: moments lie as their weights do.
+Every source is read as Hugging Face tensors, so there are only two conversions: `write_hf` writes the tensors as they
+are, and `write_shards` cuts them over tensor-parallel ranks. A change of the tensor-parallel size uses the second for
+each kind of state in a checkpoint, because moments have the layout of their weights.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def to_megatron(source: Path, hf_config, out: Path, tp: int, dtype: torch.dtype 
     """Write a Hugging Face folder's weights as a checkpoint of `tp` shards, without an optimizer, at step 0.
 
     Args:
-        dtype: None keeps the weights' own.
+        dtype: None keeps the weights' own dtype.
 
-    Raises ConfigError, before anything is written, for files that are damaged or not those of `hf_config`'s model.
+    Raises ConfigError, before anything is written, for damaged files or files of another model than `hf_config`.
     """
     with HFFolder(source) as files:
         files.check_index()
@@ -61,7 +61,7 @@ def to_megatron(source: Path, hf_config, out: Path, tp: int, dtype: torch.dtype 
 
 
 def reshard(checkpoint: MegatronFolder, hf_config, out: Path, tp: int, progress: Progress) -> None:
-    """Write a checkpoint anew for `tp` tensor-parallel ranks, weights and moments; the rest is carried over."""
+    """Write a checkpoint for `tp` tensor-parallel ranks: convert weights and moments, and copy the rest."""
     kinds = {kind: checkpoint.kind_dtype(kind) for kind in checkpoint.kinds}
     check_place(out, _shards_size(kinds, hf_config, tp))
     weights = CheckpointTensors(checkpoint, hf_config)
@@ -75,9 +75,9 @@ def reshard(checkpoint: MegatronFolder, hf_config, out: Path, tp: int, progress:
 
 @contextmanager
 def checked(checkpoint: MegatronFolder) -> Iterator[None]:
-    """Check the digest of every file while the statement reads them: to read them twice would take twice as long.
+    """Check the digest of every file while the `with` statement reads them, which is faster than one after the other.
 
-    Raises ConfigError in place of whatever the statement stumbled on, since a damaged file is the likely cause.
+    Raises ConfigError instead of any error inside the statement if a file is damaged, as this is the likely cause.
     """
     with ThreadPoolExecutor(1) as thread:
         check = thread.submit(checkpoint.check_digests, Silent())
@@ -88,9 +88,9 @@ def checked(checkpoint: MegatronFolder) -> Iterator[None]:
 
 
 def _spread_ranks(folder: Path, before: int, after: int) -> None:
-    """Give each of `after` ranks the state of rank (number mod `before`), as resuming with other ranks does."""
+    """Give each of `after` ranks the state of rank (number mod `before`), like a run that resumes with other ranks."""
     if not folder.is_dir():
-        return  # a converted folder: nothing was trained
+        return  # a converted folder, without the state of a run
     for rank in range(before, after):
         shutil.copyfile(folder / f"rank{rank % before}.safetensors", folder / f"rank{rank}.safetensors")
     for rank in range(after, before):
@@ -102,7 +102,7 @@ def checkpoint_to_hf(
 ) -> None:
     """Write a checkpoint's weights as a Hugging Face folder, in `dtype`, in files of at most `limit` bytes.
 
-    Raises ConfigError where a file is not the one that was saved; then `out` is absent, as it was.
+    Raises ConfigError if a file was changed since it was saved; then `out` does not exist.
     """
     source = CheckpointTensors(checkpoint, hf_config)
     check_place(out, sum(Spec(dtype, source.shape(name)).nbytes for name in source.names()))
@@ -156,9 +156,9 @@ def write_shards(
     tp: int,
     progress: Progress,
 ) -> dict[str, Facts]:
-    """Write actor/tp*_dp0.safetensors: of every kind in `sources`, every parameter's shards, cast to the kind's dtype.
+    """Write actor/tp*_dp0.safetensors: the shards of every parameter, for each kind in `sources`, in the kind's dtype.
 
-    Returns size and digest of each file, by its name in `folder`.
+    Returns the size and digest of each file, by its name in `folder`.
     """
     shapes = megatron_shapes(hf_config, tp)
     specs = {
@@ -168,7 +168,7 @@ def write_shards(
     }
     progress.begin("Megatron", _shards_size(dtypes, hf_config, tp))
     (folder / ACTOR).mkdir()
-    names = [file_name(rank, 0) for rank in range(tp)]  # whole shards: nothing is cut over data-parallel ranks
+    names = [file_name(rank, 0) for rank in range(tp)]  # whole shards: not divided over data-parallel ranks
     with ExitStack() as files:
         writers = [files.enter_context(SafetensorsWriter(folder / name, specs)) for name in names]
         for kind, source in sources.items():
@@ -181,7 +181,7 @@ def write_shards(
 
 
 def write_meta(folder: Path, meta: dict[str, Any], hf_config, written: Mapping[str, Facts]) -> None:
-    """Write meta.json, last of all files: with the digests of those just written, and of all others in `folder`."""
+    """Write meta.json, the last of all files. `written` holds known sizes and digests; other files are read."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: written.get(name) or facts_of(folder / name) for name in names}
     parameters = {name: list(shape) for name, shape in megatron_shapes(hf_config, meta["tp"]).items()}
@@ -191,13 +191,13 @@ def write_meta(folder: Path, meta: dict[str, Any], hf_config, written: Mapping[s
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], total: int) -> None:
-    """Write what tells transformers and SGLang which file holds which tensor."""
+    """Write the index from which transformers and SGLang learn which file holds which tensor."""
     index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def set_dtype(path: Path, dtype: torch.dtype, key: str = "dtype") -> None:
-    """Have a config.json name `dtype`, under the key of transformers 5 or, for SGLang's drafters, its old one."""
+    """Set the dtype in a config.json. `key` is that of transformers 5; SGLang's drafters need its old "torch_dtype"."""
     config = json.loads(path.read_text())
     for known in ("torch_dtype", "dtype"):
         config.pop(known, None)
@@ -211,7 +211,7 @@ def _shards_size(dtypes: Mapping[str, torch.dtype], hf_config, tp: int) -> int:
 
 
 def _but_actor(root: Path):
-    """For copytree: everything of a checkpoint but the actor's shards and meta.json, which are written anew."""
+    """Return a filter for copytree that leaves out the actor's shards and meta.json, which are written again."""
     return lambda folder, names: {"actor", META} & set(names) if Path(folder) == root else set()
 
 
@@ -226,7 +226,7 @@ def _one_dtype(files: HFFolder) -> torch.dtype:
 
 
 def _check_tied(files: HFFolder, hf_config) -> None:
-    """A head beside tied embeddings is left out, as transformers does; one of other weights would be lost by that."""
+    """Raise ConfigError for a head that differs from tied embeddings: it is not converted, so it would be lost."""
     names = family_of(hf_config).names
     head, embedding = names.head_weight, names.embedding_weight
     if not hf_config.tie_word_embeddings or head not in files.names():

@@ -1,4 +1,4 @@
-"""What a folder holds: a checkpoint, a Hugging Face model or a drafter, in a table."""
+"""Describes the content of a folder: a checkpoint, a Hugging Face model or a drafter."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from respec_trainer.checkpoint.meta import is_checkpoint
 from respec_trainer.dtypes import long_name
 from respec_trainer.weights.hf_folder import HFFolder
 
-Facts = dict[str, str]  # what it is: what it is like
+Facts = dict[str, str]  # name of a property -> its value
 
 
 def describe(folder: Path) -> Facts:
-    """The facts of a folder, from headers and JSON only. Raises ConfigError where it holds none of the three."""
+    """Return the facts about a folder, from headers and JSON only. Raises ConfigError if it holds none of the three."""
     return _checkpoint(MegatronFolder(folder)) if is_checkpoint(folder) else _hf_folder(folder)
 
 

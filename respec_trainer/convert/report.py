@@ -1,4 +1,4 @@
-"""What the converter's verify and inspect print."""
+"""The output of the converter's verify and inspect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from respec_trainer.convert.verify import Comparison, Difference, largest_difference
 
-SHOWN = 20  # differences listed at most
+SHOWN = 20  # most differences listed
 
 
 def facts_table(facts: dict[str, str]) -> Table:
@@ -21,7 +21,7 @@ def facts_table(facts: dict[str, str]) -> Table:
 
 
 def comparison_report(comparison: Comparison, tolerance: float) -> Group:
-    """The largest differences first, and before them those that are not of values."""
+    """Return a summary and a table of differences: first those of names, shapes or NaN, then the largest values."""
     summary = f"{comparison.equal} of {comparison.common} tensors that both have are equal bit for bit"
     if not comparison.differences:
         return Group(summary)
@@ -39,10 +39,10 @@ def _seriousness(difference: Difference) -> float:
 
 
 def logits_line(first: torch.Tensor, second: torch.Tensor, tolerance: float) -> tuple[str, bool]:
-    """What to say of two models' logits [B, S, V], and whether they are as close as weights were asked to be.
+    """Return a line about the logits [B, S, V] of two models, and whether they agree.
 
-    With a tolerance for weights, logits only have to be finite and are for the reader to judge: how far they may
-    differ depends on the model.
+    With tolerance 0, logits must be equal. Otherwise they only must be finite and the reader judges the difference,
+    because how far logits may differ depends on the model.
     """
     if first.shape != second.shape:
         return f"logits of shape {list(first.shape)} and {list(second.shape)}", False

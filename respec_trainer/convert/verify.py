@@ -1,4 +1,4 @@
-"""Whether two models hold the same weights: name by name, and in what they say of a few tokens."""
+"""Compares two models: their weights, name by name, and their logits for a few tokens."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ CHUNK = 1 << 24  # entries compared at one time, in float32
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs in one tensor. `largest` is of its values, in float32; None where they cannot be compared."""
+    """A difference in one tensor."""
 
     name: str
-    what: str
-    largest: float | None
+    what: str  # "values", or text about dtype, shape or a missing tensor
+    largest: float | None  # largest difference of values, in float32; None if they cannot be compared
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models' tensors: how many both have, how many of them are equal bit for bit, and every difference."""
+    """The result of comparing two models."""
 
-    common: int
-    equal: int
+    common: int  # tensors that both have
+    equal: int  # tensors that are equal bit for bit
     differences: list[Difference]
 
     def within(self, tolerance: float) -> bool:
-        """Whether names and shapes agree, and values do to `tolerance`; at 0 also dtypes and every bit."""
+        """Return whether names and shapes agree, and values within `tolerance`; at 0 also dtypes and every bit."""
         if tolerance == 0:
             return not self.differences
         return all(d.largest is not None and d.largest <= tolerance for d in self.differences)
@@ -46,7 +46,7 @@ class Comparison:
 
 
 def compare_folders(first: Tensors, second: Tensors, progress: Progress, tied: bool = False) -> Comparison:
-    """Compare two models' weights and, of two checkpoints that have them, AdamW's moments; `tied` as for `compare`."""
+    """Compare two models' weights and, for two checkpoints that have them, AdamW's moments. `tied`: see `compare`."""
     result = compare(first, second, progress, tied)
     if isinstance(first, CheckpointTensors) and isinstance(second, CheckpointTensors):
         for kind in first.checkpoint.kinds[1:]:
@@ -56,11 +56,11 @@ def compare_folders(first: Tensors, second: Tensors, progress: Progress, tied: b
 
 
 def compare(first: Tensors, second: Tensors, progress: Progress, tied: bool = False, prefix: str = "") -> Comparison:
-    """Compare every tensor; RoPE's frequencies, which the config says, may be in one only.
+    """Compare every tensor. RoPE's frequencies, which follow from the config, may be in only one model.
 
     Args:
-        tied: so may the output layer's weights, for both models take the embedding's.
-        prefix: begins the names of differences.
+        tied: both models tie the output layer to the embedding, so its weights may be in only one model too.
+        prefix: the beginning of the names of differences.
     """
     names = _names(first, second, IGNORED if tied else IGNORED[:1])
     common = [name for name in names if name in first.names() and name in second.names()]
@@ -76,7 +76,7 @@ def compare(first: Tensors, second: Tensors, progress: Progress, tied: bool = Fa
 
 
 def compare_tensor(name: str, first: Tensors, second: Tensors) -> Difference | None:
-    """None, where shape, dtype and every bit are equal."""
+    """Return the difference of two tensors; None if shape, dtype and every bit are equal."""
     if first.shape(name) != second.shape(name):
         return Difference(name, f"shape: {list(first.shape(name))} and {list(second.shape(name))}", None)
     dtypes = [long_name(tensors.dtype(name)) for tensors in (first, second)]
@@ -89,7 +89,7 @@ def compare_tensor(name: str, first: Tensors, second: Tensors) -> Difference | N
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest |a - b| of two tensors [N], in float32; NaN where one holds it."""
+    """Return the largest |a - b| of two tensors [N], in float32; NaN if one contains NaN."""
     largest = 0.0
     for start in range(0, len(a), CHUNK):
         part = (a[start : start + CHUNK].float() - b[start : start + CHUNK].float()).abs().max().item()
@@ -98,7 +98,7 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _names(first: Tensors, second: Tensors, ignored: tuple[str, ...]) -> list[str]:
-    """All names but those that only one has and that may be ignored, in the order that suits a checkpoint."""
+    """Return all names, in the order of a checkpoint, without names in only one model that may be ignored."""
     ordered = next((t.names() for t in (first, second) if isinstance(t, CheckpointTensors)), ())
     everything = dict.fromkeys(ordered) | dict.fromkeys(sorted(first.names() | second.names()))
     in_both = first.names() & second.names()
@@ -106,7 +106,7 @@ def _names(first: Tensors, second: Tensors, ignored: tuple[str, ...]) -> list[st
 
 
 class WeightsInFloat32(Mapping):
-    """A model's tensors as accelerate asks for them, one at a time: read when asked for, in float32."""
+    """A mapping of a model's tensors for accelerate, which reads each tensor when it is requested, in float32."""
 
     def __init__(self, tensors: Tensors, hf_config):
         names = family_of(hf_config).names
@@ -125,7 +125,7 @@ class WeightsInFloat32(Mapping):
 
 @torch.no_grad()
 def logits_of(tensors: Tensors, hf_config, tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' logits [B, S, V] of tokens [B, S], in float32 on the CPU, with one module's weights in memory."""
+    """Return transformers' logits [B, S, V] of tokens [B, S], in float32 on the CPU, with one module in memory."""
     from accelerate import cpu_offload, init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -137,6 +137,6 @@ def logits_of(tensors: Tensors, hf_config, tokens: torch.Tensor) -> torch.Tensor
 
 
 def sample_tokens(hf_config, length: int, rows: int = 2) -> torch.Tensor:
-    """Tokens [rows, length], of the whole vocabulary, always the same."""
+    """Return random tokens [rows, length] from the whole vocabulary, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, hf_config.vocab_size, (rows, length), generator=generator)

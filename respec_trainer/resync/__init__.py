@@ -1,4 +1,4 @@
-"""Weights from the trainer to the rollout engines: stream out of the shards, carry over, account for every tensor."""
+"""Weight transfer from the trainer to the rollout engines: gather the shards, send them, verify every tensor."""
 
 from respec_trainer.resync.resync import Resync, ResyncReport
 

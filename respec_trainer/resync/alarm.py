@@ -1,4 +1,4 @@
-"""The alarm of an accept length that falls right after a push."""
+"""The alarm for an accept length that falls right after a push."""
 
 from __future__ import annotations
 
@@ -6,37 +6,40 @@ from collections.abc import Sequence
 
 
 class AcceptAlarm:
-    """Compares each step's acceptance with the one before the last push.
+    """Compares each step's acceptance with that before the last push.
 
-    By depth, as accept length also falls where fewer steps are drafted: compared is what chains would come to, in
-    tokens a verify pass, that draft as deep as both steps did.
+    Accept length also falls when fewer draft steps are used. So the comparison uses acceptance by depth: the expected
+    tokens in one verify pass of chains of the depth that both steps have.
     """
 
     def __init__(self, share: float, verified: bool):
         """
         Args:
-            share: the part of the drafts accepted a pass (accept length - 1) whose loss raises the alarm.
-            verified: whether every push is proved by digests.
+            share: the alarm is raised if accepted drafts in one pass (accept length - 1) fall by this share.
+            verified: whether digests verify every push.
         """
         self.share, self.verified = share, verified
         self.before: tuple[list[float], str] | None = None  # acceptance by depth, drafter's version
 
     def check(self, acceptance: Sequence[float], drafter: str) -> str | None:
-        """What to tell the user, if drafts accepted a pass fell by more than the share; None if all is well.
+        """Return a message for the user if accepted drafts in one pass fell by more than the share, or None.
 
-        acceptance[d]: the share of drafts kept at depth d + 1, given that those before it were; empty for a step
-        without drafts, which says nothing.
+        Args:
+            acceptance: entry d is the share of drafts accepted at depth d + 1, given that all earlier ones were; empty
+                for a step without drafts, which is ignored.
+            drafter: the drafter's version.
         """
         if not acceptance:
             return None
         before, self.before = self.before, (list(acceptance), drafter)
         if before is None:
             return None
-        then, now = (_drafts_kept(of[: min(len(acceptance), len(before[0]))]) for of in (before[0], acceptance))
+        depth = min(len(acceptance), len(before[0]))
+        then, now = _drafts_accepted(before[0][:depth]), _drafts_accepted(acceptance[:depth])
         if then <= 0 or now >= (1 - self.share) * then:
             return None
         return (
-            f"accept length fell from {1 + then:.2f} to {1 + now:.2f} with the last push, drafts accepted by "
+            f"accept length fell from {1 + then:.2f} to {1 + now:.2f} with the last push, accepted drafts by "
             f"more than {self.share:.0%} (resync.accept_alarm): {self._cause(before[1], drafter)}"
         )
 
@@ -57,10 +60,10 @@ class AcceptAlarm:
         )
 
 
-def _drafts_kept(acceptance: Sequence[float]) -> float:
-    """Drafts that a chain of this depth keeps a pass."""
-    kept = survival = 0.0
+def _drafts_accepted(acceptance: Sequence[float]) -> float:
+    """Return the expected number of accepted drafts in one pass of a chain: sum over d of prod over i <= d of a_i."""
+    expected = survival = 0.0
     for depth, share in enumerate(acceptance):
         survival = share if depth == 0 else survival * share
-        kept += survival
-    return kept
+        expected += survival
+    return expected

@@ -1,4 +1,4 @@
-"""Weights by broadcast, over gloo or NCCL: trainer rank 0 and every rank of every engine form one process group."""
+"""Weight transfer by broadcast over gloo or NCCL, in one process group of trainer rank 0 and all engine ranks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from respec_trainer.rollout.engine import Role, RolloutEngine, TensorSpec
 
 
 class BroadcastTransport(Transport):
-    """Rank 0 broadcasts to all engines in one group, made over an explicit store.
+    """Rank 0 broadcasts to all engines in one group, made with an explicit store.
 
-    The store is explicit because torch's own rendezvous makes every rank a client under some launchers, and hangs.
+    The store is explicit because under some launchers torch's own rendezvous makes every rank a client, and hangs.
     """
 
     takes_views = True
@@ -42,24 +42,24 @@ class BroadcastTransport(Transport):
         if self.engine is not None:
             self.engine.leave_group(self.name)
         if self.group is not None:
-            # Its engines are gone or have left, so nothing in it waits. With it goes the store, and the store's port.
+            # Its engines are gone or have left, so no process waits in it. This also frees the store and its port.
             dist.destroy_process_group(self.group)
             self.group = None
 
     def connect(self) -> None:
         self.generation += 1
-        place, store = None, None
+        endpoint, store = None, None
         world = 1 + len(self.engine_ranks) * self.engine_tp
         timeout = timedelta(seconds=self.settings.timeout)
         if self.rank == 0:
             address = _own_address()
             store = dist.TCPStore(address, self.settings.port or 0, world, True, timeout, wait_for_workers=False)
-            place = address, store.port
-        place = broadcast(place, group=self.control)
+            endpoint = address, store.port
+        endpoint = broadcast(endpoint, group=self.control)
         joined: Sequence[Future] = []
         if self.engine is not None:
             offset = 1 + self.engine_ranks.index(self.rank) * self.engine_tp
-            joined = [self.engine.join_group(self.name, *place, world, offset, self.backend)]
+            joined = [self.engine.join_group(self.name, *endpoint, world, offset, self.backend)]
         if self.rank == 0:
             try:
                 self.group = _make_group(self.name, store, world, self.backend, timeout)
@@ -81,7 +81,7 @@ class BroadcastTransport(Transport):
 
 
 def _make_group(name: str, store: dist.Store, world: int, backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    # The engines make their side of the group with this same function, so both sides agree on the store's key prefixes.
+    # The engines use the same function for their side of the group, so both use the same key prefixes in the store.
     from sglang.srt.utils import init_custom_process_group
 
     return init_custom_process_group(
@@ -95,5 +95,5 @@ def _make_group(name: str, store: dist.Store, world: int, backend: str, timeout:
 
 
 def _own_address() -> str:
-    """Where engines on other hosts reach this one: the address the launcher gave rank 0."""
+    """Return the address at which engines on other hosts reach this host: the launcher's address of rank 0."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1")

@@ -1,4 +1,4 @@
-"""Refuse weights that are not finite before any of them is sent, so that engines keep the last good ones."""
+"""Checks that weights are finite before any of them is sent, so that engines keep the last good ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 
 def first_non_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first tensor with a NaN or an infinity; None where there is none."""
-    # Least and largest elements show both, at the speed of memory. One look at all of them: a GPU is asked once.
+    """Return the name of the first tensor with a NaN or an infinity; None if there is none."""
+    # The minimum and maximum show both, at the speed of memory. They are read together, with one GPU synchronization.
     named = [(name, tensor.detach()) for name, tensor in named if tensor.numel()]
     if not named:
         return None
@@ -19,11 +19,11 @@ def first_non_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 
 
 def local_weights(module: torch.nn.Module, zero3: bool) -> Iterable[tuple[str, torch.Tensor]]:
-    """What this rank holds of each parameter."""
+    """Yield this rank's part of each parameter."""
     for name, parameter in module.named_parameters():
         if not zero3:
             yield name, parameter
         elif parameter.ds_tensor.numel():
-            part = parameter.ds_tensor  # the last ranks' parts end in padding, which may be anything
+            part = parameter.ds_tensor  # the last ranks' parts end in padding with undefined values
             start = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
             yield name, part[: max(0, parameter.ds_numel - start)]

@@ -1,4 +1,4 @@
-"""Weights by memory handles: engine and owner share a device, so a bucket stays where it is."""
+"""Weight transfer by memory handles: engine and owner share a device, so a bucket is not copied."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from respec_trainer.rollout.engine import Role, RolloutEngine
 
 
 class IPCTransport(Transport):
-    """Each owner hands its engine handles to the tensors of a bucket. Without a GPU the memory is the host's."""
+    """Each owner sends its engine handles to the tensors of a bucket. Without a GPU the tensors are in host memory."""
 
-    takes_views = False  # the engine's last reader may close a handle after it has answered
+    takes_views = False  # the engine may close a handle after it has replied
 
     def __init__(self, engine: RolloutEngine | None, engine_ranks: list[int], timeout: float):
         self.engine, self.receivers, self.timeout = engine, list(engine_ranks), timeout
 
     def disconnect(self) -> None:
-        """Nothing to disconnect."""
+        """Do nothing: there is no connection."""
 
     def connect(self) -> None:
-        """Nothing to connect: handles travel with each bucket."""
+        """Do nothing: handles are sent with each bucket."""
 
     def start(self, bucket: NamedTensors, specs: Shapes, role: Role, doing: str) -> Sending:
         engine = self.engine

@@ -1,5 +1,5 @@
-"""Proof that an engine holds what was sent: digests of every tensor, made here of what was streamed, there of what lies
-in the engine's memory, and compared name by name."""
+"""Proof that an engine holds what was sent: digests of the streamed tensors are compared, name by name, with digests of
+the tensors in the engine's memory."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from dataclasses import dataclass, field
 from respec_trainer.errors import ProofError, ResyncError
 from respec_trainer.rollout.engine import Role
 
-# Weights of the engine's drafter that are never sent: the target's own, shared.
+# Weights of the engine's drafter that are never sent, because it shares them with the target.
 SHARED_WITH_TARGET = ("embed_tokens.weight", "lm_head.weight")
-NAMED = 5  # differences that an error spells out
+NAMED = 5  # most differences that an error lists
 
 
 @dataclass
 class Held:
-    """What the engines must hold of one model."""
+    """The weights of one model that the engines must hold."""
 
     version: str
-    digests: dict[str, str] = field(default_factory=dict)  # of every tensor, by the name it was sent with; or empty
+    digests: dict[str, str] = field(
+        default_factory=dict
+    )  # of every tensor, by the name it was sent with; or empty, if unknown
 
 
 def check(role: Role, sent: Held, held: Mapping[str, str], pushed: bool = True) -> None:
-    """Compare an engine's digests with those of what was sent.
+    """Compare an engine's digests with those of the tensors that were sent.
 
     Args:
-        pushed: whether this model was part of the push that is being proved; else it was sent by an earlier one.
+        pushed: whether this model was part of the push that is verified; if not, an earlier push sent it.
 
     Raises ProofError naming the role, its version and the tensors that differ or are missing.
     """
@@ -39,27 +41,27 @@ def check(role: Role, sent: Held, held: Mapping[str, str], pushed: bool = True) 
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         why = ""
         if not pushed:
-            why = "; they were right before and were not part of this push, so something else wrote them: tensors of "
+            why = "; they were right before and were not part of this push, so something else changed them: tensors of "
             why += f"the other model, or the engine's sleep (after which {sent.version} must be pushed again)"
         raise ProofError(f"the engine's {role} weights are not {sent.version}: {', '.join(wrong[:NAMED])}{more}{why}")
 
 
 def check_architecture(role: Role, ours: Mapping[str, tuple], engines: Mapping[str, tuple], versions: str) -> None:
-    """Compare names and shapes before anything is sent. Raises ResyncError naming the first tensor that is not alike.
+    """Compare names and shapes before anything is sent. Raises ResyncError naming the first tensor that differs.
 
-    `versions` says whose they are, on both sides.
+    `versions` names the versions of both sides, for the message.
     """
     for name in [*ours, *(name for name in engines if name not in ours)]:
-        here, there = ours.get(name), engines.get(name)
-        if here != there:
+        ours_shape, theirs = ours.get(name), engines.get(name)
+        if ours_shape != theirs:
             raise ResyncError(
-                f"the engine's {role} model is another one: {name} is {_shape(there)} in the engine and {_shape(here)} "
-                f"in the trainer ({versions}); start both from the same folder"
+                f"the engine's {role} model is another one: {name} is {_shape(theirs)} in the engine and "
+                f"{_shape(ours_shape)} in the trainer ({versions}); start both from the same folder"
             )
 
 
 def as_sent(name: str, role: Role) -> str:
-    """The name that a weight of the engine is sent with: drafters are stored without sglang's outer modules."""
+    """Return the name with which the engine's weight `name` is sent: a drafter's names lack sglang's outer modules."""
     if role == "target":
         return name
     return name.removeprefix("model.").replace("layers.0.", "midlayer.", 1)

@@ -1,4 +1,4 @@
-"""Resync: after an update, put the actor's and the drafter's weights into every engine, and prove it."""
+"""Resync: after an update, send the actor's and the drafter's weights to every engine, and verify them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from respec_trainer.rollout.engine import Role, RolloutEngine
 
 @dataclass(frozen=True)
 class ResyncReport:
-    """What the push of one model carried."""
+    """The facts about the push of one model."""
 
     role: Role
     version: str
@@ -38,13 +38,13 @@ class ResyncReport:
 
 
 class Resync:
-    """Pushes weights to the engines. Every rank calls every method: ranks without an engine join the gathers.
+    """Pushes weights to the engines. Every rank calls every method, because all ranks take part in the gathers.
 
-    From the first tensor of a push until its proof the engines refuse to generate. A push that fails leaves them so:
-    the next one carries both models whole, and is proved whatever `resync.verify` says.
+    The engines refuse to generate from the first tensor of a push until it is verified. After a failed push they still
+    refuse; the next push sends both models completely and verifies them, for every value of `resync.verify`.
 
-    A push that an engine's death or a broken connection interrupts leaves engines with weights of unknown state, and
-    perhaps stuck in a collective. Then all engines are ended, and every rank gets an EngineLostError.
+    If an engine dies or a connection breaks during a push, the weights of the engines are unknown, and engines may be
+    stuck in a collective. Then all engines are ended, and every rank gets an EngineLostError.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class Resync:
         transport: Transport,
         control: dist.ProcessGroup | None = None,
     ):
-        """Connect to the engines. `control` carries small messages between all ranks; None: the default group.
+        """Connect to the engines. `control` is the group for small messages between all ranks; None: the default group.
 
-        Raises ResyncError on every rank where an engine's model is not of the trainer's names and shapes.
+        Raises ResyncError on every rank if an engine's model has other names or shapes than the trainer's.
         """
         self.settings, self.actor, self.drafter, self.engine = config.resync, actor, drafter, engine
         self.transport, self.control = transport, control
         self.dtype = DTYPES[config.model.dtype]
         self.workspace = Workspace(actor.topology.device)
-        self.held: dict[Role, Held] = {}  # what the engines hold, as far as it was pushed
+        self.held: dict[Role, Held] = {}  # the weights that were pushed to the engines
         self.doubtful = False  # whether the last push failed
         self.bytes = 0  # pushed since `take_bytes`
         transport.connect()
@@ -72,26 +72,30 @@ class Resync:
 
     @property
     def versions(self) -> dict[Role, str]:
-        """The versions that the trainer has."""
+        """The current versions of the trainer's models."""
         versions: dict[Role, str] = {"target": self.actor.version}
         return versions if self.drafter is None else versions | {"draft": self.drafter.version}
 
     def connect(self) -> None:
-        """Connect to the engines anew, after one was restarted. What they hold is not known then."""
+        """Connect to the engines again, after a restart. The weights of the engines are unknown then."""
         self._together(self.transport.disconnect)
         self._together(self.transport.connect)
         self.held = {}
 
-    def push(self, forgot: bool = False, prove: bool = False) -> list[ResyncReport]:
-        """Push the models whose version the engines do not hold; both, and whole, if an engine `forgot` them.
+    def push(self, whole: bool = False, prove: bool = False) -> list[ResyncReport]:
+        """Push the models whose current version the engines do not hold.
 
-        With `prove`, as with `resync.verify`, digests of every tensor of both models are compared with those of what
-        was sent. Raises on every rank: ProofError for a difference, ResyncError for weights that are not finite (then
-        nothing was sent and the engines keep the last good version) or a rank that does not come in time.
+        Args:
+            whole: push both models, with all tensors, because an engine lost its weights.
+            prove: compare the digests of every tensor of both models with those of what was sent, even if
+                `resync.verify` is off.
+
+        Raises on every rank: ProofError for a difference, ResyncError for weights that are not finite (then nothing was
+        sent and the engines keep the last good version) or for a rank that does not take part in time.
         """
         self._assemble()
         proves = prove or self.doubtful or self.settings.verify != "off"
-        whole = forgot or self.doubtful or (proves and not all(held.digests for held in self.held.values()))
+        whole = whole or self.doubtful or (proves and not all(held.digests for held in self.held.values()))
         wanted = {role: version for role, version in self.versions.items() if whole or self._lacks(role, version)}
         self._refuse_non_finite(wanted)
         self._together(self._begin if self.engine else None)
@@ -105,12 +109,12 @@ class Resync:
         return reports
 
     def take_bytes(self) -> int:
-        """Bytes pushed to each engine since the last call."""
+        """Return the bytes pushed to each engine since the last call."""
         taken, self.bytes = self.bytes, 0
         return taken
 
     def distrust(self, reason: str) -> None:
-        """Let no engine generate until a push of both models has been proved."""
+        """Forbid generation on all engines until a push of both models has been verified."""
         self.doubtful = True
         if self.engine is not None:
             self.engine.distrust(reason)
@@ -119,13 +123,13 @@ class Resync:
         return role not in self.held or self.held[role].version != version
 
     def _assemble(self) -> None:
-        """Wait for every rank, and name those that do not come."""
+        """Wait for every rank. Raises ResyncError that names the ranks that do not come."""
         limit, began = self.settings.timeout, time.monotonic()
         pushed = " and ".join(self.versions.values())
         try:
             dist.monitored_barrier(self.control, timedelta(seconds=limit), wait_all_ranks=True)
         except RuntimeError as error:
-            if time.monotonic() - began < limit:  # the same words, at once: the connection to a rank is gone
+            if time.monotonic() - began < limit:  # the same error, but at once: the connection to a rank is gone
                 lost = dist.DistNetworkError(str(error))
                 raise ResyncError(f"contact was lost before {pushed} could be pushed: {error}") from lost
             raise ResyncError(
@@ -134,7 +138,7 @@ class Resync:
             ) from error
 
     def _refuse_non_finite(self, wanted: dict[Role, str]) -> None:
-        def look() -> None:
+        def check() -> None:
             zero3 = self.actor.engine.zero_optimization_stage() == 3
             weights = {"target": lambda: local_weights(self.actor.engine.module, zero3)}
             weights["draft"] = lambda: self.drafter.named_tensors()
@@ -146,7 +150,7 @@ class Resync:
                         f"{self._holdings()}"
                     )
 
-        self._together(look)
+        self._together(check)
 
     def _begin(self) -> None:
         self.engine.distrust(f"{' and '.join(self.versions.values())} were being pushed and have not been verified")
@@ -161,7 +165,7 @@ class Resync:
         self._together(lambda: self.engine and self.engine.begin_weight_update(role, list(shapes)))
         arrive: Callable[[], None] = _nothing
         with closing(iter(stream)) as buckets:
-            for number, bucket in enumerate(buckets, 1):  # collected and copied while the one before is on its way
+            for number, bucket in enumerate(buckets, 1):  # gathered and copied while the previous bucket is sent
                 flat = f"bucket-{number % 2}"
                 tensors = bucket.copy(self.workspace, flat, views=self.transport.takes_views)
                 self._together(arrive)
@@ -169,7 +173,7 @@ class Resync:
                 doing += f"engine that holds {before.version}"
                 arrive = self._send(tensors, bucket.shapes, role, doing, new if proves else None)
                 if not self.transport.takes_views:
-                    self.workspace.forget(flat)
+                    self.workspace.drop(flat)
             self._together(arrive)
         self._together(lambda: self.engine and self.engine.end_weight_update(role, version))
         self.held[role] = new
@@ -180,11 +184,11 @@ class Resync:
     def _send(
         self, tensors: NamedTensors, shapes: Shapes, role: Role, doing: str, new: Held | None
     ) -> Callable[[], None]:
-        """Set a bucket on its way; returns what waits for it, and digests it while engines load it."""
+        """Start to send a bucket. Return a function that waits for it, and computes digests while engines load it."""
         sending = self.transport.start(tensors, shapes, role, doing)
 
         def arrive() -> None:
-            sending.wait_sent()  # until then the copying of the transport needs the processor
+            sending.wait_sent()  # until then the transport needs the processor for its copies
             if new is not None and self.actor.topology.rank == self.transport.receivers[0]:
                 new.digests |= {name: digest(tensor) for name, tensor in tensors}
             tensors.clear()
@@ -220,12 +224,12 @@ class Resync:
         return " and ".join(held.version for held in self.held.values()) or "the weights of their folders"
 
     def _together(self, action: Callable[[], Any] | None) -> None:
-        """Run `action` on every rank; they go on together, or raise together."""
+        """Run `action` on every rank; all ranks continue, or all raise."""
         agree(action, self.engine, self.control, fatal=TransferError)
 
 
 def _nothing() -> None:
-    """Before the first bucket there is none to wait for."""
+    """Do nothing: before the first bucket there is none to wait for."""
 
 
 def _span(shapes: Sequence[str] | dict) -> str:

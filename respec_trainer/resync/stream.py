@@ -1,13 +1,13 @@
-"""Stream a model's weights out of tensor-parallel and ZeRO shards, in buckets of Hugging Face tensors.
+"""Streams a model's weights out of tensor-parallel and ZeRO shards, in buckets of Hugging Face tensors.
 
-Every rank walks the parameters in the same order. A bucket is first made whole over ZeRO-3's shards (a collective of
-the data-parallel group), then gathered over tensor parallelism with one grouped collective, then copied into one flat
-buffer under the rules of `checkpoint.hf_map`, in the dtype of the receiver. Tied weights come once; padded vocabulary
-rows never come.
+Every rank iterates over the parameters in the same order. A bucket is first gathered over ZeRO-3's shards (a collective
+of the data-parallel group), then over tensor parallelism with one grouped collective, then copied into one flat buffer
+by the rules of `weights.hf_map`, in the dtype of the receiver. Tied weights are sent once; padded vocabulary rows are
+not sent.
 
-The stream is made for double buffering: while one bucket is on its way out of one flat buffer, the next is collected
-and copied into the other. All that a rank holds of them at one time is no more than two buckets of the size asked for;
-the buckets it makes are smaller than that by what their shards, and what DeepSpeed gathers, take besides.
+The stream supports double buffering: while one bucket is sent from one flat buffer, the next is gathered and copied
+into the other. The memory of a rank for all of this is at most two buckets of the requested size. So the real buckets
+are smaller, to leave room for their shards and for the weights that DeepSpeed gathers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from respec_trainer.weights.hf_map import copy_to_hf, hf_shapes, hf_views
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 Shapes = dict[str, tuple[int, ...]]
-COLLECTIVE_SECONDS = 3600.0  # without a limit of the caller's
+COLLECTIVE_SECONDS = 3600.0  # time limit if the caller gives none
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Planned:
 
 
 class Gathered:
-    """A bucket whose shards are on this rank, where it wants them; valid until the next one is asked for."""
+    """A bucket with its shards, on ranks that want them. It is valid until the next bucket is requested."""
 
     def __init__(self, plan: Sequence[Planned], shards: list[list[torch.Tensor]] | None, hf_config, dtype: torch.dtype):
         self.plan, self.shards, self.hf_config, self.dtype = plan, shards, hf_config, dtype
         self.shapes: Shapes = {name: shape for planned in plan for name, shape in planned.shapes.items()}
 
     def copy(self, workspace: Workspace, flat: str = "bucket-0", views: bool = False) -> NamedTensors:
-        """The bucket's tensors, copied into the buffer `flat`; [] on ranks that do not want them.
+        """Return the bucket's tensors, copied into the buffer `flat`; [] on ranks that do not want them.
 
-        With `views`, tensors that lie in the actor's own parameters as they are sent are not copied.
+        With `views`, tensors that can be sent directly from the actor's parameters are not copied.
         """
         if self.shards is None:
             return []
@@ -70,21 +70,21 @@ class Gathered:
 
 
 def numel_of(shapes: Shapes | Iterable[Shapes]) -> int:
-    """Elements of all tensors of these shapes."""
+    """Return the number of elements of all tensors of these shapes."""
     if isinstance(shapes, dict):
         return sum(torch.Size(shape).numel() for shape in shapes.values())
     return sum(map(numel_of, shapes))
 
 
 def flat_tensors(shapes: Shapes, dtype: torch.dtype, workspace: Workspace, flat: str) -> dict[str, torch.Tensor]:
-    """Tensors of these names and shapes, one after the other in the buffer `flat`."""
+    """Return tensors of these names and shapes, one after the other in the buffer `flat`."""
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     parts = workspace.take(flat, sum(sizes), dtype).split(sizes)
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 class ActorStream:
-    """The actor's weights as buckets. Every rank iterates to the end: each bucket holds collectives."""
+    """The actor's weights as buckets. Every rank must iterate to the end, because each bucket runs collectives."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class ActorStream:
             receivers: global ranks that want the tensors. The same list on every rank.
             bucket_bytes: size of a bucket as it is sent; a larger parameter is a bucket of its own.
             timeout: seconds to wait for another rank's shards of a bucket.
-            frozen: stream parameters that are not trained too.
+            frozen: also stream parameters that are not trained.
         """
         self.actor, self.dtype, self.workspace, self.timeout = actor, dtype, workspace, timeout
         self.topology, self.zero3 = actor.topology, actor.engine.zero_optimization_stage() == 3
@@ -115,7 +115,7 @@ class ActorStream:
 
     @property
     def shapes(self) -> Shapes:
-        """Name and shape of every tensor that will come, on every rank."""
+        """Name and shape of every tensor in the stream, on every rank."""
         return {name: shape for bucket in self.buckets for p in bucket for name, shape in p.shapes.items()}
 
     def __iter__(self) -> Iterator[Gathered]:
@@ -124,23 +124,23 @@ class ActorStream:
             with deepspeed.zero.GatheredParameters([p.parameter for p in bucket], enabled=self.zero3):
                 gathered = Gathered(bucket, self._gather(bucket), self.actor.hf_config, self.dtype)
                 yield gathered
-                gathered.shards = None  # whoever still has it must not keep their memory
+                gathered.shards = None  # frees their memory, even if the caller keeps the bucket
 
     def _share_of_memory(self) -> float:
-        """Size of a bucket, so that all that is held of them comes to two buckets of the size asked for."""
+        """Return the share of the requested bucket size to use, so that memory is at most two requested buckets."""
         if self.zero3:
-            return 2 / 5  # two flat buffers, and what DeepSpeed gathers, up to three times for a moment
-        return 1 if self.topology.tp == 1 else 2 / 3  # two flat buffers; and the shards
+            return 2 / 5  # two flat buffers, and DeepSpeed's gathered weights, for a short time three times their size
+        return 1 if self.topology.tp == 1 else 2 / 3  # two flat buffers, with tensor parallelism also the shards
 
     def _reserve(self) -> None:
-        """Take a buffer as large as any bucket's shards: one that grew would exist twice while its old views live."""
+        """Take a buffer for the largest bucket's shards. If it grew later, views would keep the old one in memory."""
         shards = [[p.parameter for p in bucket if p.sharded] for bucket in self.buckets]
         if self.wanted and any(shards):
             largest = max(sum(p.ds_numel if self.zero3 else p.numel() for p in bucket) for bucket in shards)
             self.workspace.take("shards", largest * self._slots(), next(filter(None, shards))[0].dtype)
 
     def _slots(self) -> int:
-        """How many ranks' shards of a bucket lie in this rank's buffer: what it receives, and its own if it sends."""
+        """Return how many ranks' shards of a bucket this rank's buffer holds: received ones, and its own if it sends."""
         receives, sends = self.topology.rank in self.wanted, set(self.wanted) - {self.topology.rank}
         return (self.topology.tp - 1 if receives else 0) + (1 if sends else 0)
 
@@ -151,7 +151,7 @@ class ActorStream:
         return Planned(name, parameter, sharded, hf_shapes(name, shape, self.actor.hf_config, tp))
 
     def _gather(self, bucket: Sequence[Planned]) -> list[list[torch.Tensor]] | None:
-        """All shards of each parameter, in tensor-parallel order, on the wanted ranks; None on the others."""
+        """Return all shards of each parameter, in tensor-parallel order, on the wanted ranks; None on the others."""
         if not self.wanted:
             return None
         own = [planned.parameter.detach() for planned in bucket if planned.sharded]
@@ -172,9 +172,9 @@ class ActorStream:
         return out
 
     def _gather_flat(self, own: list[torch.Tensor], bucket: Sequence[Planned]) -> dict[int, torch.Tensor]:
-        """The other ranks' shards, flat, by global rank, where this rank wants them; its own are sent to who does.
+        """Send this rank's shards to ranks that want them; return the other ranks' shards, flat, if this rank does.
 
-        Messages between two ranks and not torch's gather, because under gloo that makes a copy of everything.
+        The keys are global ranks. Uses messages between two ranks, because torch's gather copies everything under gloo.
         """
         numel, rank, tp_group = sum(shard.numel() for shard in own), self.topology.rank, self.topology.tp_group
         slots = self.workspace.take("shards", numel * self._slots(), own[0].dtype).view(self._slots(), numel)
@@ -191,7 +191,9 @@ class ActorStream:
     def _carry_out(self, ops: list[dist.P2POp], bucket: Sequence[Planned]) -> None:
         peer = ops[0].peer
         try:
-            for op, work in zip(ops, dist.batch_isend_irecv(ops), strict=False):  # NCCL makes one of them all
+            for op, work in zip(
+                ops, dist.batch_isend_irecv(ops), strict=False
+            ):  # NCCL returns one work for all of them
                 peer = op.peer
                 work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
@@ -210,7 +212,7 @@ class Whole:
         self.shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
 
     def copy(self, workspace: Workspace, flat: str = "bucket-0", views: bool = False) -> NamedTensors:
-        """As `Gathered.copy`; all are copied."""
+        """Return copies of the tensors, like `Gathered.copy`; `views` is ignored."""
         if not self.wanted:
             return []
         out = flat_tensors(self.shapes, self.dtype, workspace, flat)
@@ -220,7 +222,7 @@ class Whole:
 
 
 class WholeStream:
-    """Tensors that every rank has, as buckets, in the form of an ActorStream."""
+    """Tensors that every rank has, as buckets, with the interface of an ActorStream."""
 
     def __init__(self, named: Iterable[tuple[str, torch.Tensor]], wanted: bool, bucket_bytes: int, dtype: torch.dtype):
         named = list(named)
@@ -236,7 +238,7 @@ class WholeStream:
 
 
 def cut(items: Sequence, sizes: Sequence[int], limit: int) -> list[list]:
-    """Neighbors put together as long as their sizes add up to `limit` at most; a larger item stays alone."""
+    """Divide items into runs of neighbors whose sizes add up to at most `limit`; a larger item is alone."""
     parts: list[list] = []
     held = 0
     for item, size in zip(items, sizes, strict=True):

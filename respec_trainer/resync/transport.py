@@ -1,8 +1,8 @@
-"""How a bucket travels from trainer ranks to engine processes: one interface, and the choice of what is behind it.
+"""Transports, which send buckets from trainer ranks to engine processes: their interface and their selection.
 
-gloo, nccl: one process group holds trainer rank 0 and every rank of every engine; rank 0 broadcasts (`broadcast.py`).
-cuda_ipc:   each engine's owner shares its GPU with the engine and hands over memory handles; nothing is copied between
-            hosts or devices, and no communicator exists (`ipc.py`).
+gloo, nccl: trainer rank 0 broadcasts in one process group with every rank of every engine (`broadcast.py`).
+cuda_ipc:   each engine's owner shares its GPU with the engine and sends memory handles; nothing is copied between hosts
+            or devices, and there is no communicator (`ipc.py`).
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ POLL_SECONDS = 0.002
 
 
 class Sending:
-    """A bucket on its way. It must stay as it is until `wait` returns."""
+    """A bucket that is being sent. Its tensors must not change until `wait` returns."""
 
     def __init__(self, doing: str, timeout: float, pending: Sequence[Future | dist.Work] = (), error=None):
-        """`error`: why it did not even leave; raised by `wait`, where all ranks hear of it."""
+        """`error`: an error of the start; raised by `wait`, because only there all ranks learn of errors."""
         self.doing, self.timeout, self.pending, self.error = doing, timeout, list(pending), error
         self.deadline = time.monotonic() + timeout
 
     def wait_sent(self) -> None:
-        """Return when this rank's part is done: the bucket has left, though engines may still be loading it."""
+        """Return when this rank has sent the bucket; engines may still be loading it. Raises nothing."""
         while not all(item.is_completed() for item in self.pending if not isinstance(item, Future)):
             if time.monotonic() > self.deadline:
-                return  # `wait` says so
+                return  # `wait` raises the error
             time.sleep(POLL_SECONDS)
 
     def wait(self) -> None:
-        """Return when engines have loaded it. Raises EngineError where one refuses, TransferError after `timeout`.
+        """Return when engines have loaded the bucket. Raises EngineError if one refuses, TransferError after `timeout`.
 
-        Replies and broadcasts are waited for together, so that one side's failure is not waited for on the other.
+        Replies and broadcasts are polled together, so that a failure of one is seen while the other still waits.
         """
         if self.error is not None:
             raise type(self.error)(f"{self.doing}: {self.error}") from self.error
@@ -49,7 +49,7 @@ class Sending:
                 self._settle(item)
                 self.pending.remove(item)
             if self.pending and time.monotonic() > self.deadline:
-                raise TransferError(f"{self.doing}: not through within {self.timeout:.0f} s (resync.timeout)")
+                raise TransferError(f"{self.doing}: not complete within {self.timeout:.0f} s (resync.timeout)")
             if self.pending:
                 time.sleep(POLL_SECONDS)
 
@@ -63,29 +63,30 @@ class Sending:
 
 
 class Transport(ABC):
-    """Carries buckets to the engines. Every trainer rank calls every method, in the same order."""
+    """Sends buckets to the engines. Every trainer rank calls every method, in the same order."""
 
     receivers: list[int]  # global ranks that must hold the whole tensors of a bucket
-    takes_views: bool  # whether a bucket's tensors may lie anywhere; else in one flat buffer, never used again
+    takes_views: bool  # whether tensors may be views of parameters; if not, a bucket needs its own new flat buffer
 
     @abstractmethod
     def disconnect(self) -> None:
-        """End the connection, where there is one; engines that died have left it already."""
+        """End the connection, if there is one; engines that died have left it already."""
 
     @abstractmethod
     def connect(self) -> None:
-        """Make the connection to the engines; needed again, after `disconnect`, when an engine was restarted."""
+        """Connect to the engines. After a restart of an engine, call `disconnect` and then this method again."""
 
     @abstractmethod
     def start(self, bucket: NamedTensors, specs: Shapes, role: Role, doing: str) -> Sending:
-        """Set one bucket ([] on ranks that do not hold it) on its way into every engine's `role` model.
+        """Start to send one bucket ([] on ranks that do not hold it) to every engine's `role` model.
 
-        `specs` are the bucket's names and shapes, on every rank. Raises nothing: what fails is raised by `wait`.
+        `specs` are the bucket's names and shapes, on every rank; `doing` describes the transfer in errors. Raises
+        nothing: errors are raised by `wait`.
         """
 
 
 def attempt(start, doing: str, timeout: float) -> Sending:
-    """The Sending of what `start()` returns to wait for, or of the error that it raised."""
+    """Return a Sending for the pending operations that `start()` returns, or for the error that it raises."""
     try:
         return Sending(doing, timeout, start())
     except (EngineError, RuntimeError) as error:
@@ -93,9 +94,9 @@ def attempt(start, doing: str, timeout: float) -> Sending:
 
 
 def choose(wanted: str, device: str, shared_gpu: bool) -> Literal["gloo", "nccl", "cuda_ipc"]:
-    """The transport that `resync.transport` names, or for "auto" the one that suits.
+    """Return the transport that `resync.transport` names; for "auto" the best one.
 
-    `shared_gpu`: an engine has its owner's GPU. Raises ConfigError for a transport that cannot work.
+    `shared_gpu`: each engine shares its owner's GPU. Raises ConfigError for a transport that cannot work.
     """
     if wanted == "auto":
         return "gloo" if device == "cpu" else "cuda_ipc" if shared_gpu else "nccl"
@@ -115,7 +116,7 @@ def choose(wanted: str, device: str, shared_gpu: bool) -> Literal["gloo", "nccl"
 
 
 def setup_transport(config, device: str, engine, engine_ranks: list[int], control) -> Transport:
-    """The transport for this configuration, not yet connected. `engine_ranks`: those that speak for an engine."""
+    """Return the transport for this configuration, not connected yet. `engine_ranks`: the owners of engines."""
     from respec_trainer.resync.broadcast import BroadcastTransport
     from respec_trainer.resync.ipc import IPCTransport
 

@@ -1,4 +1,4 @@
-"""The memory of a push: two buffers, used again by every bucket and every push."""
+"""The memory of a push: buffers that are reused by every bucket and every push."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 class Workspace:
-    """Scratch memory on one device. What was taken under a name is overwritten when that name is taken again.
+    """Named scratch buffers on one device. A buffer is overwritten when its name is taken again.
 
-    On a CPU the buffers stay from push to push: fresh memory would cost as much time as the transfer, page by page. On
-    a GPU they are given back by `release`, because the room is the engine's between pushes.
+    On a CPU the buffers are kept between pushes: to allocate new memory would take as long as the transfer. On a GPU
+    `release` frees them, because the engine uses that memory between pushes.
     """
 
     def __init__(self, device: torch.device):
@@ -17,18 +17,18 @@ class Workspace:
         self.buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer of `numel` elements with undefined content."""
+        """Return a buffer of `numel` elements with undefined content."""
         size = numel * dtype.itemsize
         if name not in self.buffers or len(self.buffers[name]) < size:
-            self.buffers.pop(name, None)  # before its successor is made, so that both never exist together
+            self.buffers.pop(name, None)  # before the new one is made, so that both are never in memory together
             self.buffers[name] = torch.empty(size, dtype=torch.uint8, device=self.device)
         return self.buffers[name][:size].view(dtype)
 
-    def forget(self, name: str) -> None:
-        """The next `take` of this name gets fresh memory; whoever holds the old one keeps it."""
+    def drop(self, name: str) -> None:
+        """Drop a buffer: its holder keeps it, and the next `take` of this name gets new memory."""
         self.buffers.pop(name, None)
 
     def release(self) -> None:
-        """After a push: give the memory back, where it is a GPU's."""
+        """Free the memory after a push, if it is on a GPU."""
         if self.device.type != "cpu":
             self.buffers.clear()

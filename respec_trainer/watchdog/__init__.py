@@ -1,4 +1,4 @@
-"""The watchdog: a rank, host or link that is gone, or a rank that hangs, ends the run everywhere, with one message."""
+"""The watchdog: ends the run on all ranks, with one message, if a rank hangs or a rank, host or link is gone."""
 
 from respec_trainer.watchdog.watchdog import Watchdog
 

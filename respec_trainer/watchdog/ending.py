@@ -1,4 +1,4 @@
-"""How a run ends on one host: one rank speaks, what is stuck is killed. And what a rank knows of its own trouble."""
+"""The end of a run on one host: one rank prints the reason, stuck processes are killed. And facts about this rank."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from respec_trainer.watchdog.messages import MOST_CHARACTERS, Process
 FRAMES_SHOWN = 30
 
 
-class Speaker:
-    """Of all ranks on a host that know why the run ends, the one that says it."""
+class Reporter:
+    """Selects one rank on a host to print why the run ends."""
 
     def __init__(self, run: str):
-        """`run`: what the ranks of this run, and no others on this host, have in common."""
+        """`run`: text that is the same on all ranks of this run, and differs from that of other runs on this host."""
         self.name = f"\0respec-watchdog {run}"
         self.claim: socket.socket | None = None
 
     def is_me(self) -> bool:
-        """Whether this rank is the first that asked. It remains so until its process ends."""
+        """Return whether this rank is the first on this host that called this method, while its process lives."""
         if self.claim is None:
             claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
-                claim.bind(self.name)  # an abstract address: without a file, and gone with the process
+                claim.bind(self.name)  # an abstract address: it has no file, and ends with the process
             except OSError:
                 claim.close()
                 return False
@@ -37,13 +37,14 @@ class Speaker:
 
 
 class RunningClock:
-    """Seconds in which this process could run: when it was stopped itself, nobody else was silent."""
+    """A clock that stops while this process is stopped, when it cannot receive messages of other ranks."""
 
     def __init__(self, longest: float):
-        """`longest`: seconds between two looks at the clock that can have been spent running."""
+        """`longest`: most seconds counted from one `tick` to the next."""
         self.longest, self.seconds, self._last = longest, 0.0, time.monotonic()
 
     def tick(self) -> float:
+        """Advance the clock and return its seconds."""
         now = time.monotonic()
         self.seconds += min(now - self._last, self.longest)
         self._last = now
@@ -51,7 +52,7 @@ class RunningClock:
 
 
 def kill_lost(lost: Sequence[Process], me: Process) -> None:
-    """Kill those of `lost`, with their children, that are other processes of this machine."""
+    """Kill the processes of `lost` that are on this machine, with their children, except this process."""
     for process in lost:
         found = process.here() if process.home == me.home and process != me else None
         if found is not None:
@@ -59,7 +60,7 @@ def kill_lost(lost: Sequence[Process], me: Process) -> None:
 
 
 def main_stack() -> tuple[str, bool]:
-    """Where the main thread is, the last call last, and whether that is inside a collective."""
+    """Return the stack of the main thread, the last call last, and whether it is inside a collective."""
     frame = sys._current_frames()[threading.main_thread().ident]
     frames = traceback.extract_stack(frame)[-FRAMES_SHOWN:]
     text = "".join(traceback.format_list(frames))
@@ -67,10 +68,10 @@ def main_stack() -> tuple[str, bool]:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether `error`, or what it was raised from, says no more than that another rank or its connection is gone."""
+    """Return whether `error`, or its cause, only reports that another rank or its connection is gone."""
     import torch.distributed as dist
 
     if isinstance(error, dist.DistError) or (error.__cause__ is not None and lost_contact(error.__cause__)):
         return True
-    # gloo's own errors are plain RuntimeErrors, with the place in its source.
+    # gloo's own errors are plain RuntimeErrors that contain the position in its source.
     return type(error) is RuntimeError and "gloo/transport" in str(error)

@@ -1,4 +1,4 @@
-"""What ranks and the judge tell each other: small JSON datagrams."""
+"""The messages between ranks and the judge: small JSON datagrams."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, Literal
 
 import psutil
 
-MOST_BYTES = 60_000  # of a datagram, below UDP's 65 507
-MOST_CHARACTERS = 9_000  # of the longest text in one, of whose size the others are a part
+MOST_BYTES = 60_000  # in a datagram, below UDP's 65 507
+MOST_CHARACTERS = 9_000  # in the longest text of a datagram; other texts are limited to a part of it
 
-# running; broken: lost contact in a collective, so that somebody else is to blame; ended: by a signal; failed: by an
-# error of its own; done: finished as it should
+# broken: lost contact in a collective, so another rank is the cause; ended: by a signal; failed: by its own error;
+# done: completed
 State = Literal["running", "broken", "ended", "failed", "done"]
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process told from all others: `pid` counts in `home`, a machine's boot and a PID namespace."""
+    """The identity of a process: `pid` is valid in `home`, which names a machine's boot and a PID namespace."""
 
     host: str
     home: str
@@ -35,7 +35,7 @@ class Process:
         return cls(socket.gethostname(), home, os.getpid(), psutil.Process().create_time())
 
     def here(self) -> psutil.Process | None:
-        """The process, if it is of this machine and still there; one that has ended and waits for its parent is not."""
+        """Return the process if it runs in this home; None if it has ended, also as a zombie."""
         try:
             found = psutil.Process(self.pid)
             alive = found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - self.born) < 1.0
@@ -46,18 +46,18 @@ class Process:
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's sign of life."""
+    """A message that a rank sends every second."""
 
     rank: int
     process: Process
     state: State
-    step: int  # under way, from 1
+    step: int  # the current one, from 1
     phase: str
     moves: int  # phases entered since the start: the same on all ranks, because all run the same loop
-    still: float  # seconds since the last of them
-    note: str = ""  # what it failed of
-    stack: str = ""  # of its main thread, where the judge asked for it
-    waits: bool = False  # whether that stack is inside a collective
+    still: float  # seconds since the last phase was entered
+    note: str = ""  # the error or the signal that ended the rank
+    stack: str = ""  # of its main thread, if the judge requested it
+    waits: bool = False  # whether the main thread is inside a collective
 
     @property
     def place(self) -> str:
@@ -66,7 +66,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run ends. `lost` are processes that may still be there, stopped or stuck, and are to be killed."""
+    """The reason for the end of the run. `lost` are processes that may still exist, stopped or stuck, to be killed."""
 
     text: str
     lost: tuple[Process, ...] = ()
@@ -74,10 +74,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Answer:
-    """The judge's answer to a beat: its own beat, and what it wants."""
+    """The judge's answer to a beat."""
 
-    judge: Beat
-    stack: bool = False
+    judge: Beat  # the beat of the first rank
+    stack: bool = False  # whether the judge requests stacks
     verdict: Verdict | None = None
 
 
@@ -89,12 +89,12 @@ def encode(message: Beat | Answer) -> bytes:
 
 
 def decode_beat(data: bytes) -> Beat:
-    """Raises ValueError, KeyError or TypeError for what is none."""
+    """Return the beat in `data`. Raises ValueError, KeyError or TypeError for other data."""
     return _beat(json.loads(data))
 
 
 def decode_answer(data: bytes) -> Answer:
-    """Raises ValueError, KeyError or TypeError for what is none."""
+    """Return the answer in `data`. Raises ValueError, KeyError or TypeError for other data."""
     tree = json.loads(data)
     verdict = tree["verdict"] and Verdict(
         tree["verdict"]["text"], tuple(Process(**process) for process in tree["verdict"]["lost"])

@@ -1,4 +1,4 @@
-"""What the watchdog says: which rank, on which host, in which phase, and where the others were."""
+"""The watchdog's messages: which rank, on which host, in which phase, and where the other ranks were."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from respec_trainer.watchdog.messages import MOST_CHARACTERS, Beat
 
-GO_ON = "The run ends on all ranks; checkpoints are as they were, and started again it goes on from the last."
+GO_ON = "The run ends on all ranks; checkpoints are unchanged, and if started again it resumes from the last one."
 STACKS_SHOWN = 3
 
 
 def died_text(dead: Sequence[Beat], others: Sequence[Beat]) -> str:
     verb = "has" if len(dead) == 1 else "have"
-    return _text(f"{_who(dead)} {verb} ended without a word, in {_places(dead)}.", _where(others))
+    return _text(f"{_who(dead)} {verb} ended without a message, in {_places(dead)}.", _where(others))
 
 
 def silent_text(silent: Sequence[Beat], seconds: float, others: Sequence[Beat]) -> str:
@@ -23,7 +23,7 @@ def silent_text(silent: Sequence[Beat], seconds: float, others: Sequence[Beat]) 
     return _text(what, _where(others))
 
 
-def unheard_text(ranks: Sequence[int], seconds: float, met: bool) -> str:
+def absent_text(ranks: Sequence[int], seconds: float, met: bool) -> str:
     if not met:
         return _text(f"{_ranks(ranks)} did not come within {seconds:.0f} s of the start (run.hang_timeout).")
     return _text(
@@ -57,14 +57,14 @@ def _text(*parts: str) -> str:
 
 
 def _who(beats: Sequence[Beat]) -> str:
-    """ "rank 3 on host-b (process 71)", "ranks 2, 3 on host-b" ..., host by host."""
+    """Return the ranks host by host: "rank 3 on host-b (process 71)", "ranks 2, 3 on host-b" ..."""
     hosts: dict[str, list[Beat]] = {}
     for beat in beats:
         hosts.setdefault(beat.process.host, []).append(beat)
     return " and ".join(
-        f"{_ranks([beat.rank for beat in here])} on {host}"
-        + (f" (process {here[0].process.pid})" if len(here) == 1 else "")
-        for host, here in hosts.items()
+        f"{_ranks([beat.rank for beat in on_host])} on {host}"
+        + (f" (process {on_host[0].process.pid})" if len(on_host) == 1 else "")
+        for host, on_host in hosts.items()
     )
 
 
@@ -73,7 +73,7 @@ def _places(beats: Sequence[Beat]) -> str:
 
 
 def _where(others: Sequence[Beat]) -> str:
-    """Where those were that are not to blame, place by place."""
+    """Return where the other ranks were, grouped by phase and step."""
     places: dict[str, list[int]] = {}
     for beat in others:
         places.setdefault(beat.place, []).append(beat.rank)
@@ -81,7 +81,7 @@ def _where(others: Sequence[Beat]) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """Numbers, with runs of them as first-last."""
+    """Return "rank" or "ranks" and the numbers, with runs of them as first-last."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and rank == parts[-1][-1] + 1:

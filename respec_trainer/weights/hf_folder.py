@@ -1,4 +1,4 @@
-"""Read parts of tensors out of a Hugging Face folder's safetensors files, without reading the rest."""
+"""Reads parts of tensors from a Hugging Face folder's safetensors files, without reading the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class HFFolder:
     """The tensors of a folder, in one safetensors file or in several with an index. Use it in a `with` statement.
 
-    Raises ConfigError where there are none, or where a file is missing or damaged.
+    Raises ConfigError if there are none, or if a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -66,14 +66,14 @@ class HFFolder:
         return self._open(self._file_of[name]).dtype(name)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
-        """The part of tensor `name` that `index` selects; all of it for (). Mapped from the file: not to be written."""
+        """Return the part of tensor `name` that `index` selects; all of it for (). Mapped: do not write into it."""
         return self._open(self._file_of[name]).read(name, index)
 
     def __enter__(self) -> HFFolder:
         return self
 
     def __exit__(self, *_) -> None:
-        self._files.clear()  # nothing else holds the memory maps
+        self._files.clear()  # this frees the memory maps
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -94,6 +94,6 @@ def _pickles(folder: Path) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few names, for a message."""
+    """Return the first few names, for a message."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

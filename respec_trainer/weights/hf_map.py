@@ -1,7 +1,7 @@
-"""Hugging Face <-> Megatron weights: one rule a parameter, both directions, nothing but that parameter in memory.
+"""Hugging Face <-> Megatron weights: one rule for each parameter and both directions, with one parameter in memory.
 
-The rules are the family's (models/), and give a Layout each: a row of segments of Hugging Face tensors. Reading the row
-from left to right gives a shard, sorting its segments gives back the Hugging Face tensors.
+The rules belong to the model family (models/). Each gives a Layout: a sequence of segments of Hugging Face tensors. The
+segments in order form the Megatron parameter; sorted by source they form the Hugging Face tensors.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Reader = Callable[[str, tuple[slice, ...]], torch.Tensor]
 
 
 def megatron_shapes(config, tp: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of the Megatron model of Hugging Face `config`, and the shape of one of `tp` shards of each.
+    """Return the parameters of the Megatron model of Hugging Face `config`, with the shape of one of `tp` shards.
 
-    In the order of the Hugging Face tensors, which files that hold them keep too.
+    They are in the order of the Hugging Face tensors, which files also keep.
     """
     kinds = family_of(config).in_layer
     layers = [f"decoder.layers.{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in kinds]
@@ -31,10 +31,10 @@ def megatron_shapes(config, tp: int) -> dict[str, tuple[int, ...]]:
 
 
 def megatron_shard(name: str, read: Reader, config, tp_rank: int, tp: int) -> torch.Tensor:
-    """Tensor-parallel rank `tp_rank`'s shard of Megatron parameter `name`, contiguous, reading no more than it holds.
+    """Return tensor-parallel rank `tp_rank`'s shard of Megatron parameter `name`, contiguous; read only its entries.
 
-    `config` is the Hugging Face config. Padded vocabulary rows are zero. What was read may be returned as it is: copy
-    it before writing into it.
+    `config` is the Hugging Face config. Padded vocabulary rows are zero. The result may be the tensor that `read`
+    returned: copy it before writing into it.
     """
     layout = parameter_layout(name, config, tp)
     if layout.dim is None:
@@ -42,14 +42,14 @@ def megatron_shard(name: str, read: Reader, config, tp_rank: int, tp: int) -> to
     cut = layout.cut(tp_rank, tp)
     parts = [_read(part, read, layout.dim) for part in cut if part.source is not None]
     padding = sum(part.length for part in cut if part.source is None)
-    if padding:  # possibly all of the cut: then a range of no rows tells dtype and width
+    if padding:  # perhaps the whole shard: then an empty range of rows gives dtype and width
         rows = parts or [_read(Segment(layout.segments[0].source, 0, 0), read, layout.dim)]
         parts = [*rows, rows[0].new_zeros(padding, *rows[0].shape[1:])]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, layout.dim)  # one part needs no second copy
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, layout.dim)  # one part needs no copy
 
 
 def to_hf(name: str, shards: Sequence[torch.Tensor], config) -> list[tuple[str, torch.Tensor]]:
-    """The (name, tensor)s that Megatron parameter `name` is made of, copied; vocabulary padding is dropped.
+    """Return copies of the Hugging Face tensors, as (name, tensor), of Megatron parameter `name`, without padding.
 
     Args:
         shards: the shards of all tensor-parallel ranks, in order. A replicated parameter needs only one.
@@ -61,13 +61,13 @@ def to_hf(name: str, shards: Sequence[torch.Tensor], config) -> list[tuple[str, 
 
 
 def hf_model_shapes(config) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors of the model of `config`: those that files must hold, tied ones once."""
+    """Return names and shapes of the Hugging Face tensors that files of the model must hold; tied tensors once."""
     whole = megatron_shapes(config, 1).items()
     return {source: shape for name, held in whole for source, shape in hf_shapes(name, held, config, 1).items()}
 
 
 def hf_shapes(name: str, shard_shape: Sequence[int], config, tp: int) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors that Megatron parameter `name` is made of, given the shape of one of its shards."""
+    """Return the Hugging Face tensors of Megatron parameter `name`, with their shapes; `shard_shape` is one shard's."""
     layout = parameter_layout(name, config, tp)
     if layout.dim is None:
         return {layout.segments[0].source: tuple(shard_shape)}
@@ -76,7 +76,7 @@ def hf_shapes(name: str, shard_shape: Sequence[int], config, tp: int) -> dict[st
 
 
 def hf_views(name: str, whole: torch.Tensor, config) -> dict[str, torch.Tensor] | None:
-    """The Hugging Face tensors of an unsharded Megatron parameter, in its own memory; None where they lie mixed."""
+    """Return the Hugging Face tensors of an unsharded Megatron parameter as views; None if their rows are mixed."""
     layout = parameter_layout(name, config, 1)
     sources = [segment.source for segment in layout.segments]
     if layout.dim is None:
@@ -88,7 +88,7 @@ def hf_views(name: str, whole: torch.Tensor, config) -> dict[str, torch.Tensor] 
 
 
 def copy_to_hf(name: str, shards: Sequence[torch.Tensor], config, out: Mapping[str, torch.Tensor]) -> None:
-    """Copy Megatron parameter `name` into the Hugging Face tensors `out`, of `hf_shapes`, casting to their dtype.
+    """Copy Megatron parameter `name` into the Hugging Face tensors `out`, with shapes of `hf_shapes`, in their dtype.
 
     Args:
         shards: the shards of all tensor-parallel ranks, in order. A replicated parameter needs only one.
@@ -108,7 +108,7 @@ def copy_to_hf(name: str, shards: Sequence[torch.Tensor], config, out: Mapping[s
 
 
 def parameter_layout(name: str, config, tp: int) -> Layout:
-    """The layout of Megatron parameter `name`. Raises KeyError for a name that models of this family do not have."""
+    """Return the layout of Megatron parameter `name`. Raises KeyError if models of this family have no such name."""
     family = family_of(config)
     if name in family.outside:
         return family.outside[name](config, tp, "")

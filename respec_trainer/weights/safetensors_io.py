@@ -1,7 +1,7 @@
-"""The safetensors format, written tensor by tensor: the library's own writer wants a whole file in memory at once.
+"""The safetensors format, written tensor by tensor: the library's own writer needs a whole file in memory.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and byte range of every
-tensor), and the tensors' bytes, without gaps. So all that must be known in advance are names, dtypes and shapes.
+tensor), and the tensors' bytes, without gaps. So a writer needs only names, dtypes and shapes in advance.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PIECE = 1 << 20  # bytes written, or read for a digest, at one time: they stay in the processor's cache
-WRITEBACK = 1 << 26  # bytes written before they are sent on to the disk
-MAPPED = 1 << 28  # bytes read of a file before it is mapped anew
-HEADER_LIMIT = 100_000_000  # bytes; the library refuses to read a longer one
+WRITEBACK = 1 << 26  # bytes written before they are sent to the disk
+MAPPED = 1 << 28  # bytes read from a file before it is mapped again
+HEADER_LIMIT = 100_000_000  # bytes; the library refuses to read a longer header
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a header says of a tensor."""
+    """The dtype and shape of a tensor, as in the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -51,28 +51,30 @@ class Spec:
 
 
 class SafetensorsWriter:
-    """Writes the tensors of `specs` to a new file, one after the other, in that order. Use it in a `with` statement.
+    """Writes the tensors of `specs` to a new file, in their order. Use it in a `with` statement.
 
-    One is written in a thread while the next is made. After the statement the file is complete and on the disk; `size`
-    and `digest` (XXH3, 128 bits) are known.
+    A thread writes one tensor while the caller makes the next. After the statement the file is complete and on the
+    disk, and `size` (bytes) and `digest` (XXH3, 128 bits) are set.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None):
         self.path, self.size, self.digest = path, 0, ""
-        self._begun = 0  # bytes on their way to the disk
+        self._begun = 0  # bytes that were sent to the disk
         self._expected = list(specs.items())[::-1]
         self._hash = xxhash.xxh3_128()
         header = _header(specs, metadata or {"format": "pt"})
         if len(header) > HEADER_LIMIT:
-            raise ValueError(f"{path}: {len(specs)} tensors make a header of {len(header)} bytes, which none reads")
+            raise ValueError(
+                f"{path}: {len(specs)} tensors make a header of {len(header)} bytes, above the format's limit"
+            )
         self._file = path.open("xb", buffering=0)
         self._thread = ThreadPoolExecutor(1)
         self._writing = self._thread.submit(self._put, header)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor, which must be what `specs` says, and stay as it is until the next call has returned.
+        """Append the next tensor of `specs`. The caller must not change it until the next call has returned.
 
-        Errors of writing come with the next call, or with the end of the statement.
+        An error of writing is raised by the next call, or at the end of the statement.
         """
         given = name, Spec(tensor.dtype, tuple(tensor.shape))
         expected = self._expected.pop()
@@ -90,7 +92,7 @@ class SafetensorsWriter:
                 piece = piece[self._file.write(piece) :]
             self.size += min(PIECE, len(content) - start)
             if self.size - self._begun > WRITEBACK:
-                # Of pages that are not on the disk yet, this begins to bring them there: fsync will have less to do.
+                # Starts to write pages that are not on the disk yet, so that fsync has less to do.
                 os.posix_fadvise(self._file.fileno(), self._begun, self.size - self._begun, os.POSIX_FADV_DONTNEED)
                 self._begun = self.size
 
@@ -98,7 +100,7 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        with self._file, self._thread:  # left in the other order: no file is closed that is being written
+        with self._file, self._thread:  # closed in reverse order: the thread ends before the file is closed
             if kind is not None:
                 return
             self._writing.result()
@@ -116,23 +118,23 @@ def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
         entries[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
         offset = span[1]
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, so that they can be mapped into memory
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes, so that they can be mapped
     return len(text).to_bytes(8, "little") + text
 
 
 def open_safetensors(path: Path) -> safe_open:
-    """The file, opened lazily: its header is checked, tensors are read when asked for. Raises ConfigError."""
+    """Open a file lazily: the header is checked, tensors are read on request. Raises ConfigError if it is invalid."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}{_what_it_is(path)}") from error
+        raise ConfigError(f"{path} cannot be read: {error}{_kind_of_content(path)}") from error
 
 
 class MappedFile:
-    """A file that is read tensor by tensor, from start to end perhaps: what was read does not stay in memory.
+    """A file that is read tensor by tensor, without keeping in memory what was read.
 
-    Tensors are not copied but mapped, and a mapping's pages count as this process's memory once they were read; so the
-    file is mapped anew from time to time. The old mapping goes with the last tensor out of it.
+    Tensors are mapped, not copied, and the pages of a mapping count as this process's memory once they were read. So
+    the file is mapped again from time to time. An old mapping is freed with the last tensor that uses it.
     """
 
     def __init__(self, path: Path):
@@ -145,14 +147,14 @@ class MappedFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises ConfigError for one that torch, or this package, does not know."""
+        """Return the dtype of a tensor. Raises ConfigError if this package does not support it."""
         code = self._file.get_slice(name).get_dtype()
         if code not in DTYPES:
             raise ConfigError(f"{self.path}: {name} is of dtype {code}, which is not supported")
         return DTYPES[code]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
-        """The part of tensor `name` that `index` selects; all of it for ()."""
+        """Return the part of tensor `name` that `index` selects; all of it for ()."""
         if self._read > MAPPED:
             self._file, self._read = open_safetensors(self.path), 0
         tensor = self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
@@ -161,7 +163,7 @@ class MappedFile:
 
 
 def file_digest(path: Path) -> str:
-    """XXH3, 128 bits, of a file's content."""
+    """Return the XXH3-128 of a file's content."""
     state = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(PIECE):
@@ -169,8 +171,8 @@ def file_digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def _what_it_is(path: Path) -> str:
-    """Of a file that is no safetensors file: its size and digest, to compare with the original's; whether a pickle."""
+def _kind_of_content(path: Path) -> str:
+    """Return the end of a message about an invalid file: that it is a pickle, or its size and digest to compare."""
     if not path.is_file():
         return ""
     with path.open("rb") as file:
@@ -185,7 +187,7 @@ def _what_it_is(path: Path) -> str:
 
 
 def plan_files(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
-    """Names in order, cut into files of at most `limit` bytes; a larger tensor has a file of its own."""
+    """Divide the names, in order, into files of at most `limit` bytes; a larger tensor has its own file."""
     files: list[list[str]] = []
     room = 0
     for name, spec in specs.items():
@@ -198,7 +200,7 @@ def plan_files(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
 
 
 def file_names(count: int) -> Sequence[str]:
-    """What transformers and SGLang call the files of a folder."""
+    """Return the names that transformers and SGLang use for the files of a folder."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]

@@ -202,7 +202,7 @@ def test_a_missing_shard_is_named(hf, checkpoint):
 
 def test_a_folder_that_was_not_completed_is_none(hf, checkpoint):
     (checkpoint / "meta.json").unlink()
-    checkpoint_refused(checkpoint, hf[1], "no checkpoint, or one that was not completed")
+    checkpoint_refused(checkpoint, hf[1], "not a checkpoint, or was not completed")
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def sleep_and_wake(parts, pair: Pair) -> dict[str, Any]:
     parts.actor.onload()
     began = time.perf_counter()
     parts.engine.wake("weights")
-    parts.resync.push(forgot=True, prove=True)
+    parts.resync.push(whole=True, prove=True)
     parts.engine.wake("kv_cache")
     woke = time.perf_counter() - began
     taken["both_again"] = now()
@@ -149,7 +149,7 @@ def survive(parts, pair: Pair) -> dict[str, Any]:
     before, digests = accept_length(parts, pair), parts.engine.digests("draft")
     parts.engine.sleep()
     parts.engine.wake("weights")
-    parts.resync.push(forgot=True, prove=True)
+    parts.resync.push(whole=True, prove=True)
     parts.engine.wake("kv_cache")
     return {
         "accept_length_before": before,
@@ -177,7 +177,7 @@ def select_all(parts, pair: Pair) -> dict[str, Any]:
     updater.send("ending", "end_weight_update", "EndWeightUpdateReqInput").result(60)
     changed = [name for name, value in parts.engine.digests("draft").items() if digests[name] != value]
     bent = accept_length(parts, pair)
-    parts.resync.push(forgot=True, prove=True)
+    parts.resync.push(whole=True, prove=True)
     return {
         "drafter_tensors_overwritten": changed,
         "accept_length_before": before,

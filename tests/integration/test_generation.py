@@ -74,7 +74,7 @@ class FakeResync:
     def take_bytes(self):
         return 0
 
-    def push(self, forgot, prove):
+    def push(self, whole, prove):
         from respec_trainer.collectives import agree
         from respec_trainer.errors import TransferError
 

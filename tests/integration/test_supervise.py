@@ -51,7 +51,7 @@ def test_a_run_whose_first_rank_is_killed_goes_on_from_its_checkpoint(tmp_path):
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
     assert process.returncode == 0, output
-    assert re.search(rf"error: rank 0 on \S+ \(process {victim.pid}\) has ended without a word, in phase", output), (
+    assert re.search(rf"error: rank 0 on \S+ \(process {victim.pid}\) has ended without a message, in phase", output), (
         output
     )
     assert output.count("error: ") == 1 and "restart 1 of 3" in output and "resumed after step" in output

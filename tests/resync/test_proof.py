@@ -69,7 +69,7 @@ def test_many_differences_are_counted():
 def test_a_drafter_goes_by_its_stored_names_and_shares_the_embedding():
     held = {"model.layers.0.mlp.up_proj.weight": "1", "model.fc.weight": "2", "model.embed_tokens.weight": "3"}
     check("draft", Held("drafter-1", {"midlayer.mlp.up_proj.weight": "1", "fc.weight": "2"}), held)
-    with pytest.raises(ProofError, match="draft weights are not drafter-1: fc.weight differs.*something else wrote"):
+    with pytest.raises(ProofError, match="draft weights are not drafter-1: fc.weight differs.*something else changed"):
         check("draft", Held("drafter-1", {"midlayer.mlp.up_proj.weight": "1", "fc.weight": "9"}), held, pushed=False)
 
 

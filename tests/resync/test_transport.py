@@ -67,7 +67,7 @@ def test_an_engine_error_is_raised_without_waiting_for_the_rest():
 def test_the_time_runs_from_the_start():
     sending = Sending("bucket 2 of actor-3, a to z", 0.2, [Future()])
     time.sleep(0.2)
-    with pytest.raises(TransferError, match="bucket 2 of actor-3, a to z: not through"):
+    with pytest.raises(TransferError, match="bucket 2 of actor-3, a to z: not complete"):
         sending.wait()
 
 

@@ -19,10 +19,10 @@ def test_a_buffer_is_used_again_and_grows():
     assert sum(len(buffer) for buffer in workspace.buffers.values()) == 101 * 4 + 10 * 4
 
 
-def test_a_forgotten_buffer_stays_with_its_holder():
+def test_a_dropped_buffer_stays_with_its_holder():
     workspace = Workspace(torch.device("cpu"))
     held = workspace.take("bucket", 4, torch.float32).fill_(7)
-    workspace.forget("bucket")
+    workspace.drop("bucket")
     workspace.take("bucket", 4, torch.float32).fill_(8)
     assert held.tolist() == [7] * 4
 

@@ -35,7 +35,7 @@ def judge(world: int = 4, now: float = 0.0) -> Judge:
     made = Judge(range(world), "here", LOST, HANG)
     made.met(now)
     for rank in range(world):
-        made.hear(beat(rank), now)
+        made.record(beat(rank), now)
     return made
 
 
@@ -46,8 +46,8 @@ def test_nothing_is_wrong_while_all_are_heard():
 def test_a_silent_host_is_named_with_its_ranks_and_where_the_others_are():
     court = judge()
     for rank in (0, 1):
-        court.hear(beat(rank, step=4, phase="generate"), LOST)
-    court.hear(beat(3), 0.3 * LOST)  # its last beat came a little later than rank 2's
+        court.record(beat(rank, step=4, phase="generate"), LOST)
+    court.record(beat(3), 0.3 * LOST)  # its last beat came a little later than rank 2's
     assert court.decide(LOST) is None
     verdict = court.decide(LOST + 1)
     assert "ranks 2, 3 on b gave no sign of life for 11 s (run.lost_after)" in verdict.text
@@ -58,28 +58,28 @@ def test_a_silent_host_is_named_with_its_ranks_and_where_the_others_are():
 
 def test_who_has_finished_or_only_lost_contact_is_not_to_blame():
     court = judge(3)
-    court.hear(beat(0, state="broken"), 2 * LOST)
-    court.hear(beat(1, state="done"), 0.0)
+    court.record(beat(0, state="broken"), 2 * LOST)
+    court.record(beat(1, state="done"), 0.0)
     verdict = court.decide(2 * LOST)
     assert verdict.text.startswith("rank 2 on b (process 102) gave no sign")
 
 
 def test_who_was_ended_by_a_launcher_is_not_to_blame_unless_nobody_else_is():
     court = judge(3)
-    court.hear(beat(1, state="ended", note="signal 15"), 1.0)
+    court.record(beat(1, state="ended", note="signal 15"), 1.0)
     for rank in (0, 2):
-        court.hear(beat(rank), LOST)
+        court.record(beat(rank), LOST)
     assert court.decide(LOST) is None
     assert "rank 1 on a (process 101) ended by signal 15" in court.decide(LOST + 2).text
     court = judge(3)
-    court.hear(beat(1, state="ended", note="signal 15"), 1.0)
-    court.hear(beat(0), LOST + 1)
+    court.record(beat(1, state="ended", note="signal 15"), 1.0)
+    court.record(beat(0), LOST + 1)
     assert court.decide(LOST + 1).text.startswith("rank 2")
 
 
 def test_a_failure_is_told_at_once():
     court = judge()
-    court.hear(beat(3, state="failed", note="ValueError: no"), 1.0)
+    court.record(beat(3, state="failed", note="ValueError: no"), 1.0)
     assert court.decide(1.0).text.startswith(
         "rank 3 on b (process 103) failed in phase 'train' of step 3: ValueError: no"
     )
@@ -87,11 +87,11 @@ def test_a_failure_is_told_at_once():
 
 def test_absent_ranks_have_long_until_the_ranks_have_met_and_little_time_then():
     court = Judge(range(3), "here", LOST, HANG)
-    court.hear(beat(0), HANG)
+    court.record(beat(0), HANG)
     assert court.decide(HANG) is None
     assert "ranks 1, 2 did not come" in court.decide(HANG + 1).text
     court.met(HANG)
-    court.hear(beat(0), HANG + LOST + 1)
+    court.record(beat(0), HANG + LOST + 1)
     assert "UDP" in court.decide(HANG + LOST + 1).text
 
 
@@ -99,14 +99,14 @@ def test_an_earlier_run_s_rank_is_a_stranger_once_all_have_met():
     court = Judge(range(1), "here", LOST, HANG)
     old = beat(0)
     new = replace(old, process=replace(old.process, pid=7))
-    assert court.hear(old, 0.0) and court.hear(new, 0.0)
+    assert court.record(old, 0.0) and court.record(new, 0.0)
     court.met(0.0)
-    assert not court.hear(old, 1.0) and court.hear(new, 1.0)
+    assert not court.record(old, 1.0) and court.record(new, 1.0)
 
 
 def hear_all(court: Judge, now: float, *beats: Beat) -> None:
     for one in beats:
-        court.hear(one, now)
+        court.record(one, now)
 
 
 def test_the_rank_that_is_behind_hangs():
@@ -150,7 +150,7 @@ def test_a_dead_process_of_this_machine_is_seen_at_once():
             break
         subprocess.run(["sleep", "0.05"], check=True)
     child.wait()
-    assert verdict.text.startswith(f"rank 1 on {here.host} (process {child.pid}) has ended without a word")
+    assert verdict.text.startswith(f"rank 1 on {here.host} (process {child.pid}) has ended without a message")
     assert replace(here, born=here.born - 60).here() is None, "another process of the same number"
 
 

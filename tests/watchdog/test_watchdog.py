@@ -1,4 +1,4 @@
-"""watchdog/watchdog.py before it starts, and watchdog/ending.py: what is refused, who speaks, whose error is whose."""
+"""watchdog/watchdog.py before it starts, and watchdog/ending.py: refusals, the reporting rank, the cause of errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from respec_trainer.config import RunConfig
 from respec_trainer.errors import CheckpointError, ConfigError
 from respec_trainer.network import free_port
 from respec_trainer.watchdog import Watchdog
-from respec_trainer.watchdog.ending import Speaker, kill_lost, lost_contact, main_stack
+from respec_trainer.watchdog.ending import Reporter, kill_lost, lost_contact, main_stack
 from respec_trainer.watchdog.messages import Process
 
 RUN = RunConfig(name="watched", steps=1)
@@ -40,8 +40,8 @@ def test_ranks_without_a_launcher_are_told(monkeypatch):
         Watchdog(RUN, rank=1, world_size=2, watched=2)
 
 
-def test_one_rank_of_a_host_speaks():
-    first, second, other = Speaker("run 1"), Speaker("run 1"), Speaker("run 2")
+def test_one_rank_of_a_host_reports():
+    first, second, other = Reporter("run 1"), Reporter("run 1"), Reporter("run 2")
     assert first.is_me() and not second.is_me() and first.is_me() and other.is_me()
     first.claim.close()
     assert second.is_me()

@@ -65,7 +65,7 @@ def test_ranks_save_and_resume_together_also_as_fewer_or_more(tmp_path):
         assert "rank1.safetensors is corrupted" in said[0]
     (fewer,) = run_ranks(1, work, tmp_path, 1)
     assert fewer[0] == (4, 9, 6)
-    assert "saved at tp 2 x dp 1, at tp 1 x dp 1; what each rank had of its own" in fewer[1][-1]
+    assert "saved at tp 2 x dp 1, at tp 1 x dp 1; the state of single ranks" in fewer[1][-1]
     more = run_ranks(RANKS, work, tmp_path, 0)
     assert [began for began, *_ in more] == [(5, 12, 8)] * RANKS
     assert [total for *_, total in more] == [fewer[2]] * RANKS

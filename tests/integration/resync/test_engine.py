@@ -30,7 +30,7 @@ def push_and_speak(config):
         for transport in (setup.resync.transport, IPCTransport(setup.engine, [0], 60.0)):
             setup.resync.transport = transport
             step(setup.actor)
-            reports = setup.resync.push(forgot=True, prove=True)
+            reports = setup.resync.push(whole=True, prove=True)
             rounds.append((reports, speak(setup.fleet), *setup.actor.generate_greedy(PROMPTS, NEW_TOKENS)))
     return before, rounds
 

@@ -156,7 +156,7 @@ def planted(tmp_path_factory, random_pair):
         ("selector_all", EngineError, ["bucket 1 of 1 of actor-1, model.embed_tokens.weight to", "loaded_weight"]),
         ("dropped", EngineError, ["1 target tensors never arrived", UP]),
         ("bit_flipped", ProofError, ["the engine's target weights are not actor-", f"{UP} differs"]),
-        ("qkv_in_wrong_order", ProofError, ["does not speak with the actor's voice", "laid out differently"]),
+        ("qkv_in_wrong_order", ProofError, ["log-probs are not the actor's", "laid out differently"]),
     ],
 )
 def test_a_fault_is_named_and_forbids_generation(planted, fault, kind, words):

@@ -124,7 +124,7 @@ def test_a_killed_rank_is_named_at_once(watched, victim):
     ranks = watched(2)
     ranks.signal(victim, signal.SIGKILL)
     assert ranks.ended()[1 - victim] == 1
-    check_told_once(ranks, f"rank {victim} on", f"(process {ranks.pids[victim][0]})", "ended without a word")
+    check_told_once(ranks, f"rank {victim} on", f"(process {ranks.pids[victim][0]})", "ended without a message")
     assert ranks.seconds < LOST_AFTER + 10
     assert ranks.orphans() == [ranks.pids[victim][1]], "its own child is its own: sleep has no eye on its parent"
     os.kill(ranks.pids[victim][1], signal.SIGKILL)
