@@ -15,7 +15,7 @@ from tests.support.tiny_runs import REPOSITORY, save_prompts
 
 
 def test_its_short_form_passes_a_right_engine(tmp_path):
-    """The cells are without speculation, with speculation, and after a resync."""
+    """Without speculation, with it, and after a resync."""
     target = save_target(tmp_path / "target", "qwen3")
     tiny_tokenizer(VOCAB).save_pretrained(target)
     drafter = save_drafter(tmp_path / "drafter", target, torch.arange(VOCAB))
