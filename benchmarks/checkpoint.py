@@ -1,15 +1,15 @@
-"""What saving costs a run, and whether a run that is killed again and again loses anything.
+"""Measure the time that saving takes from a run, and test that a run that is killed many times loses nothing.
 
     python benchmarks/checkpoint.py stall --steps 12 --out stall.json
     python benchmarks/checkpoint.py kills --steps 60 --kills 30 --seed 0 --out kills.json
 
 Both run launch/train.py under the deepspeed launcher, so the actor and drafter must exist (`make drafter`), and save
-after every step. `stall` reports what training waited for its saves, as a share of the steps' time. `kills` sends
-SIGKILL to every process of the run, launcher, ranks and engine, at moments drawn from --seed, starts it again with the
-same command, and looks at what it left: which steps are in metrics.jsonl, and whether every checkpoint there is valid.
-Of every four kills one comes at any moment, be it starting, resuming or generating, and one each in the middle of
-saving, of pushing weights, and of converting a checkpoint with respec-convert, which is killed with the run; what was
-met is reported. The first save is waited for: before it there is nothing to go on from.
+after every step. `stall` reports the time that training waits for its saves, as a share of the steps' time. `kills`
+sends SIGKILL to every process of the run, launcher, ranks and engine, at moments drawn from --seed, starts the run
+again with the same command, and checks its files: the steps in metrics.jsonl, and every checkpoint. Of every four kills
+one comes at any moment, also while the run starts, resumes or generates, and one each in the middle of saving, of
+pushing weights, and of converting a checkpoint with respec-convert, which is killed with the run. The report counts the
+activities that were interrupted. No kill comes before the first save, because there is no checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from pathlib import Path
 from statistics import median
 
 import psutil
+from phase_file import PHASE_FILE
 from runs import QUICKSTART, REPOSITORY, run_command
-from told_phases import PHASE_FILE
 
 from respec_trainer.checkpoint.meta import check_files, read_meta
 from respec_trainer.checkpoint.store import checkpoints_in, latest, step_of
 from respec_trainer.convert.command import main as convert
 from respec_trainer.telemetry.recorder import read_metrics
 
-SPREAD = 45.0  # seconds after a start within which it is killed: about half of them it takes to get going
+SPREAD = 45.0  # most seconds from a start to its kill; starting takes about half of them
 AIMS = ("any moment", "saving", "resyncing", "converting")
-WITHIN = 0.05  # seconds after what is aimed at has begun
-PATIENCE = 300.0  # seconds that it is waited for
+WITHIN = 0.05  # most seconds from the start of the intended activity to the kill
+PATIENCE = 300.0  # most seconds to wait for the intended activity
 
 
 def main() -> None:
@@ -70,11 +70,11 @@ def start(args: argparse.Namespace, folder: Path, script: str = "launch/train.py
 
 
 def stall(args: argparse.Namespace, folder: Path) -> dict:
-    """The first save takes up memory for the first time, and is told apart."""
+    """Measure the saves of one run. The first save allocates its memory, so it is reported separately."""
     process = start(args, folder)
     if process.wait():
         raise SystemExit(f"the run failed with status {process.returncode}")
-    steps = read_metrics(folder / "run")[1:]  # a step's time/checkpoint is of the save after the step before
+    steps = read_metrics(folder / "run")[1:]  # time/checkpoint of a step belongs to the save after the previous step
     shares = [step["time/checkpoint"] / step["time/step"] for step in steps]
     size = sum(file.stat().st_size for file in checkpoints_in(folder / "run/checkpoints")[0].rglob("*"))
     return {
@@ -93,7 +93,7 @@ def kills(args: argparse.Namespace, folder: Path) -> dict:
     for aim in itertools.islice(itertools.cycle(AIMS), args.kills):
         target.start()
         if not target.wait_for(aim, draw):
-            break  # the run was done before it could be killed as often as that
+            break  # the run ended before the last kill
         met = target.kill()
         killed.append({"aim": aim, "met": met, **state_of(target.run), **target.converted_again()})
         print(json.dumps(killed[-1]), flush=True)
@@ -128,10 +128,10 @@ class Target:
     def start(self) -> None:
         self.phase.unlink(missing_ok=True)
         phases = {PHASE_FILE: str(self.phase)}
-        self.process = start(self.args, self.run.parent, "benchmarks/told_phases.py", **phases)
+        self.process = start(self.args, self.run.parent, "benchmarks/phase_file.py", **phases)
 
     def wait_for(self, aim: str, draw: random.Random) -> bool:
-        """Until a moment to kill at; False if the run ended before."""
+        """Wait for the moment of the kill; return False if the run ended before it."""
         while latest(self.run / "checkpoints") is None and self.process.poll() is None:
             time.sleep(0.1)
         moment = time.monotonic() + draw.uniform(1.0, SPREAD)
@@ -150,7 +150,7 @@ class Target:
         return self.process.poll() is None
 
     def doing(self) -> list[str]:
-        """Which of AIMS it is in the middle of."""
+        """Return the AIMS that are in progress."""
         signs = {
             "saving": any((self.run / "checkpoints").glob(".step_*.partial-*")),
             "resyncing": self.phase.is_file() and self.phase.read_text() == "resync",
@@ -159,7 +159,10 @@ class Target:
         return [aim for aim, sign in signs.items() if sign]
 
     def kill(self) -> list[str]:
-        """Everything; what it was doing. All are stopped first, so that none starts another meanwhile."""
+        """Kill all processes; return the activities that were in progress.
+
+        All processes are suspended first, so that none can start another one meanwhile.
+        """
         family: dict[int, psutil.Process] = {}
         roots = [each.pid for each in (self.process, self.converting) if each and each.poll() is None]
         while found := {p.pid: p for root in roots for p in tree(root) if p.pid not in family}:
@@ -177,7 +180,7 @@ class Target:
         return met
 
     def converted_again(self) -> dict:
-        """Whether what the killed conversion left is whole or absent, and the same is converted after it."""
+        """Check that the killed conversion left a complete folder or none, and that a second one succeeds after it."""
         if self.converting is None:
             return {}
         self.converting.wait()
@@ -197,14 +200,14 @@ class Target:
 
 
 def tree(root: int) -> list[psutil.Process]:
-    """A process and all below it; [] if it has ended."""
+    """Return a process and all its descendants; [] if it has ended."""
     with suppress(psutil.NoSuchProcess):
         return [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
     return []
 
 
 def state_of(run: Path) -> dict:
-    """What a killed run left: steps on record, checkpoints, and what of them is not whole."""
+    """Return the state of a killed run's folder: recorded steps, checkpoints, and damaged or incomplete ones."""
     found = checkpoints_in(run / "checkpoints") if (run / "checkpoints").is_dir() else []
     damaged = []
     for checkpoint in found:

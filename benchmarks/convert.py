@@ -1,20 +1,21 @@
-"""How fast checkpoints are converted beside `cp` of the same bytes on the same disk, and in how much memory.
+"""Measure the speed of checkpoint conversion against `cp` of the same bytes on the same disk, and its memory.
 
     OMP_NUM_THREADS=1 python benchmarks/convert.py --shape 3b --layers 22 --tp 2 --rounds 3 --out speed.json   # 4 GB
     OMP_NUM_THREADS=1 python benchmarks/convert.py --shape 7b --tp 2 --rounds 1 --no-cp --out memory.json      # 15 GB
     OMP_NUM_THREADS=1 python benchmarks/convert.py --shape 7b --layers 2 --tp 2 --reshard 4 --out reshard.json # 19 GB
 
-Makes a Qwen2.5 of that shape with random weights, in files of 4 GB, and takes turns in every round:
+Makes a Qwen2.5 of that shape with random weights, in files of 4 GB, and runs these arms in turn in every round:
 
-    cp             cp -r of the folder, and fsync of every file, since a conversion ends with that too
-    to_megatron    the folder as a checkpoint for tp ranks
-    to_hf          that checkpoint as a Hugging Face folder: every file is read twice, first for its checksum
+    cp             cp -r of the folder, and fsync of every file, because a conversion ends with that too
+    to_megatron    from the folder to a checkpoint for tp ranks
+    to_hf          from that checkpoint to a Hugging Face folder: every file is read twice, first for its checksum
 
-The page cache is emptied of what an arm reads before it starts. Reported are seconds, an arm's share of cp's speed in
-the same round (the median), and the peak of memory while it ran: `anonymous` is the process's own, `resident` includes
-the pages of mapped files, which the kernel takes back when it needs them. Needs three times the model on the disk.
+Before an arm starts, its input is dropped from the page cache. The report has seconds, an arm's share of cp's speed in
+the same round (the median), and the peak of memory during the arm: `anonymous` is the process's own memory, `resident`
+includes the pages of mapped files, which the kernel reclaims when it needs them. Needs three times the model's size on
+the disk.
 
-`--reshard TP` measures that alone: from a checkpoint with float32 weights and AdamW's moments to one of TP ranks.
+`--reshard TP` measures only resharding: from a checkpoint with float32 weights and AdamW's moments to one of TP ranks.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-cp", action="store_true", help="memory only")
-    parser.add_argument("--reshard", type=int, metavar="TP", help="only this")
+    parser.add_argument("--reshard", type=int, metavar="TP", help="measure only resharding to TP ranks")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
@@ -134,7 +135,7 @@ def resharded(folder: Path, config, args: argparse.Namespace) -> dict[str, dict[
 
 
 def arm(reads: Path, run: Callable[[], None]) -> dict[str, float]:
-    """Seconds and peaks of memory, in GB, of one conversion."""
+    """Run one conversion; return its seconds and its peaks of memory in GB."""
     evict(reads)
     with memory_peak() as peak:
         began = time.perf_counter()
@@ -155,7 +156,7 @@ def model_config(shape: str, layers: int | None):
 
 
 class RandomTensors:
-    """Random weights of a model, each a stretch of one block of noise, made when it is read."""
+    """Random weights of a model. Each is a slice of one block of noise and is made when it is read."""
 
     def __init__(self, folder: Path, config):
         self.folder, self.shapes = folder, hf_model_shapes(config)
@@ -185,7 +186,7 @@ def make_model(folder: Path, config) -> None:
 
 
 def make_checkpoint(folder: Path, config, tp: int) -> None:
-    """As a run saves it: weights and moments in float32."""
+    """Write a checkpoint as a run does: weights and moments in float32."""
     config.save_pretrained(folder / "hf")
     source = RandomTensors(folder, config)
     sources, dtypes = dict.fromkeys(KINDS, source), dict.fromkeys(KINDS, torch.float32)
@@ -196,7 +197,7 @@ def make_checkpoint(folder: Path, config, tp: int) -> None:
 
 
 def evict(folder: Path) -> None:
-    """Drop a folder's files, which are on the disk, from the page cache."""
+    """Drop a folder's files from the page cache; they must have been written to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
@@ -206,7 +207,7 @@ def evict(folder: Path) -> None:
 
 @contextmanager
 def memory_peak() -> Iterator[dict[str, float]]:
-    """This process's peaks of anonymous and of all resident memory in the statement, in kB."""
+    """Yield a dict that gets this process's peaks of anonymous and of all resident memory within the block, in kB."""
     peak = {"anonymous_gb": 0.0, "resident_gb": 0.0}
     done = threading.Event()
 

@@ -1,10 +1,10 @@
-"""What the bookkeeping of tokens costs: collating samples and summing their mismatch, with and without origins.
+"""Measure the cost of token origins: collating samples and summing their mismatch, with and without origins.
 
     python benchmarks/counters.py --rounds 20 --out counters.json
 
-Both arms do the same but for the origins: `split` has samples that carry one of each token, collates them and splits
-the divergence by them; `whole` has samples without. They take turns in one process. Reported is the median over rounds
-of split's time to whole's in the same round, and either's median seconds.
+The arms differ in the origins only: the samples of `split` have an origin for each token, and the divergence is split
+by them; the samples of `whole` have none. The arms take turns in one process. The report has the median over rounds of
+the ratio of split's time to whole's in the same round, and the median seconds of both.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def main() -> None:
 
 
 def compare(rows: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Of collating, of the sums and of both together: median seconds of each arm, and their median ratio."""
+    """Return median seconds of each arm and their median ratio, for collating, for the sums and for both together."""
     samples = {name: make_samples(rows, tokens, bool(origins)) for name, origins in ARMS.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ARMS}
     for number in range(rounds + 1):
-        # The order alternates, so that neither arm always finds the other's memory warm.
+        # The order alternates, so that neither arm always runs second with a warm memory.
         for name in sorted(ARMS, reverse=bool(number % 2)):
             took = step(samples[name], ARMS[name])
             if number:  # the first round warms up
@@ -60,7 +60,7 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def step(samples: list[Sample], origins: dict[str, int]) -> tuple[float, float]:
-    """Seconds to collate, and to measure the mismatch, split by these origins."""
+    """Return (seconds to collate, seconds to measure the mismatch split by these origins)."""
     began = time.perf_counter()
     batch = collate(samples, pad_id=0)
     collated = time.perf_counter()
@@ -72,7 +72,7 @@ def step(samples: list[Sample], origins: dict[str, int]) -> tuple[float, float]:
 
 
 def make_samples(rows: int, tokens: int, origins: bool) -> list[Sample]:
-    """Responses of one length; drafts of three accepted and followed by a bonus token, where there are origins."""
+    """Make responses of one length. Their origins, if wanted, repeat three accepted drafts and a bonus token."""
     ids, logprobs = list(range(tokens)), (-torch.rand(tokens)).tolist()
     cycle = [1, 1, 1, 2] * (tokens // 4) if origins else []
     return [

@@ -1,9 +1,10 @@
-"""Microseconds that a decision on draft steps takes, in a loop, the processor's cache warm.
+"""Measure the microseconds of one decision on draft steps, in a loop with a warm processor cache.
 
     python benchmarks/decisions.py
 
-With nine candidates, and every batch another: choose, predict, observe. In time of this process, of ten rounds the
-best and the median. In a live engine a decision takes longer: see `spec/decide_us` in docs/configuration.md.
+A decision with nine candidates calls choose, predicted and observe; every batch has another size. Prints the CPU time
+of this process: the best and the median of ten rounds. In a live engine a decision takes longer: see `spec/decide_us`
+in docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from respec_trainer.speculation.policy import StepTimes
 from respec_trainer.speculation.scheduler import DepthScheduler
 
 BATCHES, ROUNDS = 256, 10
-# Seconds, of a small model on two cores; what they are changes nothing in what a decision computes.
+# Seconds of a small model on two cores; the time of a decision does not depend on them.
 COSTS = CostModel(
     {
         "plain": Terms(fixed=0.010, weights=0.034, kv=4e-7, token=8e-4),

@@ -1,11 +1,11 @@
-"""Decoding speed without a GPU: the engine, plain and with EAGLE-3, against transformers' generate, in one run.
+"""Compare decoding speed without a GPU: the engine, plain and with EAGLE-3, against transformers' generate.
 
     python benchmarks/engine.py --batches 1 8 32 64 --rounds 5 --out engine.json
 
-Every arm keeps its model loaded in a process of its own with one thread. The arms take turns, one generation each a
-round, so a machine that slows down slows all of them. Reported is the median of each arm's tokens a second, and the
-median over rounds of its ratio to transformers in the same round. The drafter's weights are random; `--accept` sets
-the accept length that sglang simulates, bonus token included.
+Every arm keeps its model loaded in a process of its own with one thread. The arms take turns, with one generation each
+in a round, so a machine that slows down slows all of them. The report has the median of each arm's tokens a second, and
+the median over rounds of its ratio to transformers in the same round. The drafter's weights are random; `--accept` sets
+the accept length that sglang simulates, with the bonus token.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(arms: dict[str, Arm], batch: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Tokens a second of each arm at one batch size, and their ratios to transformers."""
+    """Return the tokens a second of each arm at one batch size, and their ratios to transformers."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     accept = {}
     for number in range(args.rounds + 1):
@@ -69,7 +69,7 @@ def measure(arms: dict[str, Arm], batch: int, args: argparse.Namespace) -> dict[
 
 
 class Arm:
-    """A process that generates when told to."""
+    """A process that generates on request."""
 
     def __init__(self, name: str, folder: str, args: argparse.Namespace):
         context = multiprocessing.get_context("spawn")
@@ -79,7 +79,7 @@ class Arm:
         self.pipe.recv()  # ready
 
     def generate(self, batch: int) -> tuple[float, float]:
-        """Seconds one generation of `batch` sequences took, and its accept length."""
+        """Generate `batch` sequences; return the seconds and the accept length."""
         self.pipe.send(batch)
         return self.pipe.recv()
 

@@ -1,10 +1,10 @@
-"""A run whose engine is killed at random moments: does it finish, is anything missing, and does it learn all the same.
+"""Kill a run's engine at random moments, and check that the run finishes, that it is complete, and that it learns.
 
     python benchmarks/kills.py --steps 30 --kills 20 --seed 0 --out kills.json
 
 Runs launch/train.py under the deepspeed launcher and sends SIGKILL to a process of the engine at times drawn from
---seed, spread over the run by its steps: a kill waits for its step, then for a random share of a step's time. The
-first step is spared: an engine that does not come up at the start of a run ends it.
+--seed and spread over the steps of the run: a kill waits for its step, then for a random share of a step's time. There
+is no kill in the first step, because a run ends if its engine does not start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from runs import QUICKSTART, REPOSITORY, run_command
 from respec_trainer.telemetry.recorder import read_metrics
 from respec_trainer.telemetry.summary import reward_rise
 
-TITLE = "sglang::"  # how sglang's processes call themselves
+TITLE = "sglang::"  # prefix of the titles of sglang's processes
 POLL_SECONDS = 0.05
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def kill_at_random(process: subprocess.Popen, folder: Path, args: argparse.Namespace) -> list[dict]:
-    """Kill until the run ends or all is done; what was killed, and after how many finished steps."""
+    """Kill until the run ends or all kills are done; return each killed process and the number of finished steps."""
     draw = random.Random(args.seed)
     moments = sorted(draw.uniform(1, args.steps) for _ in range(args.kills))
     killed: list[dict] = []
@@ -73,7 +73,7 @@ def kill_at_random(process: subprocess.Popen, folder: Path, args: argparse.Names
 
 
 def engine_processes(process: subprocess.Popen) -> list[psutil.Process]:
-    """The engine's processes below the launcher that are up, told by the titles they give themselves."""
+    """Return the running engine processes below the launcher, recognized by their titles."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
         try:

@@ -1,17 +1,16 @@
-"""The drafter's learner: does accept length last while the policy moves, and which loss and weighting do it best.
+"""Test the drafter's learner: how much accept length it keeps while the policy changes, by loss and weighting.
 
     python benchmarks/learner.py drift --steps 100 --seeds 3 --runs runs/drift --out drift.json
     OMP_NUM_THREADS=2 python benchmarks/learner.py variants --actor runs/drift/seed-0/actor --out variants.json
 
-`drift` trains under the deepspeed launcher, so the actor and drafter must exist (`make drafter`). Its runs learn, and
-measure the drafter that they began with on the very responses that they measure the learning one on
-(`drafter.compare_frozen`): two runs, one with each, would end as two policies, which are not equally easy to draft
-for. The policy's way from where it started is measured afterwards, on responses drawn with transformers. Runs stay in
---runs, and those that are there and complete are not run again. Start it from the repository's root, as paths of the
-configuration are relative.
+`drift` trains under the deepspeed launcher, so the actor and drafter must exist (`make drafter`). Each run trains its
+drafter, and measures the trained and the initial drafter on the same responses (`drafter.compare_frozen`): two separate
+runs would end with two policies, which are not equally easy to draft for. The KL divergence of the final policy from
+the initial one is measured afterwards, on responses drawn with transformers. The runs stay in --runs; complete ones are
+not run again. Start it in the repository's root, because paths of the configuration are relative.
 
-`variants` draws responses of a policy that has moved and trains the same drafter on the same of them by each loss and
-weighting, with the learner's own updates; no engine takes part.
+`variants` draws responses of a trained policy and trains the same drafter on the same responses with each loss and
+weighting, with the learner's own updates; no engine is used.
 """
 
 from __future__ import annotations
@@ -45,15 +44,19 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    moving = commands.add_parser("drift", help="frozen and learning drafter on the responses of a policy that moves")
+    moving = commands.add_parser("drift", help="frozen and learning drafter on the responses of a policy that changes")
     moving.add_argument("--steps", type=int, default=100)
-    moving.add_argument("--lr", type=float, help="of the actor; default: the configuration's")
+    moving.add_argument("--lr", type=float, help="learning rate of the actor; default: the configuration's")
     moving.add_argument("--ranks", type=int, default=2)
-    moving.add_argument("--port", type=int, default=29500, help="where the ranks meet; another run may have taken it")
+    moving.add_argument(
+        "--port", type=int, default=29500, help="where the ranks meet; change it if another run uses it"
+    )
     moving.add_argument("--runs", type=Path, default=REPOSITORY / "runs/drift", help="folder of the runs")
-    moving.add_argument("--responses", type=int, default=256, help="that the policy's way is measured on")
+    moving.add_argument(
+        "--responses", type=int, default=256, help="number of responses to measure the KL divergence on"
+    )
     offline = commands.add_parser("variants", help="losses and weightings at equal samples")
-    offline.add_argument("--actor", type=Path, required=True, help="Hugging Face folder of a policy that has moved")
+    offline.add_argument("--actor", type=Path, required=True, help="Hugging Face folder of a trained policy")
     offline.add_argument("--prompts", type=int, default=64, help="to learn from, each with a group of responses")
     offline.add_argument("--held-out", type=int, default=256, help="prompts to measure on, with one response each")
     offline.add_argument("--epochs", type=int, default=1)
@@ -85,7 +88,7 @@ def drift(args: argparse.Namespace) -> dict:
 
 
 def run(args: argparse.Namespace, seed: int) -> dict:
-    """One run's numbers; it is trained unless it is there."""
+    """Return one run's numbers; train it unless it is complete."""
     name, runs = f"seed-{seed}", args.runs.resolve()
     settings = [f"run.dir={runs}", f"run.name={name}", f"run.seed={seed}", f"run.steps={args.steps}"]
     settings += [] if args.lr is None else [f"actor.optim.lr={args.lr}"]
@@ -104,7 +107,10 @@ def run(args: argparse.Namespace, seed: int) -> dict:
 
 
 def is_complete(folder: Path, config) -> bool:
-    """Whether this very run is there, from its first step to its export. Ends the program if it is there otherwise."""
+    """Return True if the folder has this run, from its first step to its export, and False if there is no folder.
+
+    Ends the program if the folder has a run of another configuration or an incomplete one.
+    """
     if not folder.exists():
         return False
     made = folder / "config.yaml"
@@ -116,7 +122,7 @@ def is_complete(folder: Path, config) -> bool:
 
 
 def moved(config, actor: Path, responses: int) -> tuple[float, float]:
-    """KL of the trained actor from the one it started as, in nats a response, and its standard error."""
+    """Return the KL of the trained actor from the initial one, in nats a response, and its standard error."""
     from policies import Policy, response_kl
 
     sampling = config.rollout.sampling
@@ -125,9 +131,9 @@ def moved(config, actor: Path, responses: int) -> tuple[float, float]:
 
 
 def numbers(steps: Sequence[dict]) -> dict:
-    """A run's figures from its metrics. Shares and speeds are of sums over all steps."""
+    """Compute a run's figures from its metrics. Shares and speeds are ratios of sums over all steps."""
     first, last = reward_rise(steps)
-    measured = [step for step in steps if FROZEN in step]  # the first has nothing to measure on
+    measured = [step for step in steps if FROZEN in step]  # the first step has no responses to measure on
     start, online = ends([step[ENGINE] for step in measured])
     frozen = ends([step[FROZEN] for step in measured])[1]
     predicted = [step["drafter/predicted_accept_length"] / step[ENGINE] - 1 for step in measured]
@@ -155,13 +161,13 @@ def numbers(steps: Sequence[dict]) -> dict:
 
 
 def ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and over the last few."""
+    """Return the means over the first few values and over the last few."""
     count = max(1, min(END_STEPS, len(values) // 2))
     return fmean(values[:count]), fmean(values[-count:])
 
 
 def print_table(rows: Sequence[dict]) -> None:
-    """Rows of equal keys, as Markdown."""
+    """Print rows with equal keys as a Markdown table."""
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")

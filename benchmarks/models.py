@@ -1,4 +1,4 @@
-"""Models to measure with: the right shapes, random weights."""
+"""Make models to measure with: realistic shapes and random weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 
-# 76M parameters: large enough that matrix products matter, small enough that so does everything around them.
+# 76M parameters: both the matrix products and all other work take a noticeable part of the time.
 MID = {
     "vocab_size": 512,
     "hidden_size": 512,
@@ -22,7 +22,7 @@ MID = {
     "max_position_embeddings": 2048,
 }
 
-# 2.6M parameters, the quickstart's actor: what surrounds the matrix products is nearly everything.
+# 2.6M parameters, the quickstart's actor: work other than matrix products takes nearly all of the time.
 SMALL = {
     "vocab_size": 512,
     "hidden_size": 192,
@@ -38,7 +38,7 @@ SHAPES = {"mid": MID, "small": SMALL}
 
 
 def make_target(folder: Path, shape: dict[str, int]) -> Path:
-    """A Qwen3 of this shape with random weights, in bf16, as a Hugging Face folder without a tokenizer."""
+    """Write a Qwen3 of this shape with random weights, in bf16, as a Hugging Face folder without a tokenizer."""
     define_torchvision_operators()
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -49,9 +49,9 @@ def make_target(folder: Path, shape: dict[str, int]) -> Path:
 
 
 def make_drafter(folder: Path, shape: dict[str, int], seed: int = 0) -> Path:
-    """An EAGLE-3 drafter for `make_target`'s model with random weights, in sglang's format, with the full vocabulary.
+    """Write an EAGLE-3 drafter for `make_target`'s model: random weights, sglang's format, the full vocabulary.
 
-    What it proposes is accepted by chance only; benchmarks simulate acceptance.
+    Its drafts are accepted by chance only; benchmarks simulate acceptance.
     """
     hidden, inner, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
     heads, kv_heads = (shape[key] * shape["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))

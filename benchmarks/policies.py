@@ -1,4 +1,4 @@
-"""Policies read from Hugging Face folders: responses drawn from one, and how far it is from another."""
+"""Policies from Hugging Face folders: draw responses from one, and measure its divergence from another."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from respec_trainer.data.prompts import Prompt, PromptStream, load_prompts
 from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.errors import ConfigError
 
-BATCH = 128  # responses drawn or scored at one time
+BATCH = 128  # responses drawn or scored at once
 
 
 class Policy:
-    """A float32 model and its tokenizer. Samples as `sampling` says, which must keep the whole vocabulary."""
+    """A float32 model and its tokenizer. It samples by `sampling`, which must keep the whole vocabulary."""
 
     def __init__(self, folder: Path | str, sampling: SamplingConfig):
         define_torchvision_operators()
@@ -31,13 +31,13 @@ class Policy:
         self.sampling = sampling
 
     def prompts(self, config: Config, seed: int, count: int) -> list[Prompt]:
-        """`count` prompts of the run's data, in an order of this seed."""
+        """Return `count` prompts of the run's data, in the random order of this seed."""
         found = load_prompts(config.data, self.tokenizer, config.data.max_prompt_tokens)
         return PromptStream(found, seed).next(count)
 
     def draw(self, prompts: Sequence[Prompt], seed: int) -> DrafterBatch:
-        """One response a prompt, the token that ends it included. The seed fixes the draws."""
-        torch.manual_seed(seed)  # generate has no generator of its own
+        """Draw one response for each prompt, with its end token. The seed determines the draws."""
+        torch.manual_seed(seed)  # transformers' generate takes no generator
         pairs = []
         for start in range(0, len(prompts), BATCH):
             pairs += self._draw([prompt.ids for prompt in prompts[start : start + BATCH]])
@@ -63,14 +63,14 @@ class Policy:
         return response[: response.index(end) + 1] if end in response else response
 
     def texts(self, rollouts: DrafterBatch) -> list[str]:
-        """The responses' texts."""
+        """Return the responses' texts."""
         rows = zip(rollouts.tokens, rollouts.response_mask, strict=True)
         responses = [tokens[mask].tolist() for tokens, mask in rows]
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
     @torch.no_grad()
     def log_probs(self, rollouts: DrafterBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Log-laws [M, V] of each batch's response tokens, and their rows [M], counted over all batches."""
+        """Yield for each batch of M response tokens their log-probabilities [M, V] and rows in `rollouts` [M]."""
         for index in torch.arange(len(rollouts)).split(BATCH):
             batch = rollouts.rows(index)
             logits = self.model(input_ids=batch.tokens, use_cache=False).logits[:, :-1]
@@ -80,12 +80,12 @@ class Policy:
 
 
 def response_kl(policy: Policy, start: Policy, rollouts: DrafterBatch) -> tuple[float, float]:
-    """KL(policy || start) in nats a response, and its standard error, from responses drawn from `policy`.
+    """Estimate KL(policy || start) in nats a response, and its standard error, from responses drawn from `policy`.
 
-    By the chain rule it is the mean over responses of sum_t KL(policy(. | x_<t) || start(. | x_<t)), each taken over
-    the whole vocabulary: of the same mean as the sum of log-ratios of the drawn tokens, and of less variance.
+    By the chain rule it is the mean over responses of sum_t KL(policy(. | x_<t) || start(. | x_<t)), each over the
+    whole vocabulary. This has the same mean as the sum of the log-ratios of the drawn tokens, and less variance.
     """
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
-    for (here, rows), (there, _) in zip(policy.log_probs(rollouts), start.log_probs(rollouts), strict=True):
-        sums.index_add_(0, rows, (here.exp() * (here - there)).sum(-1).double())
+    for (ours, rows), (others, _) in zip(policy.log_probs(rollouts), start.log_probs(rollouts), strict=True):
+        sums.index_add_(0, rows, (ours.exp() * (ours - others)).sum(-1).double())
     return sums.mean().item(), sums.std().item() / math.sqrt(len(sums))

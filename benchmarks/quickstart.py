@@ -1,4 +1,4 @@
-"""The quickstart with speculation and without, alternating, and what speculation changed: rollout speed, not reward.
+"""Run the quickstart with and without speculation in turns, and compare rollout speed and reward.
 
     python benchmarks/quickstart.py --pairs 2 --out quickstart.json
 
@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     results: dict[str, list[dict]] = {name: [] for name in ARMS}
     for pair in range(args.pairs):
-        # Each pair starts with the other arm, so that a machine that warms up favors neither.
+        # The first arm alternates between pairs, so that a machine that warms up favors neither arm.
         for name in sorted(ARMS, reverse=bool(pair % 2)):
             results[name].append(run(args, [*ARMS[name], f"run.seed={pair}", *args.overrides]))
             print(name, json.dumps(results[name][-1]), flush=True)
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> dict:
-    """One run's numbers."""
+    """Run once and return its numbers."""
     with tempfile.TemporaryDirectory() as folder:
         command = run_command(args.ranks, args.config, folder, "benchmark", overrides)
         began = time.perf_counter()
@@ -74,7 +74,7 @@ def numbers(steps: list[dict]) -> dict:
 
 
 def watch_memory(process: subprocess.Popen) -> int:
-    """Wait for the process; the peak memory of its tree in bytes."""
+    """Wait for the process; return the peak memory of it and its descendants in bytes."""
     peak = 0
     root = psutil.Process(process.pid)
     while process.poll() is None:
@@ -91,7 +91,7 @@ def children(root: psutil.Process) -> list[psutil.Process]:
 
 
 def proportional_size(process: psutil.Process) -> int:
-    """Memory of one process, pages shared by k processes counted 1/k."""
+    """Return the memory of one process in bytes; a page that k processes share counts 1/k."""
     try:
         return process.memory_full_info().pss
     except psutil.Error:
@@ -99,7 +99,7 @@ def proportional_size(process: psutil.Process) -> int:
 
 
 def compare(results: dict[str, list[dict]]) -> dict:
-    """Speculation against plain decoding, over the pairs."""
+    """Compare speculation with plain decoding over the pairs."""
     on, off = results["speculation"], results["plain"]
     ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(on, off, strict=True)]
     return {

@@ -1,17 +1,17 @@
-"""What a push costs beside a raw broadcast of the same bytes over the same group, and what its proof adds.
+"""Measure a push against a raw broadcast of the same bytes over the same group, and the time of its verification.
 
     OMP_NUM_THREADS=1 deepspeed --num_gpus 1 benchmarks/resync.py --tp 1 --megabytes 600 --rounds 7 --out resync.json
     OMP_NUM_THREADS=1 deepspeed --num_gpus 2 benchmarks/resync.py --tp 2 --megabytes 600 --rounds 7 --out resync.json
 
-Trainer ranks and a live engine of a random Qwen3 of that size, in bf16. Arms take turns in every round:
+The trainer ranks push to a live engine of a random Qwen3 of that size, in bf16. Arms take turns in every round:
 
-    raw        rank 0 broadcasts tensors of the same shapes, which the engine receives and throws away
-    off        a push, not verified
-    checksum   a push, with digests of every tensor compared
-    full       the same and a canary
+    raw        rank 0 broadcasts tensors of the same shapes, which the engine receives and discards
+    off        a push without verification
+    checksum   a push that compares digests of every tensor
+    full       the same, and a canary request
 
-Reported are medians over rounds: seconds of each arm, raw's seconds to off's in the same round, and the share of
-checksum's seconds that is verification.
+The report has medians over rounds: the seconds of each arm, the ratio of raw's seconds to off's in the same round, and
+the share of verification in checksum's seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 
 ARMS = ("raw", "off", "checksum", "full")
-HIDDEN, LAYER_PARAMETERS = 1024, 15_730_000  # of the layers below
+HIDDEN, LAYER_PARAMETERS = 1024, 15_730_000  # of the layers in make_model
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def summary(args, seconds: dict[str, list[float]], pushed: int) -> dict:
-    """Medians, without the first round, which warms up."""
+    """Compute the medians without the first round, which warms up."""
     taken = {arm: values[1:] for arm, values in seconds.items()}
     pairs = zip(taken["raw"], taken["off"], taken["checksum"], strict=True)
     ratios = [(raw / off, (checksum - off) / checksum) for raw, off, checksum in pairs]
@@ -67,7 +67,7 @@ def summary(args, seconds: dict[str, list[float]], pushed: int) -> dict:
 
 
 def measure(args, folder: Path) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each arm in each round, and the bytes of a push."""
+    """Return the seconds of each arm in each round, and the bytes of a push."""
     import torch.distributed as dist
 
     from respec_trainer.actor.engine import Actor
@@ -111,17 +111,17 @@ def measure(args, folder: Path) -> tuple[dict[str, list[float]], int]:
 
 
 def push(resync, fleet, actor, arm: str, canary) -> None:
-    resync.held = {}  # so that everything is carried, though nothing has changed
+    resync.held = {}  # so that the push sends everything, though nothing has changed
     resync.settings = resync.settings.model_copy(update={"verify": "off" if arm == "off" else "checksum"})
-    voice = canary.actor_continuation(actor) if arm == "full" else None
+    continuation = canary.actor_continuation(actor) if arm == "full" else None
     resync.push()
-    if voice is not None:
+    if continuation is not None:
         for sample in fleet.ask_each(canary.request()):
-            canary.check(sample, voice)
+            canary.check(sample, continuation)
 
 
 def raw_broadcast(resync, actor) -> None:
-    """Tensors of the same shapes, under names that no model has: the engine receives them and drops them."""
+    """Broadcast tensors of the same shapes under names that no model has: the engine receives and discards them."""
     import torch
     import torch.distributed as dist
 
@@ -174,7 +174,7 @@ def make_config(args, folder: Path):
 
 
 def make_model(folder: Path, megabytes: int) -> None:
-    """A random Qwen3 of about this size in bf16."""
+    """Write a random Qwen3 of about this size in bf16."""
     import torch
 
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators

@@ -1,11 +1,11 @@
-"""Rewards that make a policy move: they ask for what the quickstart's actor was not taught."""
+"""Rewards that change a policy much: they reward behavior that the quickstart's actor was not taught."""
 
 from __future__ import annotations
 
 
 def long_response(text: str, answer: str) -> float:
-    """Grows with the characters of a response, beyond what its tokens can reach.
+    """Return a reward that grows with the characters of a response, up to a length that its tokens cannot reach.
 
-    First the policy unlearns its ends, then it writes what it never wrote before, in longer and longer tokens.
+    First the policy stops ending its responses, then it writes new texts with longer and longer tokens.
     """
     return min(len(text), 700) / 700

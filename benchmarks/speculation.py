@@ -1,17 +1,18 @@
-"""Adaptive speculation against every fixed choice, on skewed rollouts of the real engine, in one go.
+"""Compare adaptive speculation with every fixed choice, on skewed rollouts of the real engine.
 
     python benchmarks/speculation.py run --config my.yaml --profile profile.json --accept 1 1.5 2 3 --out results
     python benchmarks/speculation.py run --config my.yaml --profile profile.json --accept drafter --out results
     python benchmarks/speculation.py simulate --profile profile.json --out results
 
-Heavy-tailed response lengths, the same for all arms, which take turns in a random order each round: the engine without
-speculation, and one whose steps change: off, every fixed number of steps, the best of them with the best batch size
-above which it is off (chosen in hindsight, by replaying the trace), and adaptive. `--accept` gives simulated accept
-lengths of the longest chain, on random prompts, or `drafter` for what the run's own drafter achieves on its data.
-Adaptive starts from the neutral prior every time, as a run's first rollout does; warm goes on from what it had learnt
-by the end of its last rollout (the first from one of adaptive's that is not counted), as all later ones do.
+Response lengths are heavy-tailed and the same for all arms. The arms take turns in a random order each round: an engine
+without speculation, and an engine whose draft steps can change, with these policies: off; every fixed number of steps;
+switched, a fixed number of steps up to a batch size and off above it (both chosen in hindsight, by replaying the
+trace); and adaptive. `--accept` gives simulated accept lengths of the longest chain, on random prompts; `drafter`
+stands for the acceptance of the run's own drafter on its data. The arm `adaptive` starts from the neutral prior every
+time, like a run's first rollout. The arm `warm` starts from the state at the end of its last rollout, like a run's
+later rollouts; its first state comes from an adaptive rollout that is not counted.
 
-`simulate` replays the recorded rollouts with tools/simulate_rollout.py's simulator and says how far off it is.
+`simulate` replays the recorded rollouts with the simulator of tools/simulate_rollout.py and prints its errors.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main() -> None:
     run.add_argument("--config", required=True, help="model, drafter, engine, and prompts for `--accept drafter`")
     run.add_argument("--accept", nargs="+", default=["1", "1.5", "2", "3"])
     run.add_argument("--requests", type=int, default=64)
-    run.add_argument("--median", type=float, default=64, help="of the lengths' lognormal law, sigma 0.8")
+    run.add_argument("--median", type=float, default=64, help="of the lengths' lognormal distribution, sigma 0.8")
     run.add_argument("--longest", type=int, default=384)
     run.add_argument("--prompt", type=int, default=32, help="tokens of a random prompt")
     run.add_argument("--arms", nargs="+", help="beside adaptive; of plain, s=0 (off), s=1, ..., switched; default: all")
@@ -73,13 +74,13 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every rollout shares."""
+    """The inputs that all rollouts share."""
 
     config: Config
     profile: Profile
     costs: CostModel
     requests: list[Request]
-    longest: int  # tokens a sequence may have
+    longest: int  # most tokens of a sequence
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -156,7 +157,7 @@ def prompts_of_run(config: Config, count: int) -> list[tuple[int, ...]]:
 
 
 def start_engine(bench: Bench, steps: DepthSettings | None):
-    """With steps that change, or without speculation (None)."""
+    """Start an engine with changing draft steps, or without speculation (None)."""
     from respec_trainer.compat import prepare, resolve_device
     from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
     from respec_trainer.rollout.sglang.settings import NO_SPECULATION
@@ -172,13 +173,13 @@ def start_engine(bench: Bench, steps: DepthSettings | None):
 
 
 def warm_up(bench: Bench, engine) -> None:
-    """A few steps of every request: the first ones of an engine take longer."""
+    """Decode a few steps of every request: the first steps of an engine take longer."""
     short = [replace(request, sampling=replace(request.sampling, max_new_tokens=8)) for request in bench.requests]
     engine.submit(short).collect()
 
 
 class PlainArm:
-    """The engine without speculation, in a process of its own: one process holds one engine."""
+    """The engine without speculation, in a process of its own, because a process can hold one engine only."""
 
     def __init__(self, bench: Bench):
         context = multiprocessing.get_context("spawn")
@@ -188,7 +189,7 @@ class PlainArm:
         self.pipe.recv()  # ready
 
     def generate(self) -> float:
-        """Seconds a rollout took."""
+        """Generate one rollout; return its seconds."""
         self.pipe.send("go")
         return self.pipe.recv()
 
@@ -203,7 +204,7 @@ def serve_plain(bench: Bench, pipe) -> None:
         warm_up(bench, engine)
         pipe.send("ready")
         while pipe.recv() is not None:
-            forget_prompts(engine)
+            flush_prefix_cache(engine)
             began = time.perf_counter()
             engine.submit(bench.requests).collect()
             pipe.send(time.perf_counter() - began)
@@ -212,7 +213,7 @@ def serve_plain(bench: Bench, pipe) -> None:
 
 
 def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, args: argparse.Namespace) -> None:
-    """All arms in turns; writes each rollout's log, and a table."""
+    """Run all arms in turns; write each rollout's log, and a table."""
     name = "drafter" if accept is None else f"{accept:g}"
     acceptance = measured_acceptance(bench, engine) if accept is None else simulated_acceptance(bench, accept)
     threshold = best_threshold(bench, bench.trace(acceptance))
@@ -245,14 +246,14 @@ def generate(bench: Bench, engine, arm: str, accept: float | None, state: str = 
     engine.set_steps(bench.steps(arm, accept))
     if state:
         engine.restore_depth_chooser(state)
-    forget_prompts(engine)
+    flush_prefix_cache(engine)
     began = time.perf_counter()
     engine.submit(bench.requests).collect()
     return time.perf_counter() - began, engine.take_decode_log()
 
 
-def forget_prompts(engine) -> None:
-    """Have the engine read every prompt anew, as after a push of weights: each rollout has the same ones."""
+def flush_prefix_cache(engine) -> None:
+    """Make the engine read every prompt again, as after a push of weights: all rollouts have the same prompts."""
     process = engine.process
     if not process.wait(process.call(process.manager.flush_cache), "flushing the prefix cache").success:
         raise SystemExit("the engine could not flush its prefix cache: requests were still running")
@@ -263,14 +264,14 @@ def simulated_acceptance(bench: Bench, accept: float) -> list[float]:
 
 
 def measured_acceptance(bench: Bench, engine) -> list[float]:
-    """By depth, of the run's drafter, always drafting as many steps as there are."""
+    """Measure the acceptance by depth of the run's drafter, always with the most draft steps."""
     _, log = generate(bench, engine, f"s={bench.candidates[-1]}", None)
     kept = [int(log.batch[~log.prefill].sum()), *log.survivors.sum(0).tolist()]
     return depth_acceptance([before - after for before, after in zip(kept, [*kept[1:], 0], strict=True)])
 
 
 def best_threshold(bench: Bench, trace: Trace) -> str:
-    """Of all fixed steps and batch sizes above which they are off, what replays this trace fastest."""
+    """Return the name of the fastest policy for this trace among fixed draft steps that are off above a batch size."""
     sizes = sorted({cell.batch for cell in bench.profile.cells})
     names = [f"s={steps}<={size}" for steps in bench.candidates[1:] for size in sizes]
 
@@ -282,7 +283,10 @@ def best_threshold(bench: Bench, trace: Trace) -> str:
 
 
 def regret(bench: Bench, log: DecodeLog, acceptance: list[float]) -> float:
-    """By the cost model, of the choices of a rollout against the best of each batch, which switches at no cost."""
+    """Compute the regret of a rollout's choices by the cost model, against the best choice of each batch.
+
+    For the best choices switching costs nothing.
+    """
     spent = best = 0.0
     for row in np.flatnonzero(~log.prefill):
         batch, context, steps = int(log.batch[row]), float(log.context[row]), int(log.steps[row])
@@ -307,12 +311,12 @@ def describe(bench: Bench, log: DecodeLog, acceptance: list[float]) -> str:
 
 
 def engine_seconds(log: DecodeLog) -> float:
-    """From the first batch's start to the last one's end, by the engine's clock."""
+    """Return the seconds from the first batch's start to the last batch's end, by the engine's clock."""
     return float(log.start[-1] - log.start[0] + log.draft[-1] + log.verify[-1] + log.extend[-1])
 
 
 def summarize(name: str, seconds: dict[str, list[float]], threshold: str, out: Path) -> None:
-    """Each arm's makespan to adaptive's in the same round: median over rounds, and quartiles."""
+    """Print and write the ratio of each arm's makespan to adaptive's in the same round: median and quartiles."""
     fixed = [arm for arm in seconds if arm not in (PLAIN, ADAPTIVE, WARM, threshold)]
     best = min(fixed, key=lambda arm: median(seconds[arm]), default=None)
     compared = {"plain": PLAIN, "off": "s=0", "best static": best, "static + on/off": threshold}
@@ -342,7 +346,7 @@ def record(path: Path, bench: Bench, arm: str, acceptance: list[float], log: Dec
 
 
 def replay_recorded(args: argparse.Namespace) -> None:
-    """Simulated makespans against those recorded, by the engine's clock."""
+    """Compare simulated makespans with the recorded ones, by the engine's clock."""
     profile = load_profile(args.profile)
     costs, errors = fit_costs(profile), []
     for path in sorted(args.out.glob("*.npz")):

@@ -1,10 +1,10 @@
-"""The same run on 1, 2 and 4 ranks: what a step takes, phase by phase, and how that shrinks.
+"""Measure the same run on 1, 2 and 4 ranks: the time of a step by phase, and the speed-up.
 
     python benchmarks/strong_scaling.py --ranks 1 2 4 --steps 8 --out scaling.json
 
 Runs launch/train.py under the deepspeed launcher with the same global batch, data parallel with one engine a rank, so
-the actor and drafter must exist (`make drafter`). Rounds take the numbers of ranks in turns. Ranks that share cores
-have nothing to gain from each other: read it beside the number of cores, which is reported.
+the actor and drafter must exist (`make drafter`). Every round runs each number of ranks once. More ranks on the same
+cores give no speed-up, so the report includes the number of cores.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, ranks: int) -> list[dict]:
-    """Metrics of a run's steps but the first, which pays for what is made once."""
+    """Return the metrics of a run's steps except the first, which includes one-time work."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"run.steps={args.steps}", *LAYOUT, *args.overrides]
         command = run_command(ranks, args.config, folder, "run", overrides)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, ranks: int) -> list[dict]:
 
 
 def table(seconds: dict[int, dict[str, float]]) -> str:
-    """Markdown: seconds of each phase, and how many times as fast the step is as with the fewest ranks."""
+    """Return a Markdown table: seconds of each phase, and the speed-up of a step over the fewest ranks."""
     lines = [f"{os.cpu_count()} cores", "", f"| ranks | {' | '.join(PHASES)} | to {min(seconds)} |"]
     lines.append("|---" * (len(PHASES) + 2) + "|")
     first = seconds[min(seconds)]["step"]

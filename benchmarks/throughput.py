@@ -1,12 +1,12 @@
-"""Decoding on a GPU by batch size, plain and with EAGLE-3 chains, of models that have a shape and no weights.
+"""Measure decoding on a GPU by batch size, plain and with EAGLE-3 chains, with real model shapes and dummy weights.
 
     python benchmarks/throughput.py --model qwen2.5-7b --batches 1 4 16 64 --steps 3 --accept 2.5 --out throughput.json
 
 One engine with dummy weights decodes every batch with 0 and with each of `--steps` drafts, in turns, `--rounds` times.
-Acceptance is simulated: every pass keeps `--accept` tokens on average, bonus included, so what is measured is what
-drafting and verifying cost. Reported are medians over rounds: tokens a second, and the ratio to plain decoding in the
-same round. Plain decoding is that of an engine that could also draft, which holds the drafter in memory and does not
-run it. With --device cpu and --model small it runs anywhere.
+Acceptance is simulated: every pass keeps `--accept` tokens on average, with the bonus token, so the result is the cost
+of drafting and verifying. The report has medians over rounds: tokens a second, and the ratio to plain decoding in the
+same round. Plain decoding is measured in the same engine, which holds the drafter in memory but does not run it. With
+--device cpu and --model small it runs anywhere.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def make_folders(root: Path, model: str) -> None:
-    """target/ and drafter/, each a config.json and nothing else."""
+    """Make the folders target/ and drafter/, each with only a config.json."""
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 
     define_torchvision_operators()
@@ -67,7 +67,7 @@ def make_folders(root: Path, model: str) -> None:
 
 
 def shape_of(model: str):
-    """The Hugging Face config of a file of MODELS, or of SMALL."""
+    """Return the Hugging Face config of a file in MODELS, or of SMALL."""
     from transformers import Qwen2Config
 
     from respec_trainer.preflight.checks import read_model_config
@@ -80,7 +80,7 @@ def shape_of(model: str):
 
 
 def start(root: Path, args: argparse.Namespace):
-    """(engine, its DepthSettings): all step counts prepared, acceptance simulated."""
+    """Start the engine with all numbers of draft steps and simulated acceptance; return it and its DepthSettings."""
     from respec_trainer.config import EngineConfig, SpeculationConfig
     from respec_trainer.rollout.decode_log import DepthSettings
     from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
@@ -108,7 +108,7 @@ def start(root: Path, args: argparse.Namespace):
 
 
 def measure(engine, steps, args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """Results by batch, then by draft steps."""
+    """Return the results by batch, then by draft steps."""
     results = {}
     for batch in args.batches:
         speeds: dict[int, list[float]] = {number: [] for number in steps.candidates}
@@ -132,7 +132,7 @@ def measure(engine, steps, args: argparse.Namespace) -> dict[str, dict[str, dict
 
 
 def generate(engine, batch: int, tokens: int, seed: int) -> tuple[float, float]:
-    """(tokens a second, accept length) of one batch of random prompts."""
+    """Generate for one batch of random prompts; return (tokens a second, accept length)."""
     from respec_trainer.rollout.sample import Request, SamplingParams
 
     sampling = SamplingParams(tokens, temperature=1.0, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Losses and weightings of the learner at equal samples; run by `benchmarks/learner.py variants`."""
+"""Compare losses and weightings of the learner on the same samples; run by `benchmarks/learner.py variants`."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ VARIANTS = (
     ("kl", "reward"),
     ("kl", "advantage"),
 )
-HELD_OUT_SEED = 1_000_000  # of prompts' order and draws; far from those of training
+HELD_OUT_SEED = 1_000_000  # of the held-out prompts' order and draws; far from the seeds of training
 
 
 class Comparison:
-    """The policy, its drafter before training, and responses kept back, the same for every variant and seed."""
+    """The policy, its drafter before training, and held-out responses; the same for every variant and seed."""
 
     def __init__(self, config: Config, args: argparse.Namespace):
         if config.rollout.sampling.temperature != 1:
-            raise ConfigError("rollout.sampling.temperature: the teacher here is one at temperature 1")
+            raise ConfigError("rollout.sampling.temperature must be 1: the teacher of this benchmark has temperature 1")
         self.config, self.args = config, args
         self.policy = Policy(args.actor, config.rollout.sampling)
         self.reward = setup_reward(config.reward)
@@ -54,18 +54,18 @@ class Comparison:
         self.solved, self.failed = (self.taught(held_out, part.nonzero().flatten()) for part in (solved, ~solved))
 
     def start(self) -> tuple[Eagle3Drafter, torch.Tensor]:
-        """The drafter of the run's configuration and its draft vocabulary [Vd]."""
+        """Load the drafter of the run's configuration; return it and its draft vocabulary [Vd]."""
         return load_drafter(self.config.drafter.path, self.policy.model.config, dtype=torch.float32)
 
     def rewards(self, rollouts: DrafterBatch, prompts: list[Prompt]) -> torch.Tensor:
-        """[n] of the responses to `prompts`, one each."""
+        """Score the responses to `prompts`, one each; return rewards [n]."""
         texts = self.policy.texts(rollouts)
         pairs = zip(texts, prompts, strict=True)
         items = [RewardItem(prompt.text, text, (), False, prompt.answer, prompt.row) for text, prompt in pairs]
         return as_tensor(score_batch(reward_name(self.config.reward), self.reward, items))
 
     def samples(self, seed: int) -> tuple[DrafterBatch, torch.Tensor]:
-        """A seed's responses to learn from, none of them to prompts kept back, and rewards [prompts, n]."""
+        """Draw a seed's responses to prompts that are not held out; return them and their rewards [prompts, n]."""
         group = self.config.rollout.samples_per_prompt
         candidates = self.policy.prompts(self.config, seed, self.args.prompts + self.args.held_out)
         chosen = [prompt for prompt in candidates if prompt.key not in self.held_out_keys][: self.args.prompts]
@@ -74,12 +74,12 @@ class Comparison:
         return rollouts, self.rewards(rollouts, prompts).view(-1, group)
 
     def taught(self, rollouts: DrafterBatch, index: torch.Tensor) -> list[Micro]:
-        """The rows of `index` in micro-batches, with what the policy teaches of them."""
+        """Return the rows of `index` in micro-batches, with the teacher's outputs for them."""
         parts = [rollouts.rows(part) for part in index.split(self.config.drafter.micro_batch_size) if len(part)]
         return [(part, self.teacher(part)) for part in parts]
 
     def batches(self, rollouts: DrafterBatch, seed: int) -> list[list[Micro]]:
-        """One entry an update, of micro-batches; rows carry their number as weight, to be weighted by variant."""
+        """Return the micro-batches of each update. A row's weight is its index, which `train` replaces by a weight."""
         numbered = replace(rollouts, weights=torch.arange(len(rollouts), dtype=torch.float32))
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(len(rollouts), generator=generator) for _ in range(self.args.epochs)]
@@ -87,7 +87,7 @@ class Comparison:
 
     @torch.no_grad()
     def measure(self, drafter: Eagle3Drafter) -> dict[str, float]:
-        """Accept lengths with `speculation.steps` drafts and the first draft's acceptance, on what was kept back."""
+        """Measure on the held-out responses: accept lengths with `speculation.steps` drafts, and the first draft."""
         s = self.config.speculation.steps
         solved, failed = (self._sums(drafter, part) for part in (self.solved, self.failed))
         everything = (solved + failed).means()
@@ -108,7 +108,7 @@ class Comparison:
 
 
 def compare(config: Config, args: argparse.Namespace) -> dict:
-    """Train and measure every variant with every seed; the table has means and standard deviations over seeds."""
+    """Train and measure every variant with every seed; the table has means and standard deviations over the seeds."""
     comparison = Comparison(config, args)
     before = comparison.measure(comparison.start()[0])
     found: dict[tuple[str, str], list[dict]] = {variant: [] for variant in VARIANTS}
@@ -131,7 +131,7 @@ def compare(config: Config, args: argparse.Namespace) -> dict:
 def train(
     comparison: Comparison, updates: list[list[Micro]], rewards: torch.Tensor, loss: str, weighting: str
 ) -> Eagle3Drafter:
-    """The starting drafter after the learner's updates with this loss and weighting."""
+    """Return the initial drafter after the learner's updates with this loss and weighting."""
     drafter, _ = comparison.start()
     settings = comparison.config.drafter.model_copy(update={"loss": loss, "weighting": weighting})
     weights = response_weights(rewards, weighting, settings.weight_scope)[0].flatten()
@@ -145,7 +145,7 @@ def train(
 
 
 def spread(runs: list[dict]) -> dict[str, str]:
-    """Mean and standard deviation over runs of every figure."""
+    """Return the mean and standard deviation over runs of every figure, as text."""
     names = [name for name in runs[0] if name not in ("seed", "seconds")]
     columns = {name: [run[name] for run in runs] for name in names}
     return {name: f"{fmean(v):.3f}" + (f" ± {stdev(v):.3f}" if len(v) > 1 else "") for name, v in columns.items()}

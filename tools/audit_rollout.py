@@ -1,10 +1,10 @@
-"""Prove that what the rollout engine draws follows the actor's law, speculation and all.
+"""Test that the rollout engine samples from the actor's distribution, with and without speculation.
 
     python tools/audit_rollout.py --config configs/quickstart.yaml
     python tools/audit_rollout.py --config my.yaml --cells "EAGLE-3 chain" --json audit.json model.path=runs/x/actor
 
-Draws responses from the real engine in every mode, and tests the joint law of their tokens against the actor's, which
-is computed exactly in float32. Ends with PASS or FAIL, and status 1 for the latter.
+Draws responses from the real engine in every mode, and tests the joint distribution of their tokens against the
+actor's, which is computed exactly in float32. Prints PASS or FAIL at the end; the exit status is 1 for FAIL.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from pathlib import Path
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
-    parser.add_argument("--cells", default="", help="only cells whose name holds this")
+    parser.add_argument("--cells", default="", help="only cells whose name contains this")
     parser.add_argument("--short", action="store_true", help="three cells only, in a minute")
     parser.add_argument("--control", action="store_true", help="audit a lossy engine, which must FAIL")
     parser.add_argument(
-        "--total-variation", type=float, default=0.02, help="draw until a law this wrong would be found (default 0.02)"
+        "--total-variation",
+        type=float,
+        default=0.02,
+        help="draw until a distribution this wrong would be detected (default 0.02)",
     )
-    parser.add_argument("--draws", type=int, help="responses drawn for a cell at least (default 6144, control 20000)")
-    parser.add_argument("--limit", type=int, default=40_000, help="responses drawn for a cell at most")
+    parser.add_argument("--draws", type=int, help="least responses drawn for a cell (default 6144, control 20000)")
+    parser.add_argument("--limit", type=int, default=40_000, help="most responses drawn for a cell")
     parser.add_argument("--json", type=Path, help="also write the outcome here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
@@ -53,7 +56,7 @@ def audit(args: argparse.Namespace) -> int:
     from respec_trainer.audit.draws import ROUND
 
     draws = args.draws or (20_000 if args.control else ROUND)
-    auditor = Auditor(config, standard, draws, args.limit, say=lambda text: console.print(f"[dim]{text}[/]"))
+    auditor = Auditor(config, standard, draws, args.limit, notify=lambda text: console.print(f"[dim]{text}[/]"))
     results = []
     for result in auditor.run(cells, modes):
         results.append(result)

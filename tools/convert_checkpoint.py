@@ -1,4 +1,4 @@
-"""Convert models between Hugging Face folders and checkpoints, compare them, and see what is in them.
+"""Convert models between Hugging Face folders and checkpoints, compare them, and show their contents.
 
     python tools/convert_checkpoint.py to-megatron --hf Qwen2.5-3B --out converted --tp 2
     python tools/convert_checkpoint.py to-hf --checkpoint runs/NAME/checkpoints/step_40 --out my_model

@@ -3,7 +3,7 @@
     python tools/make_actor.py --recipe configs/quickstart-actor.yaml --out .cache/quickstart/actor
     python tools/make_actor.py --recipe configs/quickstart-actor.yaml --out my_actor teaching.steps=2000 seed=1
 
-A folder that the same recipe has made before is left as it is.
+A folder that the same recipe made before is not changed.
 """
 
 from __future__ import annotations

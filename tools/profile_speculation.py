@@ -1,13 +1,14 @@
-"""Measure what speculation costs on this machine with a run's models: once, before runs with adaptive speculation.
+"""Measure the costs of speculation on this machine with a run's models: once, before runs with adaptive speculation.
 
     python tools/profile_speculation.py --config configs/quickstart.yaml --out profile.json
     python tools/profile_speculation.py --config my.yaml --out profile.json --steps 1 2 4 --trees 3,2,6 5,4,16
     ... --quick                                           # two minutes, for a first look
 
-Then set speculation.policy=adaptive and speculation.profile=profile.json. Measured are decoding, drafting, verifying
-and the drafter's catching up, by batch size (up to rollout.engine.max_running_requests) and context. A run that was
-ended goes on where it was. Beside the profile come a heat map of the predicted speed-ups (.png) and SGLang's own table
-of steps by batch size (.sglang.json), which serves without this package's plugin.
+Then set speculation.policy=adaptive and speculation.profile=profile.json. The tool measures decoding, drafting,
+verifying and the drafter's catching up, by batch size (up to rollout.engine.max_running_requests) and context. If it is
+interrupted, the same command continues the measurement. Beside the profile it writes a heat map of the predicted
+speed-ups (.png) and SGLang's own table of draft steps by batch size (.sglang.json), which works without this package's
+plugin.
 
 The machine should be otherwise idle. Each tree (steps,topk,draft_tokens) starts an engine of its own.
 """
@@ -21,7 +22,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-SIMULATED = 2.0  # tokens a pass, as of a middling drafter: the engine's own work hangs on them a little
+SIMULATED = 2.0  # tokens a pass, as with an average drafter: the engine's own work depends on them a little
 
 
 def main() -> int:
@@ -30,14 +31,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the profile to write")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 5], help="draft steps (default 1 2 3 5)")
     parser.add_argument("--trees", nargs="+", default=[], metavar="S,T,N", help="trees to measure as well")
-    parser.add_argument("--quick", action="store_true", help="fewer places, once each")
+    parser.add_argument("--quick", action="store_true", help="fewer batch sizes and contexts, once each")
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="when no further repeat begins (default 9; of each tree a third)"
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="no repeat begins after this (default 9; for each tree a third of it)",
     )
     parser.add_argument(
         "--acceptance",
         default="0.8,0.75,0.7,0.65,0.6",
-        help="by depth, of the tables that are printed; a tree's other choices share the rest in halves",
+        help="acceptance by depth for the printed tables; each further branch of a tree gets half of the rest",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
@@ -57,7 +61,7 @@ def profile(args: argparse.Namespace) -> int:
     from respec_trainer.speculation.shape import parse_shape
     from respec_trainer.speculation.simulation.replay import parse_acceptance
 
-    warnings.filterwarnings("ignore")  # of libraries, about hardware that is not there
+    warnings.filterwarnings("ignore")  # libraries warn about missing hardware
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     trees, acceptance = [parse_shape(text) for text in args.trees], parse_acceptance(args.acceptance)
     config = load_config(args.config, args.overrides)
@@ -86,10 +90,10 @@ def measure_chains(args: argparse.Namespace, config, device: str):
     plan = Plan.of(most, longest, sorted({0, *args.steps}), device, args.quick, args.minutes)
     identity = identity_of(config, model.to_dict(), drafter_config(config), device)
     steps = DepthSettings("random", plan.candidates, most, longest, timed=True, simulated_accept_length=SIMULATED)
-    # A prompt that is read in two passes holds two slots until it is through.
+    # A prompt that is read in two passes occupies two slots until it has been read.
     slots = config.rollout.engine.model_copy(update={"max_running_requests": most + 1})
-    with running(config, device, steps=steps, engine=slots) as engine, progress("chains") as tell:
-        return measure(engine, plan, identity, config.rollout.sampling, model.vocab_size, args.out, tell)
+    with running(config, device, steps=steps, engine=slots) as engine, progress_bar("chains") as progress:
+        return measure(engine, plan, identity, config.rollout.sampling, model.vocab_size, args.out, progress)
 
 
 def measure_tree(config, device: str, shape, found, repeats: int, minutes: float):
@@ -100,13 +104,13 @@ def measure_tree(config, device: str, shape, found, repeats: int, minutes: float
 
     vocabulary = AutoConfig.from_pretrained(config.model.path).vocab_size
     speculation = SpeculationConfig(steps=shape.steps, topk=shape.topk, draft_tokens=shape.draft_tokens)
-    with running(config, device, speculation=speculation) as engine, progress(f"tree {shape}") as tell:
-        return tree_cells(engine, shape, found, config.rollout.sampling, vocabulary, repeats, minutes, tell)
+    with running(config, device, speculation=speculation) as engine, progress_bar(f"tree {shape}") as progress:
+        return tree_cells(engine, shape, found, config.rollout.sampling, vocabulary, repeats, minutes, progress)
 
 
 @contextmanager
 def running(config, device: str, **changes):
-    """The run's engine with some of its settings changed, started, and ended in any case."""
+    """Start the run's engine with some of its settings changed, and shut it down at the end."""
     from dataclasses import replace
 
     from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
@@ -123,8 +127,8 @@ def running(config, device: str, **changes):
 
 
 @contextmanager
-def progress(name: str):
-    """A bar; yields what moves it: tell(done, total)."""
+def progress_bar(name: str):
+    """Show a progress bar; yield the function that updates it, progress(done, total)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -134,7 +138,7 @@ def progress(name: str):
 
 
 def report(found, out: Path, acceptance: list[float]) -> None:
-    """How well the costs fit, the table of speed-ups, the heat map, and SGLang's table."""
+    """Print the error of the fitted costs and the table of speed-ups; write the heat map and SGLang's table."""
     from rich.console import Console
 
     from respec_trainer.speculation.acceptance import ranks

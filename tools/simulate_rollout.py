@@ -3,9 +3,9 @@
     python tools/simulate_rollout.py --profile profile.json --lengths trace.jsonl --policy adaptive
     python tools/simulate_rollout.py --profile profile.json --lengths trace.jsonl --policy s=3 --engines 8 --slots 32
 
-Prints what the rollout takes under the policy, under the oracle, which knows the true costs and acceptance at every
-moment, and without speculation. The profile is this hardware's and model's, the trace a run's, see
-respec_trainer/speculation/trace.py. Costs are those fitted to the profile.
+Prints the duration of the rollout under the policy, without speculation, and under the oracle, which chooses by the
+true costs and acceptance at every moment. The costs are fitted to the profile, which must be of the hardware and models
+in question. The format of the trace is described in respec_trainer/speculation/simulation/trace.py.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", type=Path, required=True, help="what speculation costs, as JSON")
+    parser.add_argument("--profile", type=Path, required=True, help="profile of the costs, as JSON")
     parser.add_argument("--lengths", type=Path, required=True, help="length trace, as JSONL")
     parser.add_argument("--policy", default="adaptive", help="adaptive, off, oracle, s=K, s=K<=B (default adaptive)")
     parser.add_argument("--engines", type=int, default=1, help="engines that share the rollout (default 1)")
     parser.add_argument("--slots", type=int, default=64, help="sequences an engine runs at most (default 64)")
-    parser.add_argument("--min-free-slots", type=int, default=1, help="of them, before new ones start (default 1)")
+    parser.add_argument(
+        "--min-free-slots", type=int, default=1, help="free slots before new requests start (default 1)"
+    )
     parser.add_argument("--balance", choices=("shares", "queue"), default="shares", help="how engines get requests")
-    parser.add_argument("--acceptance", help="by depth, for rows that have none: 0.8,0.7,0.6")
+    parser.add_argument("--acceptance", help="by depth, for rows without their own: 0.8,0.7,0.6")
     parser.add_argument("--expected", action="store_true", help="every pass keeps the expected number of drafts")
-    parser.add_argument("--seed", type=int, default=0, help="of which drafts are kept (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of kept drafts (default 0)")
     parser.add_argument("--json", type=Path, help="also write the outcomes here")
     return parser.parse_args()
 

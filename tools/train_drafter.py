@@ -4,11 +4,11 @@
         --actor .cache/quickstart/actor --data .cache/quickstart/actor/data/train.jsonl --out .cache/quickstart/drafter
     ... training.updates=1000 training.unroll=7 draft_vocab=512     # keys of the recipe
     ... training.updates=null training.epochs=4 training.loss=mixed # or passes over the responses; another loss
-    ... --from OTHER_DRAFTER                                        # go on from an existing drafter of the same actor
+    ... --from OTHER_DRAFTER                                        # start from an existing drafter of the same actor
 
-Prints how often its drafts would be accepted and how many tokens a verify pass would yield, on responses to prompts
-that it was not trained on, and warns of a draft vocabulary that leaves out more than a tenth of their tokens. A folder
-that was made before from the same recipe, actor and data is left as it is.
+Prints the predicted acceptance of the drafts and tokens of a verify pass, on responses to prompts that the drafter was
+not trained on, and warns if the draft vocabulary lacks more than a tenth of their tokens. A folder that was made before
+from the same recipe, actor and data is not changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--actor", type=Path, required=True, help="the target's Hugging Face folder")
     parser.add_argument("--data", type=Path, required=True, help="prompts, .jsonl or .parquet")
     parser.add_argument("--out", type=Path, required=True, help="the drafter's folder to make")
-    parser.add_argument("--from", dest="start", type=Path, help="an existing drafter to go on from")
+    parser.add_argument("--from", dest="start", type=Path, help="an existing drafter to start from")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
     args = parser.parse_args()
     from respec_trainer.recipes.drafter import DrafterRecipe, make_drafter

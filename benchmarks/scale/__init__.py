@@ -1,1 +1,1 @@
-"""Scale on paper: what a step takes in memory, traffic and time on clusters that nobody here has. docs/scale.md."""
+"""Scale on paper: estimates of a step's memory, traffic and time on clusters that were not available. docs/scale.md."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scale`: see run.py."""
+"""The entry point of `python -m benchmarks.scale`; see run.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step of training on paper: the layout that fits, its memory, its rollout replayed, its traffic, its time."""
+"""Estimate a training step: a layout that fits, its memory, its simulated rollout, its traffic and its time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Fit:
 
     @property
     def slots(self) -> int:
-        """Sequences an engine runs: what its cache holds of the longest ones."""
+        """Sequences that an engine runs: as many of the longest ones as its cache holds."""
         return max(
             1, min(self.config.rollout.engine.max_running_requests, self.memory.pool_tokens // self.memory.longest)
         )
@@ -43,7 +43,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Step:
-    """One step's rollout, traffic and time. Traffic is of one GPU; `rollouts` by the name of the policy."""
+    """One step's rollouts, traffic and time. Traffic is that of one GPU; `rollouts` are by the policy's name."""
 
     rollouts: dict[str, Outcome]
     push: Push
@@ -54,15 +54,15 @@ class Step:
         return self.rollouts[policy].makespan + self.push.seconds(gpu) + self.training_seconds(gpu)
 
     def training_seconds(self, gpu: Hardware) -> float:
-        """Nothing of the traffic is hidden behind computing: `overlap_comm` is off."""
+        """Return the seconds of computing plus those of traffic: they do not overlap, because `overlap_comm` is off."""
         return self.computing + self.training.seconds(gpu)
 
 
 def best_fit(config: Config, hf_config, trace: Trace, gpus: int, gpu: Hardware) -> Fit | None:
-    """Of the colocated layouts of `gpus` GPUs that fit, the one that should be fastest; None if none fits.
+    """Return the colocated layout of `gpus` GPUs that fits and has the least `rough_seconds`; None if none fits.
 
-    `config` gives everything but actor.parallel.tp, actor.zero.stage, actor.micro_batch_size and
-    rollout.engine.mem_fraction. How fast each is comes from a rollout of full batches and its traffic: `rough_seconds`.
+    `config` gives all settings except actor.parallel.tp, actor.zero.stage, actor.micro_batch_size and
+    rollout.engine.mem_fraction.
     """
     costs = roofline(hf_config, drafter_sizes(config, hf_config, None), config.rollout.engine.tp, gpu)
     found = list(fits(config, hf_config, gpus, gpu))
@@ -70,7 +70,7 @@ def best_fit(config: Config, hf_config, trace: Trace, gpus: int, gpu: Hardware) 
 
 
 def fits(config: Config, hf_config, gpus: int, gpu: Hardware) -> Iterator[Fit]:
-    """Every layout that fits, with the largest share of memory for the engine that it leaves."""
+    """Yield every layout that fits, each with the largest share of memory for the engine that still fits."""
     engine_tp = config.rollout.engine.tp
     for tp in (tp for tp in (1, 2, 4, 8) if tp >= engine_tp):
         for stage, micro in product((1, 2, 3), (8, 4, 2, 1)):
@@ -88,24 +88,25 @@ def _fit(config: Config, hf_config, gpus: int, gpu: Hardware) -> Fit | None:
         tried = _with_fraction(config, fraction)
         (memory,) = plan_memory(tried, hf_config, layout, gpu.memory)
         if not memory.problems():
-            place = Layout(layout.tp, layout.dp, config.actor.zero.stage, config.rollout.engine.tp)
-            return Fit(tried, place, memory)
+            fitting = Layout(layout.tp, layout.dp, config.actor.zero.stage, config.rollout.engine.tp)
+            return Fit(tried, fitting, memory)
     return None
 
 
 def rough_seconds(fit: Fit, hf_config, trace: Trace, gpus: int, gpu: Hardware, costs: CostModel) -> float:
-    """Of a rollout without speculation that keeps all slots full to its end, and of training's traffic."""
-    mine = len(trace) * fit.layout.engine_tp / gpus
-    batch = min(fit.slots, mine)
+    """Estimate the seconds of a plain rollout that keeps all slots full to its end, and of training's traffic."""
+    share = len(trace) * fit.layout.engine_tp / gpus  # samples of each engine
+    batch = min(fit.slots, share)
     context = float(trace.prompt.mean() + trace.length.mean() / 2)
-    rollout = max(mine * trace.length.mean() / batch, trace.length.max()) * costs.step_seconds(batch, context)
+    rollout = max(share * trace.length.mean() / batch, trace.length.max()) * costs.step_seconds(batch, context)
     return rollout + _training(fit, hf_config, trace, gpu).seconds(gpu)
 
 
 def estimate(fit: Fit, hf_config, trace: Trace, gpus: int, gpu: Hardware, candidates: list[int], mfu: float) -> Step:
-    """A step that draws `trace`, shared by all engines, with no speculation and with adaptive speculation.
+    """Estimate a step whose engines share the rollout `trace`, without speculation and with adaptive speculation.
 
-    `mfu`: the share of `gpu.flops` that training reaches.
+    Args:
+        mfu: the share of `gpu.flops` that training reaches.
     """
     drafter = drafter_sizes(fit.config, hf_config, None)
     engines = gpus // fit.layout.engine_tp
@@ -113,14 +114,14 @@ def estimate(fit: Fit, hf_config, trace: Trace, gpus: int, gpu: Hardware, candid
     rollouts = {name: slowest(trace, engines, fit.slots, costs, candidates, name) for name in ("off", "adaptive")}
     tokens = float((trace.prompt + trace.length).sum())
     numbers = model_parameters(hf_config)
-    # 2 operations a weight and token forward, 4 backward, 2 when recomputed; and 2 for scoring.
+    # Operations per weight and token: 2 forward, 4 backward, 2 for recomputation, and 2 for scoring.
     computing = tokens * numbers * (2 + 4 + 2 + 2) / (gpus * gpu.flops * mfu)
     carried = push(numbers, drafter.parameters, fit.layout, gpu)
     return Step(rollouts, carried, _training(fit, hf_config, trace, gpu), computing)
 
 
 def _training(fit: Fit, hf_config, trace: Trace, gpu: Hardware) -> Volumes:
-    """What scoring and one update of the step's samples send."""
+    """The traffic of scoring and of one update on the step's samples."""
     layout, tokens = fit.layout, float((trace.prompt + trace.length).sum()) / fit.layout.dp
     passes = math.ceil(len(trace) / layout.dp / fit.config.actor.micro_batch_size)
     reduced = update(model_parameters(hf_config), layout, gpu, passes, passes)
@@ -128,10 +129,10 @@ def _training(fit: Fit, hf_config, trace: Trace, gpu: Hardware) -> Volumes:
 
 
 def slowest(trace: Trace, engines: int, slots: int, costs: CostModel, candidates: list[int], policy: str) -> Outcome:
-    """The rollout of the engine that takes longest: the one with most tokens, or of those with the longest response.
+    """Simulate the engine that should take longest: the one with most tokens, or one with the longest response.
 
-    Engines know nothing of each other, so these two are replayed alone, every pass keeping the expected number of
-    drafts. Another engine, with nearly as many tokens in a worse order, may take a few percent longer.
+    Engines do not affect each other, so these two are simulated alone, with the expected number of kept drafts in every
+    pass. Another engine, with nearly as many tokens in a worse order, may take a few percent longer.
     """
     owners = np.arange(len(trace)) * engines // len(trace)
     load = np.bincount(owners, trace.length, engines)

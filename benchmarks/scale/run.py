@@ -1,11 +1,12 @@
-"""Memory, traffic and time of a step for Qwen2.5 from 3B to 72B on 16 to 1024 GPUs, on paper: docs/scale.md.
+"""Estimate memory, traffic and time of a step for Qwen2.5 from 3B to 72B on 16 to 1024 GPUs: docs/scale.md.
 
     python -m benchmarks.scale                                    # all of it: some minutes, no GPU
     python -m benchmarks.scale --models 7b --gpus 16 64 --out scale.json
 
-Nothing here was measured. Shapes are public, the hardware is a data sheet's (benchmarks/scale/hardware.py), memory
-is the plan's (respec_trainer/plan), rollouts are replayed by the simulator with a roofline's costs, traffic is counted.
-Colocated; one optimizer update a step; 512 prompts x 16 samples whatever the number of GPUs.
+Nothing here was measured. Shapes are public, the hardware's rates come from a data sheet (hardware.py), memory from the
+plan (respec_trainer/plan), rollouts from the simulator with the costs of a roofline model, and traffic from counting
+bytes. Engines and trainer share the GPUs; a step has one optimizer update and 512 prompts x 16 samples for every number
+of GPUs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 REPOSITORY = Path(__file__).parents[2]
-# Of configs/models/, with the engine's tensor parallelism.
+# Models of configs/models/, with the engine's tensor parallelism.
 MODELS = {"3b": 1, "7b": 1, "14b": 2, "32b": 4, "72b": 8}
 GPUS = (16, 64, 256, 1024)
 ACCEPTANCE = (0.75, 0.7, 0.65, 0.6, 0.55)  # by depth: an accept length of 3.0 with five drafts
@@ -25,7 +26,7 @@ CANDIDATES = [0, 1, 2, 3, 5]
 PROMPTS, GROUP, PROMPT_TOKENS, LONGEST = 512, 16, 256, 8192
 MEDIAN, SPREAD = 1500, 0.9  # of response lengths, log-normal, cut at LONGEST
 PORTS = (400, 100)  # Gb/s of a GPU's port
-MFU = 0.7  # of the operations a second that the hardware is taken to reach
+MFU = 0.7  # share of Hardware.flops that training reaches
 MAX_REQUESTS = 256
 
 
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def row(model: str, gpus: int, prompts: int = PROMPTS, longest: int = LONGEST) -> dict:
-    """Of one model on so many GPUs: every number of the tables; "fits" False where no layout fits."""
+    """Return all numbers of the tables for one model on `gpus` GPUs; "fits" is False if no layout fits."""
     from benchmarks.scale.estimate import best_fit, estimate
     from benchmarks.scale.hardware import H100
     from respec_trainer.plan.part import PHASES
@@ -83,7 +84,7 @@ def row(model: str, gpus: int, prompts: int = PROMPTS, longest: int = LONGEST) -
 
 
 def shape_of(model: str):
-    """The Hugging Face config of a model of MODELS, its shapes only."""
+    """Return the Hugging Face config of a model of MODELS; there are no weights."""
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 
     define_torchvision_operators()
@@ -93,7 +94,7 @@ def shape_of(model: str):
 
 
 def settings(engine_tp: int, prompts: int, longest: int):
-    """The run's configuration, but for what `best_fit` chooses."""
+    """Return the run's configuration, except the settings that `best_fit` chooses."""
     from respec_trainer.config import Config
 
     return Config.model_validate(
@@ -114,7 +115,7 @@ def settings(engine_tp: int, prompts: int, longest: int):
 
 
 def make_trace(prompts: int, longest: int):
-    """Response lengths of one step, the same for every model and cluster."""
+    """Make the trace of one step, the same for every model and cluster."""
     from respec_trainer.speculation.simulation.trace import Trace
 
     count = prompts * GROUP
@@ -125,7 +126,7 @@ def make_trace(prompts: int, longest: int):
 
 
 def tables(rows: list[dict]) -> str:
-    """Three Markdown tables: memory, time, traffic."""
+    """Return three Markdown tables: memory, time, traffic."""
     fitting = [row for row in rows if row["fits"]]
     missing = [f"{row['model']} on {row['gpus']}" for row in rows if not row["fits"]]
     parts = [memory_table(fitting), time_table(fitting), traffic_table(fitting)]
@@ -169,7 +170,7 @@ def traffic_table(rows: list[dict]) -> str:
 
 
 def elsewhere_table(models: list[str]) -> str:
-    """A push to engines on GPUs of their own: one broadcast, as long as its bytes take, whoever hears it."""
+    """Return a table of pushes to engines on GPUs of their own: one broadcast, however many ranks receive it."""
     from dataclasses import replace
 
     from benchmarks.scale.hardware import H100
@@ -183,9 +184,9 @@ def elsewhere_table(models: list[str]) -> str:
         hf_config, tp = shape_of(model), MODELS[model]
         drafter = drafter_sizes(settings(tp, PROMPTS, LONGEST), hf_config, None).parameters
         apart = Layout(tp=tp, dp=1, zero=1, engine_tp=tp, colocated=False)
-        said = push(model_parameters(hf_config), drafter, apart, H100)
-        times = [said.seconds(replace(H100, across=0.8 * gigabits / 8 * 1e9)) for gigabits in PORTS]
-        body.append([model, f"{said.delivered.across / 1e9:.1f}", *(f"{seconds:.2f}" for seconds in times)])
+        sent = push(model_parameters(hf_config), drafter, apart, H100)
+        times = [sent.seconds(replace(H100, across=0.8 * gigabits / 8 * 1e9)) for gigabits in PORTS]
+        body.append([model, f"{sent.delivered.across / 1e9:.1f}", *(f"{seconds:.2f}" for seconds in times)])
     return markdown(head, body)
 
 

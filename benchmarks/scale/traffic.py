@@ -1,8 +1,8 @@
-"""What a step sends over links: the push of both models, and what training says between ranks.
+"""Count the traffic of a step: the push of both models, and the collectives of training.
 
-Volumes are of one GPU, received, in one step. Of a collective over n ranks in a ring: of N bytes, all-gather and
-reduce-scatter N (n - 1) / n each, all-reduce both (Patarasuk and Yuan 2009). Times are volumes over the links that they
-take; latencies, and what runs at the same time on the same link, are left out.
+Volumes are the bytes that one GPU receives in one step. In a ring over n ranks, all-gather and reduce-scatter of N
+bytes receive N (n - 1) / n each, and all-reduce both (Patarasuk and Yuan 2009). A time is a volume divided by the rate
+of its link; latencies and other traffic on the same link are not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WIDTH = 2  # bytes of bf16: weights, and gradients as DeepSpeed sends them for a
 
 @dataclass(frozen=True)
 class Layout:
-    """Who holds what: `tp` x `dp` ranks train; engines of `engine_tp` share their GPUs, or have others."""
+    """A layout: `tp` x `dp` ranks train; engines of `engine_tp` ranks share their GPUs, or have GPUs of their own."""
 
     tp: int
     dp: int
@@ -27,7 +27,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Volumes:
-    """Bytes that one GPU receives from its host's other GPUs and over the network; `local`: of its own memory."""
+    """Bytes that one GPU receives from GPUs of its host (`within`), over the network (`across`), or copies itself."""
 
     within: float = 0.0
     across: float = 0.0
@@ -40,15 +40,15 @@ class Volumes:
         return Volumes(self.within * count, self.across * count, self.local * count)
 
     def seconds(self, gpu: Hardware) -> float:
-        """One after the other, as the collectives of one stream run."""
+        """Return the seconds of all transfers one after the other, as the collectives of one stream run."""
         return self.within / gpu.within + self.across / gpu.across + self.local / gpu.bandwidth
 
 
 @dataclass(frozen=True)
 class Push:
-    """One push. `collected` comes together on the rank that receives most; `delivered` reaches one rank of an engine.
+    """One push. `collected` is the traffic of the rank that gathers most, `delivered` that of one rank of an engine.
 
-    Buckets are collected while others are delivered, so the longer of the two counts.
+    Buckets are gathered while others are delivered, so the longer of the two counts.
     """
 
     collected: Volumes
@@ -59,12 +59,12 @@ class Push:
 
 
 def push(actor: int, drafter: int, layout: Layout, gpu: Hardware) -> Push:
-    """A push of models of so many parameters.
+    """Count the traffic of a push of models with `actor` and `drafter` parameters.
 
     The rank that feeds an engine gathers the actor from its tensor-parallel group; under ZeRO-3 every rank first
-    gathers its own shards from the data-parallel group. Colocated engines read their part out of that rank's memory,
-    handle by handle; others get all of both models by one broadcast, which takes as long as the bytes take to pass.
-    On both sides a model is copied once, into the bucket and out of it, and read once for its digest.
+    gathers its own shards from the data-parallel group. Colocated engines read their part from that rank's memory
+    through handles. Other engines receive both models whole in one broadcast. On both sides a model is copied once,
+    into the bucket or out of it, and read once for its digest.
     """
     whole, each = WIDTH * actor, WIDTH * (actor + drafter)
     collected = Volumes(within=ring(whole, layout.tp), local=3 * each)
@@ -77,14 +77,14 @@ def push(actor: int, drafter: int, layout: Layout, gpu: Hardware) -> Push:
 
 
 def update(actor: int, layout: Layout, gpu: Hardware, passes: int, scored: int) -> Volumes:
-    """ZeRO's traffic of a step of one optimizer update.
+    """Count ZeRO's traffic of a step with one optimizer update.
 
     Args:
-        passes: micro-batches of a rank that are trained on, forward, recomputation and backward. scored: those that are
-            only scored.
+        passes: a rank's micro-batches of training, each with a forward pass, a recomputation and a backward pass.
+        scored: a rank's micro-batches that are only scored.
 
-    Stage 1 reduces gradients once and gathers weights once; stages 2 and 3 reduce them after every micro-batch; stage 3
-    gathers weights for every forward and every backward pass, in which recomputation finds them.
+    Stage 1 reduces gradients once and gathers weights once. Stages 2 and 3 reduce gradients after every micro-batch.
+    Stage 3 gathers weights for every forward and every backward pass; recomputation uses those of the backward pass.
     """
     one = ring(WIDTH * actor / layout.tp, layout.dp)
     rounds = {1: 2 + 1, 2: passes + 1, 3: 3 * passes + scored}[layout.zero]
@@ -92,16 +92,21 @@ def update(actor: int, layout: Layout, gpu: Hardware, passes: int, scored: int) 
 
 
 def tensor_parallel(hf_config, layout: Layout, passes_tokens: float, scored_tokens: float) -> Volumes:
-    """All-reduces of activations: two a layer forward, two backward, two when recomputed. Tokens are one rank's."""
+    """Count the all-reduces of activations: per layer two forward, two backward, two for recomputation.
+
+    Args:
+        passes_tokens: tokens of one rank's training passes.
+        scored_tokens: tokens of one rank's scoring passes.
+    """
     one = 2 * ring(WIDTH * hf_config.hidden_size, layout.tp) * hf_config.num_hidden_layers
     return Volumes(within=one * (6 * passes_tokens + 2 * scored_tokens))
 
 
 def ring(size: float, ranks: int) -> float:
-    """Bytes that a rank receives where `size` bytes are gathered from, or reduced and scattered over, `ranks`."""
+    """Return the bytes that a rank receives in an all-gather or a reduce-scatter of `size` bytes over `ranks`."""
     return size * (ranks - 1) / ranks
 
 
 def over_copies(volume: float, layout: Layout, gpu: Hardware) -> Volumes:
-    """Of a data-parallel collective: over the network where its ranks are on several hosts."""
+    """Return the volume of a data-parallel collective: over the network if its ranks are on several hosts."""
     return Volumes(within=volume) if layout.tp * layout.dp <= gpu.gpus_per_host else Volumes(across=volume)

@@ -1,4 +1,4 @@
-"""Auditor: takes a real engine through its modes and tests each against the actor's own law."""
+"""Auditor: runs a real engine in each of its modes and tests the samples against the actor's own law."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 
-# What an audit asks of its configuration: one process, and float32, in which engine and actor agree to rounding that
-# no test sees. What is tested is the sampler; log-probs say, at every step of training, what lower precision costs.
+# Overrides of an audit's configuration: one process, and float32, in which engine and actor agree up to rounding that
+# no test can detect. An audit tests the sampler; the mismatch of log-probs in training measures lower precision.
 OVERRIDES = (
     "model.dtype=fp32",
     "actor.parallel.tp=1",
@@ -49,19 +49,24 @@ OVERRIDES = (
     "rollout.sampling.temperature=1.0",
     f"rollout.sampling.max_new_tokens={NEW_TOKENS}",
 )
-LIMITS = (3, 8, 13, NEW_TOKENS)  # of responses in turn, where they differ
-SWITCH_AT = 48  # requests at once from which speculation is off, of the 64
+LIMITS = (3, 8, 13, NEW_TOKENS)  # token limits of the responses in turn, in cells with different limits
+SWITCH_AT = 48  # batch size from which speculation is off, of at most 64
 PROMPTS = 2
-DEEP = 12  # response tokens before the deep ones
-UPDATES = 2  # of the actor before a resync, so that stale weights would be seen
+DEEP = 12  # response tokens in a deep prompt
+UPDATES = 2  # updates of the actor before a resync, so that the test detects stale weights
 
 
 class Auditor:
-    """One process, one rank. `say` is told what is being done."""
+    """Runs an audit in one process with one rank.
 
-    def __init__(self, config: Config, standard: Standard, draws: int, limit: int, say: Callable[[str], None]):
-        """config: with OVERRIDES. draws, limit: responses drawn for a cell at least and at most."""
-        self.config, self.standard, self.say = config, standard, say
+    Args:
+        config: with OVERRIDES.
+        draws, limit: least and most responses drawn for a cell.
+        notify: called with a line of text about the progress.
+    """
+
+    def __init__(self, config: Config, standard: Standard, draws: int, limit: int, notify: Callable[[str], None]):
+        self.config, self.standard, self.notify = config, standard, notify
         self.draws, self.limit = draws, max(draws, limit)
         self.topology = init_parallel(config)
         self.device = self.topology.device.type
@@ -73,7 +78,7 @@ class Auditor:
         self.resync: Resync | None = None
 
     def _prompts(self, starts: Sequence[Prefix]) -> tuple[list[Prefix], list[list[int]]]:
-        """Prompts as they are, and each with the actor's likeliest beginning of a response; and those beginnings."""
+        """(the prompts, and each again with the actor's likeliest first tokens; those tokens without the prompts)."""
         answers, _ = self.actor.generate_greedy(starts, DEEP)
         ends = self.end_tokens
         cut = [answer[: next((i for i, t in enumerate(answer) if t in ends), DEEP)] for answer in answers]
@@ -86,9 +91,9 @@ class Auditor:
         return frozenset(given if isinstance(given, list) else [given])
 
     def run(self, cells: Sequence[Cell], modes: dict[str, Mode]) -> Iterator[CellResult]:
-        """Results of the cells, in order; cells of one mode next to each other share an engine."""
+        """Yield the results of the cells, in order; neighboring cells of one mode share an engine."""
         for name, group in groupby(cells, key=lambda cell: cell.mode):
-            self.say(f"starting the engine: {name}")
+            self.notify(f"starting the engine: {name}")
             with self.engine(modes[name]) as engine:
                 for cell in group:
                     yield self._examine(engine, modes[name], cell, len(cells))
@@ -113,7 +118,7 @@ class Auditor:
     def _settings(self, mode: Mode) -> EngineSettings:
         config = self.config
         speculation = speculation_of(mode, config.speculation)
-        # Where a model drafts, the actor's own: it is always there, and its tokenizer fits.
+        # For an algorithm with a draft model use the actor itself: it always exists, and its tokenizer fits.
         drafters = {DrafterFolder.EAGLE3: self._drafter(mode.wide), DrafterFolder.MODEL: config.model.path}
         settings = EngineSettings.from_config(config, self.device)
         return replace(
@@ -133,7 +138,7 @@ class Auditor:
         return str(widen_drafter(path, self.actor.hf_config, Path(folder.name) / "drafter"))
 
     def _examine(self, engine: SGLangEngine, mode: Mode, cell: Cell, cells: int) -> CellResult:
-        self.say(cell.name)
+        self.notify(cell.name)
         if cell.before != "nothing":
             self._update_and_push(engine, sleep=cell.before == "sleep")
         params = SamplingParams(NEW_TOKENS, **({"temperature": 1.0} | cell.sampling))
@@ -155,13 +160,13 @@ class Auditor:
         return examine(engine, plan, self.standard, cells, self.limit, self.draws)
 
     def _with_stops(self, params: SamplingParams, mode: Mode) -> SamplingParams:
-        """Stops that many responses meet: a token and a piece of text from the likeliest responses."""
+        """Add stops that many responses meet: a token and a piece of text from the likeliest responses."""
         first, second = self.continuations[0], self.continuations[-1]
         stop = (self.tokenizer.decode(first[3:5]),) if mode.text and len(first) > 4 else ()
         return replace(params, stop=stop, stop_token_ids=tuple(second[6:7]))
 
     def _update_and_push(self, engine: SGLangEngine, sleep: bool) -> None:
-        """What a training step does between two phases of generation, the actor changed enough to tell."""
+        """Do the work of a training step between two phases of generation, with a change that the test can detect."""
         drawn = engine.submit(
             [Request(str(i), prompt, SamplingParams(NEW_TOKENS)) for i, prompt in enumerate(self.prompts * 8)]
         ).collect()

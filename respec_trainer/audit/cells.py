@@ -1,4 +1,4 @@
-"""What an audit goes through: ways to run the engine, and ways to sample with each."""
+"""The cells of an audit: modes of the engine, and sampling parameters for each."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Before = Literal["nothing", "resync", "sleep"]
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to run the engine; its cells share one start. Speculation keys override the configuration's."""
+    """One way to run the engine. `speculation` overrides keys of the configuration's section."""
 
     name: str
     speculation: dict[str, Any] = field(default_factory=dict)
-    needs: Literal["nothing", "drafter"] = "nothing"  # what the configuration must have for it
-    switching: bool = False  # speculation goes on and off with the size of the batch
-    text: bool = False  # with the tokenizer, for stop strings
-    wide: bool = False  # with a drafter of the whole vocabulary
+    needs: Literal["nothing", "drafter"] = "nothing"  # requirement on the configuration
+    switching: bool = False  # speculation turns on and off with the batch size
+    text: bool = False  # the engine has the tokenizer, for stop strings
+    wide: bool = False  # the drafter has the whole vocabulary
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One law to test: `sampling` overrides SamplingParams; `before` says what the engine lives through first."""
+    """One law to test: `sampling` overrides SamplingParams; `before` is an event of the engine before the test."""
 
     mode: str
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Cell:
 
 CHAIN = {"algorithm": "eagle3", "steps": 3, "topk": 1, "draft_tokens": 4}
 TREE = {"algorithm": "eagle3", "steps": 3, "topk": 2, "draft_tokens": 6}
-# Several modes each for these algorithms; every other one has one mode and one cell, by its own description.
+# These algorithms have modes with names; every other algorithm has one mode and one cell, by its `audit_shape`.
 NAMED = (
     Mode("no speculation", {"algorithm": "none"}),
     Mode("EAGLE-3 chain", CHAIN, needs="drafter"),
@@ -59,13 +59,13 @@ FILTERS = ({"top_p": 0.9}, {"top_k": 20})
 FIRST = (
     *(Cell("no speculation", sampling) for sampling in (*TEMPERATURES, *FILTERS)),
     *(Cell("EAGLE-3 tree", sampling) for sampling in (*TEMPERATURES, *FILTERS)),
-    Cell("EAGLE-3 on and off", ends=True),  # the batch shrinks as limits are met, and grows again
+    Cell("EAGLE-3 on and off", ends=True),  # the batch shrinks as responses reach their limits, and grows again
     Cell("EAGLE-3 rejection"),
 )
 LAST = (
     Cell("EAGLE-3 chain with text", ends=True),
     *(Cell("EAGLE-3 chain", sampling) for sampling in (*TEMPERATURES, *FILTERS)),
-    # Nothing may follow them but their like, because they change the actor.
+    # These change the actor, so only cells of this kind may follow.
     Cell("EAGLE-3 chain", before="resync"),
     Cell("EAGLE-3 chain", before="sleep"),
 )
@@ -73,7 +73,7 @@ SHORT = (Cell("no speculation"), Cell("EAGLE-3 chain"), Cell("EAGLE-3 chain", be
 
 
 def described_modes() -> list[Mode]:
-    """A mode for each algorithm that none is named for above, by the algorithm's name."""
+    """Return a mode for each algorithm without one in NAMED; its name is the algorithm's."""
     named = {mode.speculation["algorithm"] for mode in NAMED}
     return [
         Mode(
@@ -94,6 +94,6 @@ def all_cells() -> tuple[Cell, ...]:
 
 
 def speculation_of(mode: Mode, base: SpeculationConfig) -> SpeculationConfig:
-    """The mode's speculation, with the configuration's thresholds: if those are lossy, the audit must show it."""
+    """Return the mode's speculation, with the configuration's thresholds: the audit must detect lossy ones."""
     fixed = {"rejection_sampling": False, "policy": "fixed", "profile": None, "candidates": None}
     return SpeculationConfig(**(base.model_dump() | fixed | mode.speculation))

@@ -1,4 +1,4 @@
-"""Drawing responses for an audit, enough of them for its standard, and their evidence."""
+"""Draw responses for an audit until their number suffices for its standard, and compute the evidence."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from respec_trainer.audit.tree import Prefix, joint_law
 from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
-ROUND = 6144  # responses drawn before the power is looked at
+ROUND = 6144  # responses drawn between two checks of the power
 NEW_TOKENS = 24
 
 
 class LawCache:
-    """Laws after prefixes, each computed once."""
+    """The laws after prefixes, each computed once."""
 
     def __init__(self, law: Callable[[Sequence[Prefix]], torch.Tensor]):
         self.law, self.known = law, {}
@@ -33,17 +33,18 @@ class LawCache:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn, and the law it must follow."""
+    """The responses to draw, and the law that they must follow."""
 
     name: str
-    prompts: Sequence[Prefix]  # token ids; each gets as many draws as the others
+    prompts: Sequence[Prefix]  # token ids; all prompts get the same number of draws
     params: SamplingParams
     law: Callable[[Sequence[Prefix]], torch.Tensor]  # prefixes -> probabilities [R, V] float64
-    limits: tuple[int, ...] = ()  # of max_new_tokens, in turn; () for that of `params`
-    # Responses and what was asked of each -> what is wrong with them that needs no statistics.
+    limits: tuple[int, ...] = ()  # values of max_new_tokens, in turn; (): that of `params`
+    # Responses and the parameters of each -> faults that can be found without statistics.
     check: Callable[[Sequence[Sample], Sequence[SamplingParams]], set[str]] = lambda samples, asked: set()
 
     def asked(self, count: int) -> list[SamplingParams]:
+        """Return the parameters of `count` requests."""
         limits = self.limits or (self.params.max_new_tokens,)
         each = len(self.prompts)
         return [replace(self.params, max_new_tokens=limits[i // each % len(limits)]) for i in range(count)]
@@ -52,12 +53,12 @@ class Plan:
 def examine(
     engine: RolloutEngine, plan: Plan, standard: Standard, cells: int, limit: int, draws: int = ROUND
 ) -> CellResult:
-    """Draw `draws` responses and test them; and as many again until the standard's power is reached, or `limit`.
+    """Draw and test responses, in rounds of `draws`, until the standard's power or `limit` is reached.
 
-    How many are drawn hangs on how the draws spread, never on the statistic, which would bend its law.
+    The number of draws depends on how the draws spread, never on the statistic: that would change the statistic's law.
 
     Args:
-        cells: tests that share the standard's level.
+        cells: number of tests that share the standard's level.
     """
     began, samples, law = time.perf_counter(), [], LawCache(plan.law)
     faults: set[str] = set()

@@ -1,4 +1,4 @@
-"""How responses must end: at the first end token or stop string, or at their limit, and nowhere else."""
+"""Check how responses end: at the first end token or stop string, or at their limit, and nowhere else."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from respec_trainer.rollout.sample import UNDRAFTED, Sample, SamplingParams
 
 @dataclass(frozen=True)
 class Ends:
-    """Says what is wrong with a response's end. `tokenizer` is needed for stop strings only."""
+    """Finds faults in the ends of responses. `tokenizer` is needed for stop strings only."""
 
     end_tokens: frozenset[int]  # the model's own
     tokenizer: Any = None
 
     def check(self, samples: Sequence[Sample], asked: Sequence[SamplingParams]) -> set[str]:
-        """What is wrong with any of them."""
+        """Return the faults of all responses."""
         return {fault for pair in zip(samples, asked, strict=True) if (fault := self.fault(*pair))}
 
     def fault(self, sample: Sample, params: SamplingParams) -> str | None:
+        """Return the fault of a response's end; None if it is right."""
         tokens, limit = sample.response_ids, params.max_new_tokens
         ends = self.end_tokens | set(params.stop_token_ids)
         if len(tokens) > limit:
@@ -43,10 +44,10 @@ class Ends:
 
 
 def check_switched(samples: Sequence[Sample]) -> set[str]:
-    """Speculation must have gone on, off and on again within responses; a response's first token has no draft."""
+    """Check that speculation was switched at least twice within one response. The first token never has a draft."""
     for sample in samples:
         drafted = [origin != UNDRAFTED for origin in sample.origins[1:]]
         changes = sum(a != b for a, b in pairwise(drafted))
         if changes > 1:
             return set()
-    return {"speculation never went on and off and on within a response"}
+    return {"speculation was never switched on and off within a response"}

@@ -1,4 +1,4 @@
-"""The law a rollout engine must follow: the actor's next-token law, as sampling parameters shape it.
+"""The law that a rollout engine must follow: the actor's next-token law after the sampling parameters are applied.
 
 Shapes: R prefixes, V vocabulary.
 """
@@ -13,13 +13,13 @@ from respec_trainer.rollout.sample import SamplingParams
 
 
 def shaped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Probabilities [R, V] in float64 of logits [R, V] at the parameters' temperature, top_k and top_p.
+    """Return probabilities [R, V] in float64 from logits [R, V] by the parameters' temperature, top_k and top_p.
 
-    top_k keeps the k most probable tokens, of equals the first; top_p then keeps the most probable of them until they
-    hold that share of what top_k kept. That is the engine's order when it verifies drafts; without speculation it
-    measures the share before top_k, which is the same thing while only one of the two is set.
+    top_k keeps the k most probable tokens, and of equally probable ones the first. Then top_p keeps the most probable
+    of these until they hold the share top_p of the mass that top_k kept. The engine uses this order when it verifies
+    drafts. Without speculation it measures the share before top_k; this is the same if only one of the two is set.
 
-    Temperature 0 gives the most probable token all of it.
+    Temperature 0 gives the most probable token probability 1.
     """
     if params.temperature == 0:
         best = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])

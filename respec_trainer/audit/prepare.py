@@ -1,4 +1,4 @@
-"""Before an audit: its configuration, its place as the only rank, and the cells it can go through."""
+"""Prepare an audit: its configuration, the environment of a single rank, and the cells that are possible."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 
 
 def prepare_audit(path: str, overrides: Sequence[str]) -> Config:
-    """The configuration as an audit needs it, checked; and this process made the only rank of a run."""
+    """Load and check the configuration with an audit's overrides, and make this process the only rank of a run."""
     from respec_trainer.compat import prepare
     from respec_trainer.preflight.checks import preflight
 
-    warnings.filterwarnings("ignore")  # of libraries, about hardware that is not there
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= place | {"MASTER_PORT": str(free_port())}
+    warnings.filterwarnings("ignore")  # libraries warn about missing hardware
+    single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= single_rank | {"MASTER_PORT": str(free_port())}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     first = load_config(path, overrides)
@@ -34,15 +34,20 @@ def prepare_audit(path: str, overrides: Sequence[str]) -> Config:
 
 
 def wanted_cells(config: Config, part: str, short: bool, control: bool) -> tuple[list[Cell], dict[str, Mode]]:
-    """Cells whose name holds `part` and that the configuration has the parts for, of all or of the short form's; or the
-    control alone.
+    """Return the possible cells whose name contains `part`, and all modes by name.
+
+    Args:
+        short: choose from the cells of the short form.
+        control: return the control's cell alone.
+
+    Raises ConfigError if no cell's name contains `part`.
     """
     modes = all_modes()
     if control:
         return [Cell(CONTROL.name)], modes | {CONTROL.name: CONTROL}
-    has_drafter = algorithm_of(config.speculation).folder is DrafterFolder.EAGLE3  # and then a path, when it loaded
+    has_drafter = algorithm_of(config.speculation).folder is DrafterFolder.EAGLE3  # loading checked that it has a path
     possible = [c for c in (SHORT if short else all_cells()) if has_drafter or modes[c.mode].needs == "nothing"]
     cells = [cell for cell in possible if part in cell.name]
     if not cells:
-        raise ConfigError(f"no cell's name holds {part!r}; they are: {'; '.join(cell.name for cell in possible)}")
+        raise ConfigError(f"no cell's name contains {part!r}; they are: {'; '.join(cell.name for cell in possible)}")
     return cells, modes

@@ -1,4 +1,4 @@
-"""An audit's outcome: verdicts over all its cells, as a table and as JSON."""
+"""The outcome of an audit: verdicts over all its cells, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from respec_trainer.audit.statistics import Evidence, holm
 
 @dataclass(frozen=True)
 class Standard:
-    """What is asked of an audit."""
+    """The error rates that an audit must keep."""
 
-    level: float = 0.01  # probability of failing a right engine, over all cells together
-    total_variation: float = 0.02  # a law this wrong must be found ...
+    level: float = 0.01  # probability of failing a correct engine, over all cells together
+    total_variation: float = 0.02  # a law this far from the right one must be detected ...
     power: float = 0.99  # ... with this probability
 
 
@@ -26,15 +26,15 @@ class CellResult:
     tokens: int
     accept_length: float
     seconds: float
-    faults: tuple[str, ...] = ()  # what needs no statistics, such as a response longer than its limit
+    faults: tuple[str, ...] = ()  # found without statistics, such as a response longer than its limit
 
 
 @dataclass(frozen=True)
 class Verdict:
     result: CellResult
     adjusted: float  # the p-value after Holm's correction
-    power: float  # at the level of the correction's hardest step
-    refuted: bool  # by the p-value
+    power: float  # at the lowest level that the correction uses
+    refuted: bool  # the p-value is below the level
     passed: bool
 
     @property
@@ -45,7 +45,7 @@ class Verdict:
         return "[red]FAIL[/]" if wrong else "[red]FAIL: too few draws[/]"
 
     def row(self) -> dict:
-        """As plain data."""
+        """Return the verdict as plain data."""
         result, evidence = self.result, self.result.evidence
         return {
             "cell": result.name,
@@ -67,7 +67,7 @@ class Verdict:
 
 
 def judge(results: list[CellResult], standard: Standard) -> list[Verdict]:
-    """A cell passes whose law cannot be told from the right one, by a test that could have told."""
+    """Judge each cell: it passes if the test finds no difference from the right law, and has the power to find one."""
     adjusted = holm([result.evidence.p_value for result in results])
     verdicts = []
     for result, p in zip(results, adjusted, strict=True):

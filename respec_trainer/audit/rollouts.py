@@ -1,10 +1,11 @@
-"""An audit of a training step's own rollouts: every response token, against the law the actor gives it.
+"""Audit a training step's own rollouts: test every response token against its law under the actor.
 
-Nothing is drawn for it. No two tokens share a law, so each law is cut into classes by rank: the likeliest token, the
-second, the third, the fourth to eighth, and the rest. How often each class was drawn must agree with what the laws
-gave it. Verification that accepts too much, or too little, moves mass between the first ranks and the rest.
+The audit draws no samples of its own. No two tokens share a law, so each law is divided into classes by rank: the
+likeliest token, the second, the third, the fourth to eighth, and the rest. The count of draws in each class must agree
+with the sum of its probabilities. Verification that accepts too much, or too little, moves mass between the first ranks
+and the rest.
 
-The engine and the actor round differently, but their errors do not favor a rank, and cancel.
+The engine and the actor round differently, but their errors favor no rank and cancel.
 """
 
 from __future__ import annotations
@@ -22,33 +23,33 @@ from respec_trainer.rollout.batch import Batch
 from respec_trainer.rollout.sample import SamplingParams
 from respec_trainer.speculation.algorithms import is_lossy
 
-FIRST_RANKS = (0, 1, 2, 3, 8)  # of each class
-ROWS = 16  # responses a pass, whose logits are held at once
-# Of failing a run that is right, at one audit: a run has many, and ending it costs much.
+FIRST_RANKS = (0, 1, 2, 3, 8)  # the first rank of each class
+ROWS = 16  # responses in a pass, whose logits are in memory at once
+# Probability that one audit fails a correct run: small, because a run has many audits and a failure ends it.
 LEVEL = 1e-6
 
 
 class StepAudit:
-    """Audits every `rollout.audit_every`-th step. Collective: every rank calls it."""
+    """Audits every `rollout.audit_every`-th step. Collective: every rank must call it."""
 
     def __init__(self, config: Config, actor: Actor):
         self.every, self.actor, self.lossy = config.rollout.audit_every, actor, is_lossy(config.speculation)
-        self.total: ClassSums | None = None  # of all audits: a small bend shows in the long run
+        self.total: ClassSums | None = None  # sums of all audits so far, which detect smaller errors than one audit
         sampling = config.rollout.sampling
         self.params = SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k)
 
     def __call__(self, step: int, batch: Batch) -> dict[str, float]:
-        """`audit/*` metrics of this data-parallel rank's rows and the others'; nothing on a step without an audit.
+        """Audit the rows of all data-parallel ranks; return `audit/*` metrics, or {} on a step without an audit.
 
-        Raises AuditError on every rank where the rows do not follow the actor's law, unless the configuration allows
-        lossy speculation.
+        Raises AuditError on every rank if the rows do not follow the actor's law, unless the configuration allows lossy
+        speculation.
         """
         if not self.every or step % self.every:
             return {}
         sums = self._over_copies(self._sums(batch))
         self.total = sums if self.total is None else self.total + sums
-        here, all_audits = sums.evidence(), self.total.evidence()
-        for evidence, which in ((here, f"step {step + 1}"), (all_audits, f"the audits up to step {step + 1}")):
+        this_step, all_audits = sums.evidence(), self.total.evidence()
+        for evidence, which in ((this_step, f"step {step + 1}"), (all_audits, f"the audits up to step {step + 1}")):
             if evidence.p_value < LEVEL and not self.lossy:
                 raise AuditError(
                     f"the rollouts of {which} do not follow the policy: p = {evidence.p_value:.1g}, chi-square "
@@ -56,15 +57,15 @@ class StepAudit:
                     "run tools/audit_rollout.py to see which way of sampling is wrong"
                 )
         return {
-            "audit/p_value": here.p_value,
+            "audit/p_value": this_step.p_value,
             "audit/p_value_run": all_audits.p_value,
             "audit/total_variation": all_audits.total_variation,
             "audit/power": all_audits.power(0.02, LEVEL),
-            "audit/tokens": here.draws,
+            "audit/tokens": this_step.draws,
         }
 
     def state_dict(self) -> dict:
-        """Of all audits so far, alike on every rank; as JSON."""
+        """Return the sums of all audits so far as JSON data, equal on every rank."""
         total = self.total
         arrays = {} if total is None else {name: np.asarray(value).tolist() for name, value in vars(total).items()}
         return {"total": arrays}
@@ -93,7 +94,7 @@ class StepAudit:
 
 
 def rank_classes(probs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The class of each of T tokens in its law, [T], and what the law gave each class, [T, C].
+    """Return the class of each of T tokens in its law, [T], and each law's probability of each class, [T, C].
 
     probs: [T, V] float64. tokens: [T].
     """

@@ -12,20 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import chi2, ncx2, poisson
 
-LEAST_EXPECTED = 5.0  # draws expected of an outcome that is tested by itself
+LEAST_EXPECTED = 5.0  # least expected draws of an outcome that is tested by itself
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A chi-square statistic and what it rests on. Evidence of independent draws adds up."""
+    """A chi-square statistic with the numbers behind it. Evidence of independent draws can be added."""
 
     statistic: float = 0.0
     df: int = 0
     draws: int = 0  # draws between several likely outcomes
-    distance: float = 0.0  # sum over those of the total variation seen
-    chance: float = 0.0  # and of that which draws from the right law would show on average
-    lone: int = 0  # draws where one outcome is likely: any other law gives more to the rare ones
-    rare: float = 0.0  # rare outcomes expected, of all draws
+    distance: float = 0.0  # sum over these draws of the observed total variation
+    chance: float = 0.0  # sum over these draws of the mean total variation of draws from the right law
+    lone: int = 0  # draws where only one outcome is likely: every other law gives more to the rare outcomes
+    rare: float = 0.0  # expected rare outcomes of all draws
 
     def __add__(self, other: Evidence) -> Evidence:
         return Evidence(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -36,15 +36,15 @@ class Evidence:
 
     @property
     def total_variation(self) -> float:
-        """Mean over draws, what chance shows taken off; 0 where less is seen than chance shows."""
+        """Mean total variation over draws, above that of chance; 0 if less was observed than by chance."""
         return max(0.0, self.distance - self.chance) / self.draws if self.draws else 0.0
 
     def power(self, total_variation: float, level: float) -> float:
-        """Least probability that a test at `level` detects a law this far from the right one at every draw.
+        """Return a lower bound of the probability that a test at `level` detects a law this wrong at every draw.
 
         The noncentrality of n draws from a law q is n sum (q - p)^2 / p >= n (sum |q - p|)^2 = 4 n TV^2
-        (Cauchy-Schwarz). Where one outcome is likely, a law this far off gives the rare ones that much more, less what
-        they had. The power grows with the noncentrality, so this is a lower bound.
+        (Cauchy-Schwarz). If only one outcome is likely, a law this wrong adds its total variation to the rare outcomes,
+        reduced by the probability that they had. The power grows with the noncentrality, so this is a lower bound.
         """
         if not self.df:
             return 0.0
@@ -56,25 +56,25 @@ class Evidence:
 def multinomial(observed: np.ndarray, law: np.ndarray) -> tuple[Evidence, int, float]:
     """Test counts [V] of draws from one law [V].
 
-    Returns the evidence of the outcomes that enough draws are expected of, given that it was one of them; how many
-    draws fell on the others; and how many were expected to. The latter two, added over many laws, make `rare`.
+    Returns the evidence of the common outcomes, which have enough expected draws, given that a draw was common; the
+    number of draws of the rare outcomes; and its expectation. The last two, added over many laws, go into `rare`.
     """
     draws = int(observed.sum())
     common = draws * law >= LEAST_EXPECTED
     mass = float(law[common].sum())
-    here = int(observed[common].sum())
-    rest, rest_expected = draws - here, draws * max(0.0, 1.0 - mass)
-    if common.sum() < 2 or not here:
+    count = int(observed[common].sum())
+    rest, rest_expected = draws - count, draws * max(0.0, 1.0 - mass)
+    if common.sum() < 2 or not count:
         return Evidence(lone=draws if common.any() else 0), rest, rest_expected
     p, seen = law[common] / mass, observed[common]
-    statistic = float(((seen - here * p) ** 2 / (here * p)).sum())
-    distance = 0.5 * float(np.abs(seen - here * p).sum())
-    chance = 0.5 * float(np.sqrt(2 / math.pi * here * p * (1 - p)).sum())
+    statistic = float(((seen - count * p) ** 2 / (count * p)).sum())
+    distance = 0.5 * float(np.abs(seen - count * p).sum())
+    chance = 0.5 * float(np.sqrt(2 / math.pi * count * p * (1 - p)).sum())
     return Evidence(statistic, int(common.sum()) - 1, draws, distance, chance), rest, rest_expected
 
 
 def rare(observed: int, expected: float) -> Evidence:
-    """Test a sum of many rare outcomes, which is nearly a Poisson number. Too few expected show only as too many."""
+    """Test a count of many rare outcomes, which is nearly Poisson. If few are expected, only an excess counts."""
     if expected >= LEAST_EXPECTED:
         statistic = (observed - expected) ** 2 / expected
     else:
@@ -84,7 +84,7 @@ def rare(observed: int, expected: float) -> Evidence:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: rejecting those below a level errs with at most that probability over all the tests."""
+    """Return adjusted p-values: rejecting those below a level errs with at most that probability over all tests."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -95,10 +95,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class ClassSums:
-    """Sums over draws whose laws all differ, by classes that are named before each draw. Sums of parts add up."""
+    """Sums over draws with different laws, by classes that are fixed before each draw. Sums of parts can be added."""
 
-    seen: np.ndarray  # [C] draws that fell in each class
-    expected: np.ndarray  # [C] what their laws p [C] gave it
+    seen: np.ndarray  # [C] draws in each class
+    expected: np.ndarray  # [C] sum of the probabilities p [C] of each class
     products: np.ndarray  # [C, C] sum of p p'
     draws: int
 
@@ -107,14 +107,16 @@ class ClassSums:
 
     @classmethod
     def of(cls, drawn: np.ndarray, masses: np.ndarray) -> ClassSums:
-        """drawn: [T] the class of each draw. masses: [T, C] float64, each row a law over the classes."""
+        """Sum over T draws. drawn: [T] the class of each. masses: [T, C] float64, each row a law over the classes."""
         seen = np.bincount(drawn, minlength=masses.shape[1]).astype(float)
         return cls(seen, masses.sum(0), masses.T @ masses, len(drawn))
 
     def evidence(self) -> Evidence:
-        """With D = seen - expected and S the sum of the covariances diag(p) - p p', D' S^-1 D is chi-square with
-        rank(S) degrees of freedom for many draws, also where each law hangs on the draws before it (a martingale's
-        central limit theorem). Errors of the laws that cancel over the draws, as rounding does, cancel here.
+        """Return the evidence of the chi-square statistic D' S^-1 D.
+
+        D = seen - expected, and S is the sum of the covariances diag(p) - p p'. For many draws the statistic has
+        rank(S) degrees of freedom, also if each law depends on the draws before it (the central limit theorem for
+        martingales). Errors of the laws that cancel over the draws, such as rounding, cancel in D.
         """
         covariance = np.diag(self.expected) - self.products
         used = np.diag(covariance) >= LEAST_EXPECTED

@@ -1,8 +1,8 @@
-"""The joint law of draws that share prefixes, tested token by token.
+"""Test the joint law of draws that share prefixes, token by token.
 
 Many responses to one prompt form a tree. At a prefix that n of them reached, the next tokens are n independent draws
-from the law after that prefix, whatever came before: so every prefix reached often enough is a test of its own, and
-the tests are independent. Together they test the joint law of all the tokens, the first and the deep ones alike.
+from the law after that prefix. So every prefix that enough responses reached is a test of its own, and these tests are
+independent. Together they test the joint law of all tokens, the first and the later ones.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ Prefix = tuple[int, ...]
 # Prefixes -> probabilities [R, V] float64 of the token after each.
 Law = Callable[[Sequence[Prefix]], torch.Tensor]
 
-LEAST_VISITS = 40  # of a prefix, for its law to be worth a forward pass
+LEAST_VISITS = 40  # least responses that reach a prefix for its law to be worth a forward pass
 PREFIXES_A_PASS = 64
 
 
 def branches(draws: Sequence[tuple[Prefix, Sequence[int]]]) -> dict[Prefix, Counter[int]]:
-    """What followed each prefix (prompt included) that at least LEAST_VISITS of the (prompt, response) draws reached.
+    """Count the next tokens of each prefix that at least LEAST_VISITS of the (prompt, response) draws reached.
 
-    Which prefixes are tested follows from what came before them, never from what is tested.
+    A prefix begins with the prompt. The choice of prefixes depends on the tokens before them only, never on the tokens
+    that are tested.
     """
     level: dict[Prefix, list[Sequence[int]]] = defaultdict(list)
     for prompt, response in draws:
@@ -47,9 +48,9 @@ def branches(draws: Sequence[tuple[Prefix, Sequence[int]]]) -> dict[Prefix, Coun
 
 
 def joint_law(draws: Sequence[tuple[Prefix, Sequence[int]]], law: Law) -> Evidence:
-    """Evidence about the joint law of (prompt, response) draws.
+    """Compute the evidence about the joint law of (prompt, response) draws.
 
-    Whether a response goes on may hang on its tokens so far, as with a stop string, and on limits fixed before it.
+    The end of a response may depend on its tokens so far, as with a stop string, and on limits fixed in advance.
     """
     tree = branches(draws)
     total, rest, rest_expected = Evidence(), 0, 0.0

@@ -1,4 +1,4 @@
-"""A drafter of the whole vocabulary, made of one of a part of it: rejection sampling needs its law over every token."""
+"""Extend a drafter's vocabulary to the whole one: rejection sampling needs the drafter's law over every token."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from respec_trainer.drafter.format import load_drafter, save_drafter
 
 
 def widen_drafter(folder: Path | str, hf_config, out: Path) -> Path:
-    """Write to `out` the drafter in `folder` with a head for every token, and return `out`.
+    """Write the drafter in `folder` to `out` with an output row for every token, and return `out`.
 
-    The added tokens have zero rows, so their logits are 0: a poor guess, but any law may propose where what is accepted
-    follows the target's.
+    The added rows are zero, so their logits are 0. That is a poor draft law, but the accepted tokens follow the
+    target's law for any draft law.
     """
     drafter, ids = load_drafter(folder, hf_config, dtype=torch.float32)
     vocab = drafter.shape.vocab_size

@@ -1,4 +1,4 @@
-"""The plan of a run: which rank does what where, and what memory that takes; made without a GPU and without weights."""
+"""The plan of a run: the role and host of each rank, and its memory. Planning needs no GPU and no weights."""
 
 from respec_trainer.plan.memory import GB, MemoryPlan, plan_memory
 from respec_trainer.plan.places import Cluster, Layout, RankPlace, plan_layout

@@ -1,4 +1,4 @@
-"""What the Online Learner takes: models and activations on the GPU, rollouts to learn from in host memory."""
+"""Estimate the Online Learner's memory: models and activations on the GPU, rollouts to learn from on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def learns(config: Config) -> bool:
 
 
 def learner_parts(config: Config, drafter: DrafterSizes | None, longest: int) -> list[Part]:
-    """Of a GPU that trains; `longest` tokens a sample."""
+    """Return the learner's parts of the memory of a GPU that trains, for samples of `longest` tokens."""
     settings = config.drafter
     if drafter is None or not learns(config):
         return []
@@ -32,7 +32,10 @@ def learner_parts(config: Config, drafter: DrafterSizes | None, longest: int) ->
 
 
 def learner_problems(config: Config, drafter: DrafterSizes | None, layout: Layout, longest: int) -> list[str]:
-    """Whether `drafter.memory_mb` holds the learner's models and, at their longest, the responses of one update."""
+    """Check that `drafter.memory_mb` holds the learner's models and the responses of one update at their longest.
+
+    Returns error texts; an empty list if there is no problem.
+    """
     if drafter is None or not learns(config):
         return []
     settings, width = config.drafter, DTYPES[config.model.dtype].itemsize

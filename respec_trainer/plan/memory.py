@@ -1,16 +1,16 @@
-"""What a run takes of each GPU's memory, part by part and phase by phase, from configuration and model shapes alone.
+"""Estimate a run's GPU memory, part by part and phase by phase, from configuration and model shapes alone.
 
 Engines and trainer take turns on a GPU, so no phase holds everything:
 
     generate  the engine and the Online Learner; the actor is in host memory, also while the engine starts and sizes
-              its key/value cache by what is free
+              its key/value cache by the free memory
     train     the actor with gradients and activations; the engine sleeps
     resync    the actor's weights, the engine's, and the buckets between them
 
-Where engines have GPUs of their own, nothing takes turns: the actor and the engine stay where they are in all phases.
+If engines have GPUs of their own, the actor and the engine keep their memory in all phases.
 
-An estimate of tensors' sizes, for the longest samples that the configuration allows. What CUDA, NCCL and graphs take
-besides is an assumption (`RESERVES`); so is that nothing is lost to fragmentation.
+The estimate adds the sizes of tensors, for the longest samples that the configuration allows. The memory of CUDA, NCCL
+and graphs is an assumption (`RESERVES`), and fragmentation is assumed to cost nothing.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 from respec_trainer.speculation.profiling.settings import longest_sequence
 
 GB = 1 << 30
-# Assumed, not measured: context, NCCL's buffers and workspaces of a trainer rank; those and CUDA graphs of an engine.
+# Assumed, not measured: CUDA context, NCCL buffers and workspaces of a trainer rank; the same and graphs of an engine.
 RESERVES = {"trainer": 3 * GB // 2, "engine": 5 * GB // 2}
-MOVED = ("actor: weights", "actor: optimizer", "actor: gradients")  # to host memory while colocated engines generate
+# Parts that move to host memory while colocated engines generate.
+MOVED = ("actor: weights", "actor: optimizer", "actor: gradients")
 PREFILL = 8192  # tokens that sglang 0.5.21 reads in one pass
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Of one of the GPUs that train, that generate, or that do both.
+    """The memory of one of the GPUs that train, that generate, or that do both.
 
-    `pool_tokens` fit the engine's key/value cache, None without one. `host` bytes of host memory go with each such GPU.
+    The engine's key/value cache holds `pool_tokens`, None without an engine. `host` is the host memory in bytes that
+    belongs to each such GPU.
     """
 
-    name: str
+    name: str  # what the GPU does
     parts: tuple[Part, ...]
     gpu: int
     longest: int  # tokens of a sample
@@ -54,7 +56,7 @@ class MemoryPlan:
         return sum(part.bytes for part in self.parts if phase in part.phases)
 
     def problems(self) -> list[str]:
-        """What does not fit, one text each, with what to change."""
+        """Return an error text for each phase or cache that does not fit, with the remedy."""
         remedies = {
             "generate": "lower rollout.engine.mem_fraction, rollout.engine.max_running_requests or "
             "drafter.micro_batch_size",
@@ -80,10 +82,10 @@ class MemoryPlan:
 def plan_memory(
     config: Config, hf_config, layout: Layout, gpu_bytes: int, draft_vocab: int | None = None
 ) -> list[MemoryPlan]:
-    """The estimate for GPUs of `gpu_bytes`, one for each kind of GPU: one where all do the same, else two.
+    """Return a plan for each kind of GPU of `gpu_bytes`: one if engines and trainer share GPUs, otherwise two.
 
     Args:
-        draft_vocab: the drafter's; None: it is not known, and DRAFT_VOCABULARY is taken.
+        draft_vocab: the size of the drafter's vocabulary; None: unknown, use DRAFT_VOCABULARY.
     """
     width = DTYPES[config.model.dtype].itemsize
     longest = longest_sequence(config, hf_config)
@@ -94,7 +96,9 @@ def plan_memory(
         *learner_parts(config, drafter, longest),
     ]
     engine = _engine_parts(config, hf_config, drafter, width)
-    taken = sum(part.bytes for part in trainer if part.phases == PHASES) if layout.colocated else 0  # at its start
+    taken = (
+        sum(part.bytes for part in trainer if part.phases == PHASES) if layout.colocated else 0
+    )  # when the engine starts
     cell = cache_bytes(hf_config, config.rollout.engine.tp, width)
     cell += cell // hf_config.num_hidden_layers if drafter else 0  # the drafter has one layer
     tokens = _pool_tokens(config, engine, gpu_bytes - taken, cell)
@@ -113,7 +117,7 @@ def plan_memory(
 
 
 def drafter_sizes(config: Config, hf_config, draft_vocab: int | None) -> DrafterSizes | None:
-    """Of the EAGLE-3 drafter that learns or drafts; None without one."""
+    """Return the sizes of the EAGLE-3 drafter; None if the algorithm has none."""
     if algorithm_of(config.speculation).folder is not DrafterFolder.EAGLE3:
         return None
     size = draft_vocab or min(DRAFT_VOCABULARY, hf_config.vocab_size // 64 * 64)
@@ -140,7 +144,7 @@ def _actor_parts(config: Config, hf_config, layout: Layout, longest: int, width:
 
 
 def _engine_parts(config: Config, hf_config, drafter: DrafterSizes | None, width: int) -> list[Part]:
-    """Without the key/value cache. Asleep, an engine keeps its context and graphs."""
+    """An engine's parts without the key/value cache. A sleeping engine keeps its context and graphs."""
     engine, phases = config.rollout.engine, ("generate", "resync")
     weights = ActorSizes(hf_config, engine.tp, width).parameters * width
     drafted = config.speculation.draft_tokens if algorithm_of(config.speculation).drafts else 1
@@ -160,8 +164,8 @@ def _engine_parts(config: Config, hf_config, drafter: DrafterSizes | None, width
 
 
 def _pool_tokens(config: Config, engine: list[Part], free: int, cell: int) -> int:
-    """Tokens of the cache: sglang gives weights and cache `mem_fraction` of what it finds free at its start."""
+    """Tokens of the cache: sglang gives weights and cache `mem_fraction` of the memory that is free at its start."""
     settings = config.rollout.engine
-    standing = [part.bytes for part in engine if "resync" in part.phases]  # its reserve, then weights
+    standing = [part.bytes for part in engine if "resync" in part.phases]  # the engine's reserve, then its weights
     tokens = max(0, int(settings.mem_fraction * (free - standing[0])) - sum(standing[1:])) // cell
     return tokens if settings.max_total_tokens is None else min(tokens, settings.max_total_tokens)

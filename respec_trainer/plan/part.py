@@ -1,4 +1,4 @@
-"""Part: some of the memory of one GPU, and the phases of an iteration in which it is there."""
+"""Part: one use of a GPU's memory, and the phases of an iteration in which it is allocated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PHASES: tuple[Phase, ...] = ("generate", "train", "resync")
 
 @dataclass(frozen=True)
 class Part:
-    """`how` is where its bytes come from, in words."""
+    """One use of memory. `how` explains in words where its bytes come from."""
 
     name: str
     bytes: int

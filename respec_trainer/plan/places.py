@@ -1,6 +1,6 @@
-"""Which rank does what on which host: tensor and data parallelism, engines by span, devices, transports.
+"""Plan the role and host of each rank: tensor and data parallelism, engines by span, devices, transports.
 
-Ranks count up through the hosts, as every launcher numbers them: host 0 has ranks 0 .. n-1, host 1 the next n.
+Ranks are numbered host by host, as every launcher does: host 0 has ranks 0 .. n-1, host 1 the next n.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the run gets: `hosts` with `ranks_per_host` ranks each, every rank with a device of its own on "cuda"."""
+    """The machines of a run: `hosts` with `ranks_per_host` ranks each; on "cuda" every rank has its own device."""
 
     hosts: int
     ranks_per_host: int
@@ -32,27 +32,27 @@ class Cluster:
 
     @classmethod
     def of_launcher(cls, device: Device) -> Cluster | None:
-        """As a launcher's variables tell this rank; None where no launcher started it.
+        """Return the cluster by the launcher's environment variables; None if no launcher started this process.
 
-        Raises ConfigError where hosts cannot have the same number of ranks each.
+        Raises ConfigError if hosts cannot all have the same number of ranks.
         """
         if "WORLD_SIZE" not in os.environ:
             return None
-        world, here = int(os.environ["WORLD_SIZE"]), local_size()
-        if world % here:
+        world, per_host = int(os.environ["WORLD_SIZE"]), local_size()
+        if world % per_host:
             raise ConfigError(
-                f"{here} ranks on this host are no even share of all {world}: give every host the same number "
+                f"the {per_host} ranks on this host do not divide all {world} ranks: give every host the same number "
                 "(slots in the hostfile)"
             )
-        return cls(world // here, here, device)
+        return cls(world // per_host, per_host, device)
 
 
 @dataclass(frozen=True)
 class RankPlace:
-    """One rank. `starts` is the engine that it starts as its child, `feeds` the one that it gives requests to.
+    """The host, device and roles of one rank. `starts` is the engine it starts, `feeds` the one it sends requests to.
 
-    tp_rank and dp_rank are None where it only holds an engine; `engine` is the one that its device generates for, None
-    where it only trains.
+    tp_rank and dp_rank are None if the rank does not train. `engine` is the engine that runs on the rank's device, None
+    if the rank only trains.
     """
 
     rank: int
@@ -67,7 +67,7 @@ class RankPlace:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every rank's place."""
+    """The places of all ranks, and how weights reach the engines."""
 
     cluster: Cluster
     placement: Placement
@@ -81,12 +81,12 @@ class Layout:
 
     @property
     def colocated(self) -> bool:
-        """Whether engines and trainer take turns on the same devices."""
+        """True if engines and trainer take turns on the same devices."""
         return not self.placement.engine_ranks
 
 
 def plan_layout(config: Config, cluster: Cluster) -> Layout:
-    """The places of `cluster`'s ranks. Raises ConfigError where the configuration does not fit it, saying why."""
+    """Plan the places of a cluster's ranks. Raises ConfigError, with the reason, if the configuration does not fit."""
     check_world(config, cluster.world_size)
     placement, tp = Placement.of(config, cluster.world_size), config.actor.parallel.tp
     if cluster.device == "cuda":
@@ -98,22 +98,22 @@ def plan_layout(config: Config, cluster: Cluster) -> Layout:
 
 
 def check_hosts_hold_groups(cluster: Cluster, placement: Placement, tp: int, engine_tp: int) -> None:
-    """Raise ConfigError where a tensor-parallel group or an engine would reach over hosts, or onto another's devices.
+    """Raise ConfigError if a tensor-parallel group or an engine would reach over hosts, or if engines would share GPUs.
 
-    Only GPUs are that particular: tensor parallelism needs a host's own links between them, and an engine starts its
+    This matters for GPUs only: tensor parallelism needs the fast links inside a host, and an engine starts its
     processes on one host.
     """
-    here, span = cluster.ranks_per_host, placement.span
-    if here % tp and placement.trainers > here:
+    per_host, span = cluster.ranks_per_host, placement.span
+    if per_host % tp and placement.trainers > per_host:
         raise ConfigError(
-            f"actor.parallel.tp={tp} does not divide the {here} GPUs of a host: tensor-parallel groups would reach "
-            f"over hosts, whose links are too slow for it; set it to a divisor of {here}"
+            f"actor.parallel.tp={tp} does not divide the {per_host} GPUs of a host: tensor-parallel groups would reach "
+            f"over hosts, whose links are too slow for it; set it to a divisor of {per_host}"
         )
     for first in placement.engine_launchers:
-        if first // here != (first + span - 1) // here:
+        if first // per_host != (first + span - 1) // per_host:
             raise ConfigError(
                 f"rollout.engine.span={span}: the engine of ranks {first} to {first + span - 1} would reach over hosts "
-                f"of {here} GPUs, but it runs on one; set it to a divisor of {here}"
+                f"of {per_host} GPUs, but it runs on one; set it to a divisor of {per_host}"
             )
     if span < engine_tp:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A plan as tables: who is where, and what takes how much memory when."""
+"""Print a plan as tables: the place of each rank, and the memory of each part in each phase."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from respec_trainer.plan.memory import GB, MemoryPlan
 from respec_trainer.plan.part import PHASES
 from respec_trainer.plan.places import Layout, RankPlace
 
-MOST_RANKS = 64  # shown one by one
+MOST_RANKS = 64  # most ranks that get a row of their own
 
 
 def show(
     console: Console, config: Config, layout: Layout | None, memory: list[MemoryPlan], problems: list[str]
 ) -> None:
-    """Print what there is of the plan, then every problem."""
+    """Print the layout, if it could be planned, the memory plans and every problem."""
     if layout is not None:
         console.print(Text(_headline(config, layout), style="bold"))
         console.print(Group(*_places(layout), *_connections(config, layout)))
@@ -69,9 +69,9 @@ def _connections(config: Config, layout: Layout) -> Iterator[RenderableType]:
     address, port = os.environ.get("MASTER_ADDR", "the first host"), os.environ.get("MASTER_PORT")
     where = f"port {port}" if port else "the launcher's port"
     backend = "NCCL, in small messages over gloo" if layout.cluster.device == "cuda" else "gloo"
-    yield Text(f"ranks meet at {address}, {where}, and talk over {backend}")
+    yield Text(f"ranks meet at {address}, {where}, and communicate over {backend}")
     if layout.cluster.hosts > 1:
-        yield Text(f"the watchdog talks over UDP to {address}, {where}: let it pass between the hosts")
+        yield Text(f"the watchdog sends UDP packets to {address}, {where}: let them pass between the hosts")
     meeting = f"at port {config.resync.port or 'any free one'}"
     meeting = "by memory handles" if layout.transport == "cuda_ipc" else meeting
     yield Text(f"weights reach the engines over {layout.transport}, {meeting}; engines listen on free ports")

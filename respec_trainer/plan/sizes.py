@@ -1,4 +1,4 @@
-"""What models take, from their Hugging Face config alone: parameters, activations and key/value cache, in bytes."""
+"""Compute the sizes of models from their Hugging Face config: parameters, activations and key/value cache, in bytes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from respec_trainer.models.rules import head_dim, padded_vocab_size
 from respec_trainer.weights.hf_map import hf_model_shapes, megatron_shapes
 
 FLOAT = 4  # bytes of float32
-DRAFT_VOCABULARY = 32000  # as published EAGLE-3 drafters have it; taken where no drafter is there to be asked
+DRAFT_VOCABULARY = 32000  # size in published EAGLE-3 drafters; the default if there is no drafter to read it from
 
 
 @dataclass(frozen=True)
 class ActorSizes:
-    """Of the actor with config `hf`, on one of `tp` ranks, its numbers in `width` bytes."""
+    """Sizes of the actor with config `hf` on one of `tp` ranks, with `width` bytes per number."""
 
     hf: object
     tp: int
@@ -23,11 +23,11 @@ class ActorSizes:
 
     @property
     def parameters(self) -> int:
-        """Numbers that one rank's shards hold."""
+        """Count of the numbers in one rank's shards."""
         return sum(math.prod(shape) for shape in megatron_shapes(self.hf, self.tp).values())
 
     def layer_activations(self, sequence_parallel: bool) -> int:
-        """Bytes a token that one layer keeps for its backward pass, as `actor/layers.py` computes it.
+        """Return the bytes per token that one layer of `actor/layers.py` keeps for its backward pass.
 
         With H hidden, A = heads x head_dim, K = both of keys and values, F the MLP's width, b bytes a number:
 
@@ -35,7 +35,7 @@ class ActorSizes:
             attention     b (4 A + 1.5 K) projections, rotated queries and keys, output before and after its transpose
             MLP           4 b F           gate and up, their silu, their product
 
-        The norms' share is whole on every rank but under sequence parallelism, the rest is cut by tp.
+        Every rank keeps the norms' whole part, or 1 / tp of it with sequence parallelism. The rest is divided by tp.
         """
         hf, b = self.hf, self.width
         attention = hf.num_attention_heads * head_dim(hf)
@@ -44,10 +44,10 @@ class ActorSizes:
         return norms + int(b * (4 * attention + 1.5 * keys + 4 * hf.intermediate_size)) // self.tp
 
     def activations(self, tokens: int, recompute: bool, sequence_parallel: bool) -> int:
-        """Bytes that `tokens` of one forward pass keep.
+        """Return the bytes that one forward pass over `tokens` keeps.
 
-        With `recompute` every layer keeps its input, and one layer at a time what its backward pass needs. Besides,
-        the final norm, and the embedded tokens beside the hidden states that are scored.
+        With `recompute` every layer keeps its input, and one layer at a time keeps what its backward pass needs. Also
+        counted are the final norm, the embedded tokens and the hidden states that are scored.
         """
         hf, b = self.hf, self.width
         layer, inputs = self.layer_activations(sequence_parallel), b * hf.hidden_size
@@ -55,8 +55,11 @@ class ActorSizes:
         return tokens * (layers + (4 + 2 * b) * hf.hidden_size + 2 * inputs)
 
     def logits(self, chunk: int) -> int:
-        """Bytes while one chunk of `chunk` tokens is scored: logits and their gradient, three float32 tables as
-        large, and the output layer's gradient of the chunk before it is added."""
+        """Return the bytes needed to score one chunk of `chunk` tokens.
+
+        These are the logits and their gradient, three float32 tables of the same shape, and the output layer's gradient
+        from the chunk before it is added to the sum.
+        """
         rows = padded_vocab_size(self.hf, self.tp) // self.tp
         return chunk * rows * (2 * self.width + 3 * FLOAT) + rows * self.hf.hidden_size * self.width
 
@@ -65,18 +68,18 @@ class ActorSizes:
 
 
 def model_parameters(hf) -> int:
-    """Numbers of the whole model, a tied embedding once."""
+    """Return the count of the numbers of the whole model; a tied embedding counts once."""
     return sum(math.prod(shape) for shape in hf_model_shapes(hf).values())
 
 
 def cache_bytes(hf, tp: int, width: int) -> int:
-    """Bytes of keys and values of one token on one of an engine's `tp` ranks; a head is never cut."""
+    """Return the bytes of one token's keys and values on one of an engine's `tp` ranks; heads are not split."""
     return 2 * hf.num_hidden_layers * max(1, hf.num_key_value_heads // tp) * head_dim(hf) * width
 
 
 @dataclass(frozen=True)
 class DrafterSizes:
-    """Of an EAGLE-3 drafter: its matrices between the layers, its output layer and norms."""
+    """Sizes of an EAGLE-3 drafter: its matrices, output layer and norms."""
 
     shape: DrafterShape
 
@@ -94,17 +97,20 @@ class DrafterSizes:
         return matrices + self.output_layer + 4 * hidden
 
     def learning(self, muon: bool, compare_frozen: bool) -> int:
-        """Bytes of the Online Learner's models: float32 weights, gradients, the served copy and, where it is
-        measured, the first one, and moments: two of AdamW, one of Muon for all matrices but the output layer."""
+        """Return the bytes of the Online Learner's models.
+
+        These are float32 weights, gradients, the served copy, with `compare_frozen` the initial weights, and moments:
+        two of AdamW for each number, but one of Muon for all matrices except the output layer.
+        """
         moments = self.parameters + (self.output_layer if muon else self.parameters)
         return FLOAT * (self.parameters * (4 if compare_frozen else 3) + moments)
 
     def activations(self, tokens: int, unroll: int) -> int:
-        """Bytes that `tokens` of a micro-batch keep over `unroll` draft steps under bf16 autocast.
+        """Return the bytes that `tokens` of a micro-batch keep over `unroll` draft steps under bf16 autocast.
 
-        Each step, with H, A, K and F as of the actor: norms in float32 with what they give and its casts, 50 H;
-        attention, recomputed, 6 A + 2 K; the MLP 8 F. Once: features and embeddings, 20 H, and the teacher's bf16
-        logits before and after the temperature.
+        Each step, with H, A, K and F as for the actor: float32 norms with their outputs and casts, 50 H; attention,
+        recomputed, 6 A + 2 K; the MLP 8 F. Once: features and embeddings, 20 H, and the teacher's bf16 logits before
+        and after the temperature.
         """
         shape = self.shape
         attention, keys = shape.num_attention_heads * shape.head_dim, 2 * shape.num_key_value_heads * shape.head_dim
@@ -112,10 +118,10 @@ class DrafterSizes:
         return tokens * (unroll * step + 20 * shape.hidden_size + 2 * 2 * shape.draft_vocab_size)
 
     def row(self, tokens: int, width: int) -> int:
-        """Bytes of a response of `tokens`, prompt included, in the replay buffer: features, hidden states, numbers."""
+        """Return the bytes of a response of `tokens`, with its prompt, in the replay buffer: features, states, ids."""
         return tokens * (4 * self.shape.hidden_size * width + 12)
 
     def snapshot(self, tokens: int, width: int) -> int:
-        """Bytes of the vocabulary's rows that a step's responses share, `tokens` of them in all, in the buffer."""
+        """Return the bytes of the vocabulary's rows in the buffer, shared by a step's responses of `tokens` in all."""
         rows = self.shape.draft_vocab_size + min(tokens, self.shape.vocab_size)
         return rows * self.shape.hidden_size * width

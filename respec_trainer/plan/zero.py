@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 holds of P numbers over `dp` data-parallel ranks, with AdamW and float32 gradient sums.
+"""Memory of DeepSpeed 0.19.8 for P numbers over `dp` data-parallel ranks, with AdamW and float32 gradient sums.
 
 | stage | weights    | master, moments | gradient sums    | besides, during an update                         |
 |-------|------------|-----------------|------------------|---------------------------------------------------|
@@ -6,8 +6,8 @@
 | 2     | b P        | 12 P / dp       | 4 P / dp         | 4 P / dp, a bucket, the largest weight's gradient |
 | 3     | b P / dp   | 12 P / dp       | 4 P / dp, bucket | the same, and the weights gathered at one time    |
 
-A weight has b bytes. How many weights stage 3 gathers at one time is DeepSpeed's default. After an update the sums of a
-bf16 model's stage 1 and of stage 3 stay; the others are freed.
+A weight has b bytes. Stage 3 gathers as many weights at one time as DeepSpeed's default allows. After an update the
+sums of stage 1 of a bf16 model and the sums of stage 3 stay allocated; the others are freed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BUCKET = 50_000_000  # numbers; `reduce_bucket_size` of actor/engine.py
-LIVE = 1_000_000_000  # numbers that ZeRO-3 may hold gathered
+LIVE = 1_000_000_000  # numbers that ZeRO-3 may keep gathered
 FLOAT = 4
 
 
 @dataclass(frozen=True)
 class ZeroSizes:
-    """In bytes, of one rank with `numbers` parameters of `width` bytes, the largest of them `largest` numbers."""
+    """Bytes on one rank for `numbers` parameters of `width` bytes; the largest parameter has `largest` numbers."""
 
     numbers: int
     width: int
@@ -43,7 +43,7 @@ class ZeroSizes:
 
     @property
     def gradients(self) -> int:
-        """Sums over micro-batches. A float32 model's stage 1 sums in the weights' own gradients."""
+        """Bytes of the sums over micro-batches. Stage 1 of a float32 model sums in the weights' own gradients."""
         bucket = self.width * BUCKET if self.stage == 3 else 0
         return FLOAT * (self.numbers if self.stage == 1 else self.share) + bucket
 

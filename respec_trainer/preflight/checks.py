@@ -1,4 +1,4 @@
-"""Check a configuration against files and machine before any process group is made, with errors to act on.
+"""Check a configuration against files and machine before any process group is made; errors name the remedy.
 
 Every rank runs the same checks, so they read only small files: configurations, headers, the tokenizer, the data.
 """
@@ -28,7 +28,7 @@ from respec_trainer.telemetry.trackers import check_trackers
 
 
 def preflight(config: Config, world_size: int, rank: int) -> None:
-    """Raise ConfigError or DataError for the first thing found that cannot work."""
+    """Raise ConfigError or DataError for the first problem."""
     device = resolve_device(config.run.device)
     plan_layout(config, Cluster.of_launcher(device) or Cluster(1, world_size, device))
     hf_config = check_model_folder(config)
@@ -37,7 +37,10 @@ def preflight(config: Config, world_size: int, rank: int) -> None:
 
 
 def every_problem(config: Config) -> list[ConfigError]:
-    """All that `preflight` would find but for the ranks' places; what a missing model hides is left out."""
+    """Return all problems that `preflight` would raise, except those of the ranks' places.
+
+    Without a readable model the checks that need its config are left out.
+    """
     problems: list[ConfigError] = []
     hf_config = None
     try:
@@ -53,7 +56,7 @@ def every_problem(config: Config) -> list[ConfigError]:
 
 
 def checks(config: Config, hf_config, rank: int) -> Iterator[Callable[[], None]]:
-    """What is to be looked at besides the model's folder; without its `hf_config` only what needs none."""
+    """Yield all checks except that of the model's folder; if `hf_config` is None, only those that do not need it."""
     if hf_config is not None:
         yield partial(check_context, config, hf_config)
     yield partial(check_data, config)
@@ -70,7 +73,7 @@ def checks(config: Config, hf_config, rank: int) -> Iterator[Callable[[], None]]
 
 
 def check_model_folder(config: Config):
-    """The actor's Hugging Face config, once its folder is complete and its shape fits this trainer."""
+    """Check that the actor's folder is complete and its shape fits this trainer; return its Hugging Face config."""
     folder = Path(config.model.path)
     if not folder.is_dir():
         raise ConfigError(
@@ -86,7 +89,7 @@ def check_model_folder(config: Config):
 
 
 def read_model_config(path: Path, key: str = "model.path"):
-    """The Hugging Face config in a model's folder, or in a file of its own; `key` is what named it, for errors."""
+    """Read a Hugging Face config from a model's folder or from a file; `key` names the path in errors."""
     from transformers import AutoConfig
 
     file = path / "config.json" if path.is_dir() else path
@@ -99,14 +102,14 @@ def read_model_config(path: Path, key: str = "model.path"):
 
 
 def check_shapes(config: Config, hf_config) -> None:
-    """What the model's config alone decides."""
+    """Raise ConfigError unless the model's config fits; the model's files are not needed."""
     check_model(hf_config, config.actor.parallel.tp)
     check_engine_split(config, hf_config)
     check_context(config, hf_config)
 
 
 def check_engine_split(config: Config, hf_config) -> None:
-    """An engine cuts the model as the actor does."""
+    """Raise ConfigError unless the model can be split over an engine's ranks, by the same rules as for the actor."""
     check_model(hf_config, config.rollout.engine.tp, tp_key="rollout.engine.tp")
 
 
@@ -119,15 +122,16 @@ def check_context(config: Config, hf_config) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Every row of the data can be read."""
+    """Read every row of the data. Raises DataError for the first that cannot be read."""
     for _ in read_rows(config.data):
         pass
 
 
 def check_reward(config: Config, rank: int) -> None:
-    """It can be set up, and gives a result for an empty response to the first row, which any policy can write.
+    """Set up the reward and score an empty response to the first row, which every policy may produce.
 
-    Only the first rank tries: a reward may cost money or time. None (skip the sample) is a result like any other.
+    Only rank 0 calls the reward, because a call may cost money or time. The result None (skip the sample) is valid.
+    Raises ConfigError if the reward fails or its result is not valid.
     """
     reward = setup_reward(config.reward)
     if rank != 0:
@@ -135,7 +139,7 @@ def check_reward(config: Config, rank: int) -> None:
     try:
         row = next(read_rows(config.data))
     except DataError:
-        return  # check_data says what is wrong with it
+        return  # check_data reports it
     prompt = config.data.template.replace("{prompt}", row.prompt)
     item = RewardItem(prompt, response="", response_ids=(), truncated=False, answer=row.answer, row=row.others)
     try:
@@ -145,7 +149,7 @@ def check_reward(config: Config, rank: int) -> None:
 
 
 def check_tokenizer(config: Config, hf_config) -> None:
-    """It can be read, and fits the model."""
+    """Raise ConfigError unless the tokenizer can be read and fits the model."""
     from transformers import AutoTokenizer
 
     try:
@@ -156,7 +160,7 @@ def check_tokenizer(config: Config, hf_config) -> None:
 
 
 def check_resume(config: Config) -> None:
-    """A checkpoint that is named is there; whether it is valid is found when it is read."""
+    """Raise ConfigError if a named checkpoint does not exist; loading it checks its contents."""
     if config.checkpoint.resume not in ("auto", "never"):
         from respec_trainer.checkpoint.resume import candidates
 
@@ -164,7 +168,7 @@ def check_resume(config: Config) -> None:
 
 
 def check_address() -> None:
-    """The host where the ranks are to meet has an address; whether it answers is found when they meet."""
+    """Raise ConfigError if the host in MASTER_ADDR has no address; a host that does not answer is found later."""
     address = os.environ.get("MASTER_ADDR")
     if not address:
         return
@@ -172,13 +176,13 @@ def check_address() -> None:
         socket.getaddrinfo(address, None)
     except OSError as error:
         raise ConfigError(
-            f"MASTER_ADDR={address}, where the ranks are to meet, is no host that {socket.gethostname()} knows "
+            f"MASTER_ADDR={address}, where the ranks are to meet, cannot be resolved on {socket.gethostname()} "
             f"({error.strerror}); give --master_addr an address that all hosts can reach"
         ) from error
 
 
 def check_ports(config: Config, rank: int) -> None:
-    """Ports this run will listen on are free; only the rank that will listen looks."""
+    """Raise ConfigError if a port that this run will listen on is occupied; only rank 0 checks, because it listens."""
     if rank != 0:
         return
     master = os.environ.get("MASTER_PORT")

@@ -1,4 +1,4 @@
-"""Whether what drafter.path names can draft for the model: a check for each kind of folder."""
+"""Check that the folder in drafter.path can draft for the model: a check for each kind of folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 
 
 def check_drafter(config: Config, hf_config) -> None:
-    """Raise ConfigError unless the drafter's folder and the profile, where the algorithm has them, fit the run.
+    """Raise ConfigError unless the drafter's folder and the profile, if the algorithm has them, fit the run.
 
-    hf_config: the actor's.
+    Args:
+        hf_config: the actor's.
     """
     algorithm = algorithm_of(config.speculation)
     if algorithm.folder is not None:
@@ -37,7 +38,7 @@ def check_draft_model(config: Config, hf_config) -> None:
 
     device = resolve_device(config.run.device)
     drafter = check_standalone(config.drafter.path, config.model.path, hf_config, device)
-    check_model(drafter, tp=1, model_key="drafter.path")  # what the actor can be, the engine can load
+    check_model(drafter, tp=1, model_key="drafter.path")  # the engine can load every model that the actor supports
 
 
 FOLDER_CHECKS: dict[DrafterFolder, Callable[..., None]] = {
@@ -47,14 +48,14 @@ FOLDER_CHECKS: dict[DrafterFolder, Callable[..., None]] = {
 
 
 def check_profile(config: Config, hf_config) -> None:
-    """An adaptive run's profile is of this run."""
+    """Raise ConfigError unless the profile of an adaptive run fits it."""
     from respec_trainer.speculation.profiling.settings import depth_settings
 
     depth_settings(config, hf_config, resolve_device(config.run.device))
 
 
 def check_rejection_sampling(config: Config) -> None:
-    """The drafter's distribution must be over the target's own vocabulary."""
+    """Raise ConfigError if rejection sampling is on and the drafter's vocabulary is smaller than the target's."""
     if not config.speculation.rejection_sampling:
         return
     drafter = json.loads((Path(config.drafter.path) / "config.json").read_text())

@@ -21,14 +21,14 @@ from respec_trainer.preflight.checks import check_shapes, every_problem, read_mo
 from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 
 WIDTH = 150  # columns, where the output goes to a file
-GPU_GB = 80.0  # where no GPU can be asked: an H100's
+GPU_GB = 80.0  # default if this machine has no GPU: an H100's
 
 
 @dataclass(frozen=True)
 class Question:
-    """What to plan for. None: as the launcher, or this machine, says.
+    """The machine and model to plan for. None: those of the launcher, or of this machine.
 
-    `model_config` is a config.json to plan with before there are model, drafter and data, which are then not looked at.
+    `model_config` is a config.json for planning before model, drafter and data exist; then these are not checked.
     """
 
     nodes: int | None = None
@@ -38,12 +38,12 @@ class Question:
 
 
 def check(config: Config, question: Question, console: Console | None = None) -> int:
-    """Print the plan and every problem; 0 if there is none, else 2."""
+    """Print the plan and every problem. Return the exit status: 0 without problems, otherwise 2."""
     problems: list[str] = []
     cluster = attempt(problems, cluster_of, config, question)
     if question.model_config is None:
         problems += [str(error) for error in every_problem(config)]
-        hf_config = attempt([], read_model_config, Path(config.model.path))  # what is wrong with it is said already
+        hf_config = attempt([], read_model_config, Path(config.model.path))  # every_problem has reported its errors
     else:
         hf_config = attempt(problems, read_model_config, Path(question.model_config), "--model_config")
         if hf_config is not None:
@@ -64,7 +64,7 @@ def check(config: Config, question: Question, console: Console | None = None) ->
 
 
 def attempt(problems: list[str], action, *arguments):
-    """What `action` returns, or None and its ConfigError among `problems`."""
+    """Return the result of `action`; if it raises ConfigError, add the text to `problems` and return None."""
     try:
         return action(*arguments)
     except ConfigError as error:
@@ -73,7 +73,7 @@ def attempt(problems: list[str], action, *arguments):
 
 
 def cluster_of(config: Config, question: Question) -> Cluster:
-    """What was asked about, else what the launcher started, else this machine."""
+    """Return the cluster of the question, or of the launcher if there is one, or of this machine."""
     import torch
 
     if question.nodes or question.gpus_per_node:
@@ -88,9 +88,9 @@ def cluster_of(config: Config, question: Question) -> Cluster:
 
 
 def plans_of(config: Config, question: Question, layout: Layout, hf_config) -> list[MemoryPlan]:
-    """Nothing without a GPU: there engines and trainer share what memory the host has.
+    """Return the memory plans; none on CPUs, where engines and trainer share the host's memory.
 
-    Raises ConfigError for a model that could not be trained like this, whose sizes would mean nothing.
+    Raises ConfigError for a model that cannot be trained with this configuration.
     """
     if layout.cluster.device == "cpu":
         return []
@@ -107,7 +107,7 @@ def gpu_bytes_of(question: Question) -> int:
 
 
 def draft_vocabulary_of(config: Config) -> int | None:
-    """The drafter's, where there is one to be asked."""
+    """Return the size of the drafter's vocabulary; None if there is no EAGLE-3 drafter to read it from."""
     path = Path(config.drafter.path or "") / "config.json"
     if algorithm_of(config.speculation).folder is not DrafterFolder.EAGLE3 or not path.is_file():
         return None

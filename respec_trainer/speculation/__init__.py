@@ -1,1 +1,1 @@
-"""The Adaptive Server: what speculation costs on this hardware, when it pays, and how a rollout goes under a policy."""
+"""The Adaptive Server: the cost of speculation on this hardware, policies that follow from it, and their simulation."""

@@ -1,8 +1,8 @@
-"""Acceptance: how many of the drafted tokens are kept, by depth, and what that gives a cycle.
+"""Acceptance: the share of drafted tokens that are kept, by depth, and the tokens that a cycle gains from it.
 
-`acceptance[d]` is the probability that the draft at depth d + 1 is kept, given that all before it were. Depths beyond
-the last are taken to be like the last. Of a tree each entry is a list instead: the probability of each rank among the
-drafter's choices, which exclude each other (the positional assumption of Sequoia, Chen et al. 2024).
+`acceptance[d]` is the probability that the draft at depth d + 1 is kept, given that all drafts before it were kept.
+Depths beyond the last entry use the last entry. For a tree each entry is a list: the probability of each rank among
+the drafter's choices, which exclude each other (the positional assumption of Sequoia, Chen et al. 2024).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Acceptance = Sequence[float] | Sequence[Sequence[float]]
 
 
 def tokens_per_cycle(shape: Shape, acceptance: Acceptance) -> float:
-    """Expected tokens a sequence gains by one cycle, the bonus token included.
+    """Return the expected tokens that a sequence gains in one cycle, including the bonus token.
 
-    Chain: 1 + a1 + a1 a2 + ... Tree: the sum of the probabilities of its nodes' paths, the root's 1 included.
-    Raises ValueError if a tree's ranks are not given.
+    Chain: 1 + a1 + a1 a2 + ... Tree: the sum over nodes of the probability of the path to the node; the root counts 1.
+    Raises ValueError for a tree if `acceptance` has too few ranks.
     """
     if shape.topk == 1:
         return _chain_tokens(min(shape.steps, shape.draft_tokens - 1), acceptance)
@@ -36,7 +36,7 @@ def _chain_tokens(depth: int, acceptance: Acceptance) -> float:
 
 
 def _tree_tokens(shape: Shape, acceptance: Acceptance) -> float:
-    """As EAGLE-2 builds it: each step continues the topk likeliest branches, and the likeliest nodes are verified."""
+    """Expected tokens of an EAGLE-2 tree: each step extends the topk best branches, and the best nodes are verified."""
     steps, topk, draft_tokens = shape
     branches, nodes = [1.0], []
     for d in range(steps):
@@ -50,7 +50,7 @@ def _tree_tokens(shape: Shape, acceptance: Acceptance) -> float:
 
 
 def ranks(first: float, topk: int) -> list[float]:
-    """Probabilities of topk exclusive choices where only the first's is known: each next has half of what is left."""
+    """Probabilities of topk exclusive choices if only the first is known: each next choice gets half of the rest."""
     found = [first]
     while len(found) < topk:
         found.append((1 - sum(found)) / 2)
@@ -58,22 +58,23 @@ def ranks(first: float, topk: int) -> list[float]:
 
 
 def depth_acceptance(histogram: Sequence[int]) -> list[float]:
-    """Acceptance from counts: histogram[k] passes kept exactly k drafts, all of the same number of draft steps.
+    """Compute acceptance from counts: histogram[k] passes kept exactly k drafts.
 
-    Ends before the first depth that was never reached; empty for an empty histogram.
+    All passes must have the same number of draft steps. The result ends before the first depth that was never reached;
+    it is empty for an empty histogram.
     """
     survivors = [sum(histogram[depth:]) for depth in range(len(histogram))]
     return [deep / shallow for shallow, deep in zip(survivors, survivors[1:], strict=False) if shallow]
 
 
 class AcceptanceEstimate:
-    """Acceptance by depth as it was lately. Plain Python, for use at every decode step.
+    """A running estimate of acceptance by depth. Plain Python, for use at every decode step.
 
-    A draft's weight falls by 1 / e with every `memory` drafts at its depth after it, so that a large batch forgets no
-    faster by evidence than a small one. Depths that are not tried keep their estimate.
+    The weight of a draft falls by a factor e with every `memory` later drafts at its depth. So old evidence decays with
+    the number of drafts, not of batches. Depths that are not drafted keep their estimate.
 
     Args:
-        prior: where it starts, by depth, with the weight of `prior_drafts` drafts at each.
+        prior: the initial acceptance by depth, with the weight of `prior_drafts` drafts at each depth.
     """
 
     def __init__(self, prior: Sequence[float], memory: float = 300.0, prior_drafts: float = 10.0):
@@ -83,23 +84,23 @@ class AcceptanceEstimate:
         self.by_depth = list(prior)
 
     def age(self, depth: int, drafts: float) -> None:
-        """Let what is known of the depths behind the first `depth` count for no more than this many drafts."""
+        """Limit the weight of the estimates beyond the first `depth` depths to this many drafts."""
         for d in range(depth, len(self.tried)):
             share = min(1.0, drafts / self.tried[d])
             self.tried[d], self.kept[d] = share * self.tried[d], share * self.kept[d]
 
     def follow(self, depth: int) -> None:
-        """Take the depths behind the first `depth` to be like the last of those."""
+        """Set the estimates beyond the first `depth` depths to the estimate of the last of these."""
         like = self.by_depth[depth - 1]
         for d in range(depth, len(self.tried)):
             self.by_depth[d], self.kept[d] = like, like * self.tried[d]
 
     def state(self) -> dict[str, list[float]]:
-        """For `load_state`; JSON."""
+        """Return the state for `load_state`, as JSON data."""
         return {"kept": list(self.kept), "tried": list(self.tried)}
 
     def load_state(self, state: dict[str, list[float]]) -> None:
-        """Go on as the estimate whose `state` this was. Depths that it did not have are taken to be like its last."""
+        """Restore a `state`. Depths that the state lacks get the estimate of its last depth."""
         known = min(len(state["tried"]), len(self.tried))
         for d in range(known):
             self.kept[d], self.tried[d] = state["kept"][d], state["tried"][d]
@@ -107,7 +108,7 @@ class AcceptanceEstimate:
         self.follow(known)
 
     def observe(self, survivors: Sequence[float]) -> None:
-        """survivors[d] = sequences of a verified batch that kept at least d drafts, for d = 0 .. steps."""
+        """Add a verified batch: survivors[d] of its sequences kept at least d drafts, for d = 0 .. steps."""
         for d in range(min(len(survivors) - 1, len(self.by_depth))):
             tried = survivors[d]
             if not tried:

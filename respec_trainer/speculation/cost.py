@@ -1,10 +1,10 @@
-"""What decoding costs: for each part a formula of batch, context and shape with physical terms, and their sum.
+"""The cost of decoding: for each part a formula of batch, context and shape with physical terms, and their sum.
 
     seconds = fixed + each B + passes ((weights + kv K)^p + (token T + pair P)^p)^(1/p)
 
-of a part with B sequences whose passes process T tokens each, read K cached tokens and attend over P (query, key)
-pairs. A pass reads memory and computes; p says how far the two hide each other: p = 1 not at all, p = infinity wholly,
-which is the roofline model (Williams, Waterman and Patterson 2009). All terms are times and cannot be negative.
+for a part with B sequences whose passes process T tokens each, read K cached tokens and attend over P (query, key)
+pairs. A pass reads memory and computes; p is how far the two overlap: p = 1 not at all, p = infinity completely, which
+is the roofline model (Williams, Waterman and Patterson 2009). All terms are times and cannot be negative.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any, Literal, NamedTuple
 from respec_trainer.errors import ConfigError
 from respec_trainer.speculation.shape import OFF, Shape
 
-# rest: of a cycle, what is in none of its parts.
-# What a measured time is of: a part of a speculative cycle, or a whole pass.
+# The kinds of measured times: a part of a speculative cycle, or a whole pass. profiling/profile.py describes each.
 Part = Literal["plain", "draft", "verify", "extend", "catch_up", "resume", "prefill", "switch", "cycle"]
+# "rest": the time of a cycle that belongs to none of its parts.
 Piece = Part | Literal["rest"]
 
 
 class Work(NamedTuple):
-    """What a part does: floats, or arrays of one shape."""
+    """The amount of work of a part: floats, or arrays of one shape."""
 
     sequences: Any
     passes: Any
-    tokens: Any  # a pass
-    cached: Any  # tokens whose keys and values a pass reads
-    pairs: Any  # of queries and keys, a pass
+    tokens: Any  # tokens that each pass processes
+    cached: Any  # tokens whose keys and values each pass reads
+    pairs: Any  # (query, key) pairs of each pass
 
     @classmethod
     def of(cls, piece: Piece, shape: Shape, batch: float, context: float) -> Work:
@@ -43,7 +43,7 @@ class Work(NamedTuple):
 
     @classmethod
     def reading(cls, batch: float, context: float, unread: float) -> Work:
-        """A pass over the last `unread` of `context` tokens, each of which attends to all before it."""
+        """The work of one pass over the last `unread` of `context` tokens, each of which attends to all before it."""
         return cls(batch, 1, batch * unread, batch * (context - unread), batch * unread * (context - unread / 2))
 
 
@@ -64,7 +64,7 @@ class Terms:
 
 
 def seconds(terms, work: Work) -> Any:
-    """The formula, of seven terms in the order of Terms."""
+    """Evaluate the formula for seven terms in the order of Terms."""
     fixed, each, weights, kv, token, pair, p = terms
     memory, compute = weights + kv * work.cached, token * work.tokens + pair * work.pairs
     one_pass = memory + compute if p == 1 else (memory**p + compute**p) ** (1 / p)
@@ -73,21 +73,21 @@ def seconds(terms, work: Work) -> Any:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of what an engine does with `batch` sequences whose contexts are `context` tokens on average.
+    """Predicts seconds of an engine's work on `batch` sequences whose contexts are `context` tokens on average.
 
-    `fit.fit_costs` makes it from a profile. Batch and context may also be arrays. Raises ConfigError where the profile
-    has no such times.
+    `fit.fit_costs` makes one from a profile. Batch and context may also be arrays. Methods raise ConfigError if the
+    profile has no times of the piece.
     """
 
     pieces: dict[Piece, Terms]
 
     @classmethod
     def of_tuples(cls, pieces: Mapping[str, Sequence[float]]) -> CostModel:
-        """The inverse of `to_tuples`."""
+        """Make a model from the result of `to_tuples`."""
         return cls({piece: Terms(*terms) for piece, terms in pieces.items()})
 
     def to_tuples(self) -> dict[str, tuple[float, ...]]:
-        """Terms by piece as plain data, in the order of Terms."""
+        """Return the terms of each piece as plain data, in the order of Terms."""
         return {piece: astuple(terms) for piece, terms in self.pieces.items()}
 
     def has(self, piece: Piece) -> bool:
@@ -102,26 +102,26 @@ class CostModel:
         return self.pieces[piece]
 
     def step_seconds(self, batch: float, context: float) -> Any:
-        """One decode step without speculation."""
+        """Seconds of one decode step without speculation."""
         return self.piece_seconds("plain", OFF, batch, context)
 
     def cycle_seconds(self, shape: Shape, batch: float, context: float) -> Any:
-        """One draft, verify and extend; with OFF, a decode step."""
+        """Seconds of one cycle: draft, verify and extend; with OFF, of a decode step."""
         if shape == OFF:
             return self.step_seconds(batch, context)
         pieces = [piece for piece in ("draft", "verify", "extend", "rest") if piece != "rest" or self.has("rest")]
         return sum(self.piece_seconds(piece, shape, batch, context) for piece in pieces)
 
     def catch_up_seconds(self, batch: float, context: float, missed: float | None = None) -> Any:
-        """What speculation takes to go on: the drafter reads the last `missed` tokens of each sequence, or all."""
+        """Seconds that the drafter needs to read the last `missed` tokens of each sequence, or all of them."""
         if missed is None:
             return self.piece_seconds("catch_up", OFF, batch, context)
         return self._terms("catch_up").seconds(Work.reading(batch, context, missed))
 
     def switch_seconds(self) -> float:
-        """What any change of the steps takes; 0 where that was not measured."""
+        """Seconds of a change of the number of draft steps; 0 if that was not measured."""
         return self.pieces["switch"].fixed if self.has("switch") else 0.0
 
     def prefill_seconds(self, batch: float, context: float) -> Any:
-        """Reading `batch` prompts of `context` tokens."""
+        """Seconds to read `batch` prompts of `context` tokens."""
         return self.piece_seconds("prefill", OFF, batch, context)

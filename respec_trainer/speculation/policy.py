@@ -1,7 +1,8 @@
-"""Policies: how many draft steps the next decode batch takes. Chains only, which the engine can switch while it runs.
+"""Policies: they choose the number of draft steps of the next decode batch.
 
-A policy is asked before every decode batch, inside the engine too: it looks up times in tables and does some tens of
-floating-point operations in plain Python.
+They choose among chains only, because the engine can switch between chains while it runs. A policy is called before
+every decode batch, also inside the engine: it looks up times in tables and does a few dozen floating-point operations
+in plain Python.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from respec_trainer.speculation.shape import chain
 
 
 class DepthPolicy(Protocol):
-    """What the simulator asks; `scheduler.DepthScheduler` is one that also runs in the engine."""
+    """The interface that the simulator calls; `scheduler.DepthScheduler` is a policy that also runs in the engine."""
 
-    # Whether `tell` gives it the acceptance as it is and it switches at no cost; else it observes, and pays.
+    # True: the simulator passes the true acceptance to `set_acceptance`, and switching costs nothing.
+    # False: the policy estimates acceptance from `observe`, and switching costs time.
     informed: bool
 
     def choose(self, batch: int, context: float, missed: float) -> int:
-        """Draft steps for `batch` sequences of `context` tokens on average; 0 is plain decoding.
+        """Return the draft steps for `batch` sequences of `context` tokens on average; 0 is plain decoding.
 
         `missed` is the mean number of tokens of a sequence that its drafter has not read.
         """
 
     def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
-        """What came of it: survivors[d] sequences kept at least d + 1 drafts."""
+        """Receive the outcome of a batch of `steps` drafts: survivors[d] sequences kept at least d + 1 drafts."""
 
 
 class FixedPolicy:
-    """Always the same steps; 0 is speculation off."""
+    """Always the same number of draft steps; 0 is speculation off."""
 
     informed = False
 
@@ -48,7 +50,7 @@ class FixedPolicy:
 
 
 class ThresholdPolicy(FixedPolicy):
-    """The same steps up to a batch size, and none above it: the tables that engines ship, with one row."""
+    """A fixed number of draft steps up to a batch size, and none above it: a one-row form of the tables in engines."""
 
     def __init__(self, steps: int, largest: int):
         super().__init__(steps)
@@ -56,18 +58,18 @@ class ThresholdPolicy(FixedPolicy):
 
     @classmethod
     def of(cls, settings: DepthSettings) -> ThresholdPolicy:
-        """For an engine: `fixed` steps in batches of at most `max_batch`."""
+        """Make an engine's policy: `fixed` steps in batches of at most `max_batch`."""
         return cls(settings.fixed, settings.max_batch)
 
     def predicted(self) -> float:
-        return 0.0  # it expects nothing
+        return 0.0  # it predicts no speed-up
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         return self.steps if batch <= self.largest else 0
 
 
 class OraclePolicy(FixedPolicy):
-    """The fastest choice at every moment by the true costs and the true acceptance, switching at no cost."""
+    """The fastest choice for every batch by the true costs and the true acceptance; switching costs nothing."""
 
     informed = True
 
@@ -75,8 +77,8 @@ class OraclePolicy(FixedPolicy):
         self.costs, self.candidates = costs, tuple(candidates)
         self.acceptance: Sequence[float] = ()
 
-    def tell(self, acceptance: Sequence[float]) -> None:
-        """acceptance[d]: probability that the draft at depth d + 1 is kept, given that those before it were."""
+    def set_acceptance(self, acceptance: Sequence[float]) -> None:
+        """Set acceptance[d]: the probability that the draft at depth d + 1 is kept, given that all before it were."""
         self.acceptance = acceptance
 
     def choose(self, batch: int, context: float, missed: float) -> int:
@@ -86,61 +88,62 @@ class OraclePolicy(FixedPolicy):
 
 
 class StepTimes:
-    """The cost model's times of a chain's cycle in a table, and of what changing to it takes.
+    """A table of the cost model's times of each chain's cycle, and the times of changing to another chain.
 
     Args:
-        costs: seconds by batch and context; where it knows no catch-up, that is free.
-        candidates: draft steps to choose from, rising; 0 is plain decoding.
-        max_batch: sequences an engine runs at most.
-        max_context: tokens a sequence has at most; a longer one counts as this long.
+        costs: seconds by batch and context; catching up costs nothing if the model has no times of it.
+        candidates: numbers of draft steps to choose from, in rising order; 0 is plain decoding.
+        max_batch: the largest number of sequences that an engine runs.
+        max_context: the largest number of tokens of a sequence; a longer sequence counts as this long.
     """
 
     def __init__(self, costs: CostModel, candidates: Sequence[int], max_batch: int, max_context: int):
         check_candidates(candidates)
         self.candidates = tuple(candidates)
         self.max_batch, self.max_context = max_batch, max_context
-        places = range(place_of(max_context) + 1)
-        batch, context = np.meshgrid(np.arange(1.0, max_batch + 1), [middle_of(p) for p in places], indexing="ij")
+        middles = [middle_of(index) for index in range(index_of(max_context) + 1)]
+        batch, context = np.meshgrid(np.arange(1.0, max_batch + 1), middles, indexing="ij")
         by_steps = [costs.cycle_seconds(chain(steps), batch, context) for steps in candidates]
-        self.cycles = np.stack(by_steps, -1).tolist()  # [batch - 1][place][candidate]
+        self.cycles = np.stack(by_steps, -1).tolist()  # [batch - 1][index of the context][candidate]
         self.switch = costs.switch_seconds()
         self.reading = costs.to_tuples().get("catch_up")
 
     def at(self, batch: int, context: float) -> list[float]:
-        """Seconds of each candidate's cycle."""
-        return self.cycles[min(batch, self.max_batch) - 1][place_of(min(int(context), self.max_context))]
+        """Return the seconds of each candidate's cycle."""
+        return self.cycles[min(batch, self.max_batch) - 1][index_of(min(int(context), self.max_context))]
 
     def catch_up(self, batch: int, context: float, missed: float) -> float:
-        """Seconds until the drafter has read what it missed."""
+        """Return the seconds that the drafter needs to read the tokens that it missed."""
         if missed <= 0 or self.reading is None:
             return 0.0
         return seconds(self.reading, Work.reading(batch, context, min(missed, context)))
 
 
 class AdaptivePolicy:
-    """The fastest choice by the cost model, once changing to it has become worth its price.
+    """The fastest choice by the cost model, taken when the time lost without it has reached the cost of the change.
 
-    Every batch adds what it loses against each other choice: the seconds it takes less those in which the other would
-    make the same tokens. The policy changes when the best choice's account has reached the price of changing to it, so
-    changing never costs more in all than staying has: the rule of renting until the rent has paid for the skis (Karlin
-    et al. 1988). Where changing is free it takes the best at once.
+    For each candidate the policy sums the time lost by not using it: the seconds of each batch, less the seconds in
+    which that candidate would make the same tokens. The policy changes to the best candidate when its sum reaches the
+    cost of the change. So all changes together never cost more than staying has cost: the ski-rental rule (Karlin et
+    al. 1988). If a change is free, the policy takes the best candidate at once.
 
-    Going off costs a switch, and going on besides that the drafter reads what it has missed since. Most of that price
-    is no loss: the drafter has saved as much by not reading. And responses that have gone on for long go on for long,
-    so that there is something to believe about the future: if speculation would win its price within as many tokens as
-    were missed, a `TRUST` of the price is waited for, else 1 / TRUST of it (ski rental with a prediction: Purohit,
-    Svitkina and Kumar 2018, who bound what a wrong one costs by 1 + 1 / TRUST times the best in hindsight).
+    Every change costs a switch. Turning speculation on also costs a catch-up: the drafter reads the tokens that it
+    missed. Most of this is no real loss, because the drafter saved that time while speculation was off. A prediction
+    helps as well: a response that has been long so far is likely to continue for long. If speculation would win back
+    its cost within as many tokens as were missed, the policy waits for `TRUST` times the cost, otherwise for 1 / TRUST
+    times the cost (ski rental with a prediction: Purohit, Svitkina and Kumar 2018, who bound the cost of a wrong
+    prediction by 1 + 1 / TRUST times the best choice in hindsight).
     """
 
     TRUST = 0.5
 
     def __init__(self, times: StepTimes):
         self.times = times
-        self.current: int | None = None  # place among the candidates
+        self.current: int | None = None  # index among the candidates
         self.lost = [0.0] * len(times.candidates)
 
     def choose(self, batch: int, context: float, missed: float, tokens: Sequence[float]) -> int:
-        """The place of the choice among the candidates, by which a sequence is expected to gain so many `tokens`."""
+        """Return the index of the chosen candidate. tokens[i]: expected tokens a sequence gains with candidate i."""
         candidates, taken = self.times.candidates, self.times.at(batch, context)
         paces = [each / made for each, made in zip(taken, tokens, strict=True)]
         best = paces.index(min(paces))
@@ -158,13 +161,13 @@ class AdaptivePolicy:
         self.lost = [max(0.0, lost + now - made * pace) for lost, pace in zip(self.lost, paces, strict=True)]
         return self.current
 
-    def change(self, place: int) -> None:
-        """Go on with the candidate at this place, all accounts settled."""
-        self.current, self.lost = place, [0.0] * len(self.lost)
+    def change(self, index: int) -> None:
+        """Change to the candidate at this index, and set all sums of lost time to 0."""
+        self.current, self.lost = index, [0.0] * len(self.lost)
 
 
 def tokens_by_steps(candidates: Sequence[int], acceptance: Sequence[float]) -> list[float]:
-    """Expected tokens a sequence gains with each number of steps, which must rise."""
+    """Return the expected tokens that a sequence gains with each number of draft steps, given in rising order."""
     tokens, survival, depth, last = 1.0, 1.0, 0, len(acceptance) - 1
     found = []
     for steps in candidates:
@@ -176,15 +179,15 @@ def tokens_by_steps(candidates: Sequence[int], acceptance: Sequence[float]) -> l
     return found
 
 
-def place_of(context: int) -> int:
-    """Of a context length in the tables: one place a token up to 8, then four an octave."""
+def index_of(context: int) -> int:
+    """Return the index of a context length in the tables: one index per token up to 8, then four per octave."""
     octave = max(context.bit_length() - 3, 0)
     return 4 * octave + (context >> octave)
 
 
-def middle_of(place: int) -> float:
-    """The middle of the contexts at a place."""
-    if place < 8:
-        return float(max(place, 1))
-    octave, quarter = place // 4 - 1, place % 4
+def middle_of(index: int) -> float:
+    """Return the middle of the context lengths that share an index."""
+    if index < 8:
+        return float(max(index, 1))
+    octave, quarter = index // 4 - 1, index % 4
     return (4 + quarter + 0.5) * 2.0**octave - 0.5

@@ -1,15 +1,16 @@
-"""DepthScheduler: how many draft steps each decode batch takes, from what the batches before it showed.
+"""DepthScheduler: chooses the draft steps of each decode batch from the results of the batches before it.
 
-The same object runs inside the engine and in the simulator. It hangs on counts and on the cost model only, never on a
-clock: the ranks of a tensor-parallel engine each have one, and must choose alike.
+The same object runs inside the engine and in the simulator. It depends on counts and on the cost model only, never on a
+clock: each rank of a tensor-parallel engine has its own scheduler, and all of them must choose the same steps.
 
     scheduler = DepthScheduler.of(settings)
     steps = scheduler.choose(batch, context, missed)      # before every decode batch
     scheduler.observe(steps, batch, survivors)            # after it
 
-Acceptance is estimated by depth. A draft does not hang on how many follow it, so all candidates share one estimate,
-and a candidate's is what its depths come to. Depths that are not drafted are not seen: now and then the scheduler
-tries a deeper candidate, or speculation where there is none, for a few batches (`_try`).
+Acceptance is estimated by depth. Whether a draft is kept does not depend on how many drafts follow it, so all
+candidates share one estimate, and the expected tokens of a candidate follow from its depths. Depths that are not
+drafted are not observed: from time to time the scheduler tries a deeper candidate for a few batches, or speculation
+where it is off (`_try`).
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from respec_trainer.speculation.acceptance import AcceptanceEstimate
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.policy import AdaptivePolicy, StepTimes, tokens_by_steps
 
-PRIOR = 2.0  # drafts that the prior counts for: the first batch is to say more
-HOPE = 0.95  # acceptance that a depth which is not drafted may have come to
-EVIDENCE = 16  # drafts at a new depth that a try is to show
-FEWEST = 4  # batches it lasts at least, unless it shows them in fewer
-STALE = 50  # decode batches in which a depth was not drafted, before it is tried again
-AGED = 4.0  # drafts that an estimate which has not been seen for long still counts for
-LONGEST = 4.0  # decode batches' time that a try may cost at most, so that no rollout notices it
+PRIOR = 2.0  # weight of the prior, in drafts: small, so that the first batch outweighs it
+HOPE = 0.95  # acceptance that a depth may have reached while it was not drafted
+EVIDENCE = 16  # drafts at the new depth that a try should observe
+FEWEST = 4  # least batches of a try, unless fewer give that many drafts
+STALE = 50  # decode batches without a draft at a depth before it is tried again
+AGED = 4.0  # weight, in drafts, of the estimates at depths that have not been drafted for long
+LONGEST = 4.0  # most that a try may cost, in times of a decode batch: negligible for a rollout
 
 
 class DepthScheduler:
-    """See above. `of` makes one; raises ConfigError where the settings give no costs or no prior."""
+    """Chooses draft steps; see the module's text. `of` makes one from DepthSettings."""
 
     informed = False
 
@@ -44,14 +45,15 @@ class DepthScheduler:
         missing = max(self.candidates) - len(prior)
         self.estimate = AcceptanceEstimate([*prior, *[prior[-1]] * missing], prior_drafts=PRIOR)
         self.tokens = self._expected()
-        self.seen = 0  # depths that were ever drafted; the prior says nothing of those behind them any more
+        self.seen = 0  # depths that were ever drafted; deeper estimates follow the last of them, not the prior
         self.earned = 0.0  # seconds by the cost model that a try may cost
-        self.trying = 0  # batches left of one
+        self.trying = 0  # batches left of the current try
         self.unseen = [STALE] * max(self.candidates)  # decode batches since a draft at each depth
         self._predicted = 1.0
 
     @classmethod
     def of(cls, settings: DepthSettings) -> DepthScheduler:
+        """Make the scheduler of an engine. Raises ConfigError if the settings have no costs or no prior."""
         if not settings.costs or not settings.prior:
             raise ConfigError("steps are chosen by costs and a prior acceptance: give both in DepthSettings")
         costs = CostModel.of_tuples(settings.costs)
@@ -59,25 +61,25 @@ class DepthScheduler:
         return cls(times, settings.prior, settings.explore)
 
     def choose(self, batch: int, context: float, missed: float) -> int:
-        """Draft steps for `batch` sequences of `context` tokens on average, 0 for plain decoding.
+        """Return the draft steps for `batch` sequences of `context` tokens on average, 0 for plain decoding.
 
         `missed` is the mean number of tokens of a sequence that its drafter has not read.
         """
         taken = self.times.at(batch, context)
         if self.trying:
             self.trying -= not missed  # an engine may catch up over several batches, which draft nothing yet
-            place = self.policy.current
+            index = self.policy.current
         else:
-            place = self.policy.choose(batch, context, missed, self.tokens)
-            if self.explore and self._try(place, batch, context, missed):
-                place = self.policy.current
-        self.earned += self.explore * taken[place]
-        self.unseen = [0 if d < self.candidates[place] else unseen + 1 for d, unseen in enumerate(self.unseen)]
-        self._predicted = self.tokens[place] * taken[0] / taken[place] if self.candidates[0] == 0 else 0.0
-        return self.candidates[place]
+            index = self.policy.choose(batch, context, missed, self.tokens)
+            if self.explore and self._try(index, batch, context, missed):
+                index = self.policy.current
+        self.earned += self.explore * taken[index]
+        self.unseen = [0 if d < self.candidates[index] else unseen + 1 for d, unseen in enumerate(self.unseen)]
+        self._predicted = self.tokens[index] * taken[0] / taken[index] if self.candidates[0] == 0 else 0.0
+        return self.candidates[index]
 
     def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
-        """What came of a batch of `steps` drafts: survivors[d] sequences kept at least d + 1; none for steps=0."""
+        """Add a batch's outcome: survivors[d] sequences kept at least d + 1 of `steps` drafts; empty for steps=0."""
         if steps:
             self.estimate.observe([batch, *survivors])
             self.seen = max(self.seen, steps)
@@ -85,11 +87,11 @@ class DepthScheduler:
             self.tokens = self._expected()
 
     def predicted(self) -> float:
-        """Speed-up over plain decoding that it expects of the latest choice; 0 where plain is no candidate."""
+        """Return the predicted speed-up of the latest choice over plain decoding; 0 if plain is not a candidate."""
         return self._predicted
 
     def state(self) -> dict[str, Any]:
-        """What it has learnt, and what it is about; JSON. One made alike chooses alike after `load_state`."""
+        """Return the state as JSON data. With the same settings another scheduler chooses alike after `load_state`."""
         return {
             "candidates": list(self.candidates),
             "acceptance": self.estimate.state(),
@@ -102,7 +104,7 @@ class DepthScheduler:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from another's `state`; one of other candidates leaves what was learnt of acceptance, and no more."""
+        """Restore the `state` of another scheduler; only its estimate of acceptance if that had other candidates."""
         self.estimate.load_state(state["acceptance"])
         self.tokens = self._expected()
         self.seen = min(state["seen"], max(self.candidates))
@@ -111,34 +113,37 @@ class DepthScheduler:
             self.policy.current, self.policy.lost = state["current"], list(state["lost"])
 
     def _expected(self) -> list[float]:
-        """Tokens a sequence gains by each candidate; worked out when an estimate changes, and not for every choice."""
+        """Expected tokens a sequence gains with each candidate. Computed only when the estimate changes."""
         return tokens_by_steps(self.candidates, self.estimate.by_depth)
 
-    def _try(self, place: int, batch: int, context: float, missed: float) -> bool:
-        """Begin to try the next deeper candidate that would pay if its new depths were accepted as well as can be.
+    def _try(self, index: int, batch: int, context: float, missed: float) -> bool:
+        """Start to try the next deeper candidate that would pay if nearly all drafts at its new depths were accepted.
 
-        What that costs is counted as if none of the new drafts were kept, and the drafter's catching up with it. It
-        must have been earned, as a share `explore` of the time. Only where a rollout begins, whose sequences the
-        drafter has read so far, it may be earned afterwards: once a large batch has gone on without, catching up would
-        cost too much. So all tries together cost no more than that share and one try. A try that fails ends by the
-        policy's own choice, for which going back is cheap.
+        The cost of a try is computed as if none of the new drafts were kept, and includes the drafter's catch-up. The
+        budget for it grows by the share `explore` of the decoding time. A try may overdraw this budget only at the
+        start of a rollout, when the drafter has read all tokens: later, in a large batch, a catch-up would cost too
+        much. So all tries together cost at most that share of the time and one try more. After a try that fails the
+        policy itself changes back, which is cheap.
+
+        Args:
+            index: of the current candidate.
         """
-        steps, acceptance = self.candidates[place], self.estimate.by_depth
+        steps, acceptance = self.candidates[index], self.estimate.by_depth
         if not self.unseen[steps:] or self.unseen[steps] < STALE:
             return False
         taken = self.times.at(batch, context)
         hoped = [*acceptance[:steps], *(max(HOPE, a) for a in acceptance[steps:])]
         tokens = tokens_by_steps(self.candidates, hoped)
-        reaching = batch * math.prod(acceptance[:steps])  # sequences that come to draft at the new depth
-        most, price = LONGEST * taken[place], self.times.switch
+        reaching = batch * math.prod(acceptance[:steps])  # sequences expected to reach the new depth
+        most, price = LONGEST * taken[index], self.times.switch
         price += 0.0 if steps else self.times.catch_up(batch, context, missed)
         self.earned = min(self.earned, most)
         fresh = not steps and not missed and self.earned >= 0
         allowed = (most if fresh else self.earned) - price
-        for deeper in range(place + 1, len(self.candidates)):
-            if taken[deeper] / tokens[deeper] >= taken[place] / tokens[place]:
+        for deeper in range(index + 1, len(self.candidates)):
+            if taken[deeper] / tokens[deeper] >= taken[index] / tokens[index]:
                 continue
-            extra = max(taken[deeper] - taken[place], 1e-9)
+            extra = max(taken[deeper] - taken[index], 1e-9)
             needed = math.ceil(EVIDENCE / reaching) if reaching * LONGEST > 1 else EVIDENCE
             batches = min(needed, int(max(allowed, 0.0) / extra))
             if batches < min(needed, FEWEST):

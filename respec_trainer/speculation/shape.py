@@ -8,7 +8,10 @@ from respec_trainer.errors import ConfigError
 
 
 class Shape(NamedTuple):
-    """`steps` drafted a cycle (0: no speculation), `topk` branches a step, `draft_tokens` verified, root included."""
+    """One shape: `steps` draft steps a cycle (0: no speculation), `topk` branches a step, `draft_tokens` verified.
+
+    `draft_tokens` includes the root.
+    """
 
     steps: int
     topk: int
@@ -19,11 +22,11 @@ class Shape(NamedTuple):
 
     @property
     def is_chain(self) -> bool:
-        """Whether the engine can take this shape, or leave it, while it runs."""
+        """True for one branch whose drafts are all verified: the engine can switch between chains while it runs."""
         return self.topk == 1 and self.draft_tokens == self.steps + 1
 
     def fault(self) -> str | None:
-        """Why there is no such shape; None if there is."""
+        """Return why the shape is impossible; None if it is possible."""
         steps, topk, draft_tokens = self
         if steps == 0:
             return None if self == OFF else f"steps=0 is plain decoding, which is {tuple(OFF)}, not {tuple(self)}"
@@ -39,17 +42,17 @@ OFF = Shape(0, 1, 1)
 
 
 def drafted_tokens(steps: int, topk: int) -> int:
-    """Tokens in a tree: each step but the first tries topk continuations of the topk best branches."""
+    """Return the drafted tokens of a tree: each step after the first adds topk tokens to each of topk branches."""
     return topk + (steps - 1) * topk**2
 
 
 def chain(steps: int) -> Shape:
-    """One branch, all of it verified; no speculation for 0."""
+    """Return the shape of one branch, all of it verified; OFF for 0."""
     return Shape(steps, 1, steps + 1)
 
 
 def parse_shape(text: str) -> Shape:
-    """ "3,2,6" as a shape. Raises ConfigError if it is none."""
+    """Parse text such as "3,2,6". Raises ConfigError if it is not a possible shape."""
     try:
         shape = Shape(*map(int, text.split(",")))
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""audit/cells.py: every algorithm is audited, and what changes the actor comes last."""
+"""audit/cells.py: every algorithm is audited, and cells that change the actor come last."""
 
 from __future__ import annotations
 

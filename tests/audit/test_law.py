@@ -33,7 +33,7 @@ def test_sampling_parameters_shape_the_law(params, law):
 
 
 def draw_pairs(law, count: int, seed: int) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Responses to (7,) of up to four tokens, each drawn from law(prefix); token 0 ends one."""
+    """Draw responses to (7,) of up to four tokens, each from law(prefix); token 0 ends a response."""
     generator = np.random.default_rng(seed)
     pairs = []
     for _ in range(count):
@@ -49,7 +49,7 @@ def right(prefixes):
 
 
 def wrong_late(prefixes):
-    """Right for two tokens, then not."""
+    """The law that is right for the first two tokens and wrong after them."""
     moved = torch.tensor([0.0, 0.06, 0.0, -0.06], dtype=torch.float64)
     return torch.stack([right([p])[0] + (moved if len(p) > 2 else 0) for p in prefixes])
 
@@ -59,7 +59,7 @@ def test_branches_count_what_followed_each_prefix():
     assert branches(pairs) == {(7,): {1: 100, 2: 10}, (7, 1): {2: 50, 3: 50}}
 
 
-def test_the_joint_law_is_told_from_a_wrong_one():
+def test_a_wrong_joint_law_is_detected():
     pairs = draw_pairs(right, 4000, 0)
     law = LawCache(right)
     assert joint_law(pairs, law).p_value > 0.01

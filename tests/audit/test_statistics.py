@@ -36,7 +36,7 @@ def test_p_values_of_the_right_law_are_uniform():
 
 
 def test_the_power_promised_is_kept():
-    """Of the least visible of all laws that far off: in proportion to p on either side."""
+    """The wrong law is the hardest to detect at its distance: it differs in proportion to p."""
     tilt = np.array([0.02, 0.02, -0.02, -0.02])
     law = np.full(4, 0.25)
     wrong = law + 0.5 * tilt
@@ -72,7 +72,7 @@ def test_holm():
 
 @pytest.mark.parametrize("bias", [0.0, 0.12])
 def test_classes_of_laws_that_all_differ(bias):
-    """Draws from laws of their own, of which some mass goes to the first class."""
+    """Sum draws from different laws, after moving some of their mass to the first class."""
     generator = np.random.default_rng(5)
     p_values = []
     for _ in range(200):

@@ -26,12 +26,12 @@ def policies(tmp_path_factory) -> tuple[Policy, Policy]:
 
 @torch.no_grad()
 def next_laws(policy: Policy, rows: list[list[int]]) -> torch.Tensor:
-    """Log-laws of the token after each of the rows, which are of one length, [n, V] in float64."""
+    """Return the log-probabilities of the token after each row, [n, V] in float64; all rows have the same length."""
     return (policy.model.double()(torch.tensor(rows)).logits[:, -1] / TEMPERATURE).log_softmax(-1)
 
 
 def exact_kl(policy: Policy, start: Policy, prompt: list[int]) -> float:
-    """KL of all responses of at most two tokens, summed over every one of them."""
+    """Return the KL divergence over responses of at most two tokens, by enumeration."""
     here, there = (next_laws(model, [prompt])[0] for model in (policy, start))
     total = (here.exp() * (here - there)).sum()
     first = [token for token in range(len(here)) if token != END]
@@ -42,14 +42,14 @@ def exact_kl(policy: Policy, start: Policy, prompt: list[int]) -> float:
     return total.item()
 
 
-def test_kl_of_responses_is_that_of_their_whole_law(policies):
+def test_kl_of_responses_is_that_of_their_whole_distribution(policies):
     policy, start = policies
     prompts = [[5, 9, 33, 7], [80, 6]]  # of two lengths, so that one is padded
     exact = [exact_kl(policy, start, ids) for ids in prompts]
     drawn = policy.draw([Prompt("0", tuple(prompts[i % 2]), "", "") for i in range(1024)], seed=0)
     estimate, error = response_kl(policy, start, drawn)
-    assert error < 0.1 * sum(exact) / 2  # else the next line says little
-    assert abs(estimate - sum(exact) / 2) < 4 * error  # passes but one time in 16,000
+    assert error < 0.1 * sum(exact) / 2  # otherwise the next line tests little
+    assert abs(estimate - sum(exact) / 2) < 4 * error  # fails by chance once in 16,000 times
     assert response_kl(policy, policy, drawn)[0] == 0
 
 
@@ -61,7 +61,7 @@ def test_a_response_ends_with_its_end(policies):
     assert policy.texts(rollouts) == [policy.tokenizer.decode([40, 41]), policy.tokenizer.decode([42])]
 
 
-def test_other_laws_than_the_whole_one_are_refused(tmp_path):
+def test_sampling_from_a_part_of_the_vocabulary_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="top_p"):
         Policy(tmp_path, SamplingConfig(max_new_tokens=2, top_p=0.9))
 
@@ -74,7 +74,7 @@ def steps(online: list[float], frozen: list[float], **more) -> list[dict]:
 
 
 def test_numbers_of_a_run():
-    """Of the first five steps and the last five; the very first has nothing to measure on."""
+    """The means are over the first five steps and the last five; the first step of all has nothing to measure on."""
     found = numbers(steps([3.0] * 5 + [9.0] + [2.8] * 5, [3.0] * 6 + [2.0] * 5, **{"time/learn_exposed": 0.02}))
     assert (found["accept_start"], found["online_end"], found["frozen_end"]) == (3.0, pytest.approx(2.8), 2.0)
     assert (found["online_kept"], found["frozen_kept"]) == (pytest.approx(0.9), 0.5)

@@ -1,4 +1,4 @@
-"""benchmarks/scale/estimate.py: what fits is what the plan says fits, and the replayed engine is the slowest of all."""
+"""benchmarks/scale/estimate.py: a fit agrees with the plan, and the simulated engine is the slowest of all."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_the_fit_is_among_those_that_the_plan_lets_through(config):
 
 
 def test_the_slowest_engine_is_nearly_the_one_replayed():
-    """Against a replay of every engine in one simulation."""
+    """Compare with one simulation of all engines."""
     trace, engines = trace_of(), 6
     for policy in ("off", "adaptive"):
         alone = slowest(trace, engines, 8, GPU, CANDIDATES, policy)
         setting = Setting(engines=engines, slots=8, sampled=False)
         every = simulate(trace, GPU, policy_named(policy, GPU, CANDIDATES, trace, setting), setting)
-        # Of engines with nearly as many tokens, the order of the responses may make another one last.
+        # Another engine with nearly as many tokens may finish last because of the order of its responses.
         assert alone.makespan == pytest.approx(every.makespan, rel=0.05)
 
 
@@ -68,7 +68,7 @@ def test_the_tables_name_what_does_not_fit():
 
 
 def test_shapes_have_their_published_sizes():
-    """Numbers of parameters that the models' cards state, in billions."""
+    """The expected numbers of parameters come from the models' cards, in billions."""
     from respec_trainer.plan.sizes import model_parameters
 
     stated = {"3b": 3.09, "7b": 7.61, "14b": 14.7, "32b": 32.5, "72b": 72.7}

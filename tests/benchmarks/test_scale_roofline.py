@@ -1,4 +1,4 @@
-"""benchmarks/scale/roofline.py: both limits, memory and arithmetic, against counts by hand."""
+"""benchmarks/scale/roofline.py: both limits, of memory and of arithmetic, against counts by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.models import tiny_config
 
 CONFIG = tiny_config("qwen3", layers=4)
 DRAFTER = DrafterSizes(DrafterShape.for_target(CONFIG, 64))
-# Without launches and hops only bytes and operations are left, and one kind of rate may be made endless.
+# Without launches and hops only bytes and operations are left; tests set one of the two rates to infinity.
 BARE = replace(H100, launch=0.0, hop=0.0)
 
 
@@ -41,7 +41,7 @@ def test_a_chain_drafts_one_less_than_it_verifies_and_speculation_pays_only_whil
     costs = roofline(CONFIG, DRAFTER, 1, BARE)
     passes = costs.piece_seconds("draft", chain(3), 1, 10) / costs.piece_seconds("extend", chain(3), 1, 10)
     assert passes == pytest.approx(2, rel=0.01), "the third draft follows from the extend"
-    # Without a context: reading caches stays bound by memory at any batch.
+    # The context is 0, because reading caches is bound by memory at every batch size.
     few, many = (costs.cycle_seconds(chain(3), b, 0) / costs.step_seconds(b, 0) for b in (1, 100_000))
     assert few < 3 and many > 4
 

@@ -44,12 +44,12 @@ def test_engines_elsewhere_get_all_of_it_over_the_network():
     [
         (1, 2 + 1),  # all-reduce of gradients: reduce-scatter and all-gather; all-gather of weights
         (2, 5 + 1),  # reduce-scatter after each of five micro-batches
-        (3, 5 * 3 + 4),  # weights forward and backward, gradients; and four passes that only score
+        (3, 5 * 3 + 4),  # weights forward and backward, gradients; four passes that only score
     ],
 )
-def test_an_update_says_what_its_zero_stage_says(stage, rounds):
-    said = update(ACTOR, Layout(tp=2, dp=8, zero=stage, engine_tp=2), H100, passes=5, scored=4)
-    assert said.across == pytest.approx(rounds * (2 * ACTOR / 2) * 7 / 8) and said.within == 0
+def test_an_update_sends_the_traffic_of_its_zero_stage(stage, rounds):
+    volumes = update(ACTOR, Layout(tp=2, dp=8, zero=stage, engine_tp=2), H100, passes=5, scored=4)
+    assert volumes.across == pytest.approx(rounds * (2 * ACTOR / 2) * 7 / 8) and volumes.within == 0
 
 
 def test_tensor_parallelism_all_reduces_twice_a_layer_and_direction():

@@ -1,4 +1,4 @@
-"""plan/: sizes of the shipped models against transformers', and which parts are there in which phase."""
+"""plan/: sizes of the shipped models against transformers', and the parts of each phase."""
 
 from __future__ import annotations
 

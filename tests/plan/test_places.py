@@ -1,4 +1,4 @@
-"""plan/places.py: every rank's place, and groups that would reach over hosts."""
+"""plan/places.py: the place of every rank, and groups that would reach over hosts."""
 
 from __future__ import annotations
 
@@ -73,5 +73,5 @@ def test_cluster_of_a_launcher(monkeypatch, variable):
     monkeypatch.setenv(variable, "3")
     assert Cluster.of_launcher("cuda") == Cluster(2, 3, "cuda")
     monkeypatch.setenv(variable, "4")
-    with pytest.raises(ConfigError, match="4 ranks on this host are no even share of all 6"):
+    with pytest.raises(ConfigError, match="4 ranks on this host do not divide all 6"):
         Cluster.of_launcher("cuda")

@@ -1,4 +1,4 @@
-"""plan/sizes.py: what a drafter takes, against what the Online Learner and torch really hold."""
+"""plan/sizes.py: the estimated sizes of a drafter against the memory that the Online Learner and torch use."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def test_activations_are_those_kept(shape):
     settings = DrafterConfig(weighting="reward", unroll=UNROLL)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         drafter_loss(drafter, batch, teacher, settings, 1.0, bf16=True)
-    # What recomputed parts are given is kept too, but not by way of these hooks: each step's rotated queries and keys,
-    # its values and the hidden states compared; and what the teacher gave, the embeddings once more in float32.
+    # These hooks do not see the kept inputs of recomputed parts: each step's rotated queries and keys, its values and
+    # the compared hidden states. They also miss the teacher's outputs, and the second, float32 copy of the embeddings.
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     unseen = UNROLL * (2 * queries + 4 * keys + 4 * hidden) + 12 * hidden + 2 * shape.draft_vocab_size
     estimate = DrafterSizes(shape).activations(tokens, UNROLL)
-    # Of the loss, the masks and the rows of the padding only rough account is taken.
+    # The estimate of the loss, the masks and the rows of the padding is rough.
     assert estimate == pytest.approx(sum(kept.values()) + tokens * unseen, rel=0.05)

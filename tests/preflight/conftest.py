@@ -1,4 +1,4 @@
-"""A tiny actor's folder, and preflight of the smallest configuration with it."""
+"""Fixtures: a tiny actor's folder, and preflight of the smallest configuration with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""preflight/checks.py: what is wrong with files and machine is said before any process group is made."""
+"""preflight/checks.py: problems of files and machine are reported before any process group is made."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def test_a_reward_is_tried_on_the_first_row(check, body, words):
     shape = ["reward.kind=function", f"reward.function={reward.function}"]
     with pytest.raises(ConfigError, match=words):
         check(*shape)
-    preflight(smallest_config(check.folder, *check.folders, *shape), world_size=2, rank=1)  # the first rank alone tries
+    preflight(
+        smallest_config(check.folder, *check.folders, *shape), world_size=2, rank=1
+    )  # only rank 0 calls the reward
 
 
 @pytest.mark.parametrize("body", ["return None", "return 0 if response else -1", "return answer == '#### 2'"])
@@ -113,7 +115,7 @@ def test_occupied_ports(check, monkeypatch):
         check()
 
 
-def test_a_meeting_place_nobody_knows(check, monkeypatch):
+def test_a_master_address_that_cannot_be_resolved(check, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     with pytest.raises(ConfigError, match="MASTER_ADDR=no-such-host.invalid.*--master_addr"):
         check()

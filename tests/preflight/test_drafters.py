@@ -1,4 +1,4 @@
-"""preflight/drafters.py: a folder that cannot draft for the model is refused, with the key and what to do."""
+"""preflight/drafters.py: a folder that cannot draft for the model is refused, with the key and the remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_an_absent_drafter(check):
 
 @pytest.fixture
 def draft(check, actor):
-    """Preflight with a drafter's folder, of a model of the actor's family with `changes` to its config."""
+    """Run preflight with a drafter's folder: a model of the actor's family with `changes` to its config."""
     small = check.folder / "small"
 
     def draft(*overrides, **changes):

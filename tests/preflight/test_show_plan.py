@@ -1,4 +1,4 @@
-"""preflight/show_plan.py: shipped configurations pass, every problem is found, without GPU, weights or network."""
+"""preflight/show_plan.py: shipped configurations pass and every problem is found, without GPU, weights or network."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def ask_shipped(name: str, *overrides: str, **more) -> tuple[int, str]:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configurations_pass(name):
-    status, text = ask_shipped(name, gpu_memory_gb=79.1)  # what an H100-80GB has
+    status, text = ask_shipped(name, gpu_memory_gb=79.1)  # the memory of an H100-80GB
     assert status == 0, text
     assert "no problem found" in text
-    assert ("watchdog talks over UDP" in text) == (SHIPPED[name][0] > 1)
+    assert ("watchdog sends UDP" in text) == (SHIPPED[name][0] > 1)
 
 
 @pytest.mark.parametrize(

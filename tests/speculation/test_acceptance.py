@@ -27,7 +27,7 @@ def test_a_chain_gains_the_sum_of_its_survivals(acceptance, steps):
 
 @given(st.lists(st.floats(0.01, 0.33), min_size=3, max_size=3), st.integers(1, 12))
 def test_a_tree_gains_the_paths_of_its_likeliest_nodes(ranks, verified):
-    """Against all paths spelled out: two levels of three branches each, all of which are continued."""
+    """Compare with all paths enumerated: two levels of three branches each, all of which are continued."""
     paths = ranks + [a * b for a, b in itertools.product(ranks, ranks)]
     expected = 1 + sum(sorted(paths)[-verified:])
     assert tokens_per_cycle(Shape(2, 3, verified + 1), [ranks, ranks]) == pytest.approx(expected)
@@ -64,11 +64,11 @@ def test_draws_have_their_probabilities(acceptance, seed):
 
 
 def test_a_token_is_as_predictable_under_every_policy():
-    """A draft that is tried again from elsewhere meets the same number, and other responses meet others."""
+    """A draft at one position gets the same random number from every cycle; other responses get other numbers."""
     acceptance = np.full((1, 1), 0.5)
-    for place in range(50):
-        (whole,) = survivals(acceptance, 4, np.array([7]), np.array([place]), Setting())
-        (later,) = survivals(acceptance, 3, np.array([7]), np.array([place + 1]), Setting())
+    for position in range(50):
+        (whole,) = survivals(acceptance, 4, np.array([7]), np.array([position]), Setting())
+        (later,) = survivals(acceptance, 3, np.array([7]), np.array([position + 1]), Setting())
         assert not whole[0] or (whole[1:] == later).all()
     numbers = uniform(0, np.arange(100, dtype=np.uint64)[:, None], np.arange(100, dtype=np.uint64))
     assert len(np.unique(numbers)) == 10_000
@@ -88,8 +88,8 @@ def test_the_estimate_follows_what_it_sees():
         estimate.observe([32, 16, 4])
     # At depth 2 the prior's 10 drafts have fallen to 10 e^(-1600 / 500) = 0.4 of some 500.
     assert estimate.by_depth == pytest.approx([0.5, 0.25, 0.9], abs=4e-3)
-    estimate.observe([32])  # a batch without drafts tells nothing
-    estimate.observe([32, 0, 0])  # and depths that are not reached keep their estimate
+    estimate.observe([32])  # a batch without drafts changes nothing
+    estimate.observe([32, 0, 0])  # depths that are not reached keep their estimate
     assert estimate.by_depth[0] < 0.5 and estimate.by_depth[1:] == pytest.approx([0.25, 0.9], abs=4e-3)
 
 
@@ -106,7 +106,7 @@ def test_ranks_share_the_rest_in_halves():
 
 
 def test_what_is_old_counts_less():
-    """Of depths behind the first; what is seen then weighs as if there were as few drafts as that."""
+    """Aging limits the weight of the old drafts, so that new ones count for more."""
     estimate = AcceptanceEstimate([0.5, 0.2], memory=1e9, prior_drafts=100)
     estimate.age(1, 4)
     assert estimate.by_depth == [0.5, 0.2]

@@ -1,4 +1,4 @@
-"""speculation/policy.py: the best choice where changing is free, patience where it is not, and quick decisions."""
+"""speculation/policy.py: the best choice if a change is free, a wait if it costs time, and quick decisions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from respec_trainer.speculation.policy import (
     OraclePolicy,
     StepTimes,
     ThresholdPolicy,
+    index_of,
     middle_of,
-    place_of,
     tokens_by_steps,
 )
 from respec_trainer.speculation.shape import chain
@@ -40,10 +40,10 @@ def pace(costs: CostModel, steps: int, batch: int, context: int, acceptance) -> 
 
 
 @given(st.integers(0, 100_000))
-def test_places_of_contexts(context):
-    place = place_of(context)
-    assert place_of(context + 1) - place in (0, 1)
-    assert abs(middle_of(place) - context) <= max(0.13 * context, 1)
+def test_indices_of_contexts(context):
+    index = index_of(context)
+    assert index_of(context + 1) - index in (0, 1)
+    assert abs(middle_of(index) - context) <= max(0.13 * context, 1)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
@@ -59,10 +59,10 @@ def adaptive(costs: CostModel, candidates=STEPS, max_batch: int = 64, max_contex
 @settings(max_examples=50, deadline=None)
 @given(batches, st.integers(16, 4000), st.sampled_from([CPU, GPU]), st.integers(0, 500))
 def test_where_changing_is_free_the_best_is_taken(steps, context, costs, missed):
-    """Up to what a context's place in the table leaves open: up to an eighth of the context."""
+    """The choice may differ by the table's resolution: one entry spans up to an eighth of the context."""
     policy, oracle = adaptive(free(costs)), OraclePolicy(costs, STEPS)
     for batch, share in steps:
-        oracle.tell([share])
+        oracle.set_acceptance([share])
         chosen = STEPS[policy.choose(batch, context, missed, gains([share]))]
         best = oracle.choose(batch, context, missed)
         lost = pace(costs, chosen, batch, context, [share]) / pace(costs, best, batch, context, [share])
@@ -81,15 +81,15 @@ def choices(policy: AdaptivePolicy, missed: list[float], share: float) -> list[i
 
 
 def test_going_on_waits_for_a_share_of_its_price():
-    """Every plain token loses 0.25 s against half a cycle. To win 2 s of catching up takes less than the 20 tokens that
-    were missed, so half of it is waited for."""
+    """Every plain token loses 0.25 s against half a cycle. To win back 2 s of catching up takes fewer than the 20
+    tokens that were missed, so the policy waits for half of the 2 s."""
     policy = adaptive(BY_HAND, [0, 1])
     assert choices(policy, [0], 0.0) == [0]
     assert choices(policy, [20] * 6, 1.0) == [0, 0, 0, 0, 1, 1]
 
 
 def test_going_on_is_put_off_where_it_may_not_win_its_price():
-    """With 0.05 s won a token, 20 of them would not pay for 2 s: twice as much has to have been lost."""
+    """A token wins 0.05 s, so 20 tokens do not pay for 2 s: the policy waits until twice as much has been lost."""
     costs = CostModel(BY_HAND.pieces | {"verify": Terms(fixed=1.9)})
     policy = adaptive(costs, [0, 1])
     assert choices(policy, [0], 0.0) == [0]
@@ -103,7 +103,7 @@ def test_going_off_and_going_on_with_nothing_missed_are_free():
 
 
 def test_every_change_costs_a_switch():
-    """Half a second of it, of which a cycle that gains one token loses as much against a plain step."""
+    """A switch costs 0.5 s; a cycle that gains one token loses 0.5 s against a plain step."""
     policy = adaptive(CostModel(BY_HAND.pieces | {"switch": Terms(fixed=0.5)}), [0, 1])
     assert choices(policy, [0], 1.0) == [1]
     assert choices(policy, [0, 0, 0], 0.0) == [1, 0, 0]
@@ -112,9 +112,9 @@ def test_every_change_costs_a_switch():
 @settings(max_examples=50, deadline=None)
 @given(batches, st.floats(0, 0.5))
 def test_changing_costs_no_more_than_its_share_of_what_staying_has(steps, switch):
-    """Prices paid against what all choices lost to the best at each moment, both by the policy's own tables."""
+    """Compare the costs of changes with the time that all choices lost to the best, both by the policy's own tables."""
     policy = adaptive(CostModel(CPU.pieces | {"switch": Terms(fixed=switch)}))
-    context = round(middle_of(place_of(500)))
+    context = round(middle_of(index_of(500)))
     paid = lost = missed = 0.0
     before = None
     for batch, share in steps:
@@ -122,7 +122,7 @@ def test_changing_costs_no_more_than_its_share_of_what_staying_has(steps, switch
         if before is not None and chosen != before:
             paid += switch + (CPU.catch_up_seconds(batch, context, missed) if not before else 0.0)
         missed = 0.0 if chosen else missed + 1
-        paces = {s: pace(CPU, s, batch, middle_of(place_of(context)), [share]) for s in STEPS}
+        paces = {s: pace(CPU, s, batch, middle_of(index_of(context)), [share]) for s in STEPS}
         lost += (paces[chosen] - min(paces.values())) * tokens_per_cycle(chain(chosen), [share])
         assert paid * AdaptivePolicy.TRUST <= lost + 1e-9
         before = chosen

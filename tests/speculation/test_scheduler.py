@@ -1,4 +1,4 @@
-"""speculation/scheduler.py: near the best on skewed rollouts, safe when nothing is accepted, alert when it is again."""
+"""speculation/scheduler.py: near the best on skewed rollouts, safe if no draft is accepted, and quick to recover."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def replay(trace: Trace, costs, policy) -> Outcome:
 
 
 def test_it_is_made_of_plain_data():
-    """As they come through the engine's environment."""
+    """The settings reach the engine as JSON in its environment."""
     found = DepthSettings.of_json(settings_of(explore=0.01).to_json())
     scheduler = DepthScheduler.of(found)
     assert scheduler.candidates == STEPS and scheduler.explore == 0.01
@@ -50,7 +50,7 @@ def test_a_short_prior_goes_on_as_it_ends():
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 5)), min_size=1, max_size=80), st.integers(0, 100))
 def test_ranks_choose_alike(batches, missed):
-    """And what they choose is a candidate, whatever comes of it."""
+    """The choice is also always a candidate, for any number of kept drafts."""
     ranks = [DepthScheduler.of(settings_of()) for _ in range(2)]
     for batch, kept in batches:
         one, other = ([rank.choose(batch, 300.0, missed), rank.predicted()] for rank in ranks)
@@ -61,7 +61,7 @@ def test_ranks_choose_alike(batches, missed):
 
 
 def test_depths_that_were_never_drafted_are_like_the_last_that_was():
-    """And not like the prior, which knows nothing of this drafter."""
+    """Their estimate is not the prior, which is not of this drafter."""
     scheduler = DepthScheduler.of(settings_of(explore=0.0))
     scheduler.observe(2, 64, [60, 30])
     first, second, *deeper = scheduler.estimate.by_depth
@@ -85,7 +85,7 @@ def test_what_it_predicts():
 @pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("seed", range(3))
 def test_drafts_that_are_never_kept_cost_next_to_nothing(costs, seed):
-    """However good the drafter was before: at most 1 % on plain decoding."""
+    """The loss to plain decoding is at most 1 %, also for a drafter that was good before."""
     trace = skewed_trace(acceptance=[0.0], longest=1000, seed=seed)
     plain = replay(trace, costs, FixedPolicy(0)).makespan
     adaptive = replay(trace, costs, DepthScheduler.of(settings_of(costs))).makespan
@@ -94,7 +94,7 @@ def test_drafts_that_are_never_kept_cost_next_to_nothing(costs, seed):
 
 @pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
 def test_acceptance_that_recovers_is_noticed(costs):
-    """One rollout with a drafter that is always wrong, one after it was replaced: within 3 % of the oracle again."""
+    """After a rollout with a drafter that is always wrong, one with a good drafter is within 3 % of the oracle."""
     scheduler = DepthScheduler.of(settings_of(costs))
     poor, good = (skewed_trace(acceptance=[share], longest=1000) for share in (0.0, 0.8))
     assert replay(poor, costs, scheduler).off_fraction > 0.9
@@ -109,7 +109,7 @@ def test_acceptance_that_recovers_is_not_noticed_without_exploring():
 
 
 class Counting(DepthScheduler):
-    """Adds up what its tries cost by the cost model if they gained nothing."""
+    """Sums the cost of its tries by the cost model, as if the tries gained nothing."""
 
     spent = elapsed = 0.0
     within, base = False, 0
@@ -122,24 +122,24 @@ class Counting(DepthScheduler):
             self.spent += taken[self.policy.current] - taken[self.base]
         return steps
 
-    def _try(self, place, batch, context, missed):
-        began = super()._try(place, batch, context, missed)
+    def _try(self, index, batch, context, missed):
+        began = super()._try(index, batch, context, missed)
         if began:
-            self.base, self.within = place, True
-            self.spent += 0.0 if self.candidates[place] else self.times.catch_up(batch, context, missed)
+            self.base, self.within = index, True
+            self.spent += 0.0 if self.candidates[index] else self.times.catch_up(batch, context, missed)
         return began
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
 def test_tries_cost_no_more_than_their_share(share):
-    """By the cost model, as if none of the drafts tried were kept; batches change a little within a try."""
+    """Count costs by the cost model as if no tried draft were kept; the batch changes a little within a try."""
     scheduler = Counting(StepTimes(CPU, STEPS, 64, 3000), NEUTRAL, 0.005)
     replay(skewed_trace(acceptance=[share], longest=1000), CPU, scheduler)
     assert 0 < scheduler.spent <= 0.0055 * scheduler.elapsed
 
 
 def test_a_try_waits_until_the_drafter_has_caught_up():
-    """Over several batches, in which the engine does not draft yet."""
+    """Catching up may take several batches, in which the engine does not draft yet."""
     scheduler = DepthScheduler.of(settings_of(prior=(0.0,) * 5))
     for _ in range(2000):
         assert scheduler.choose(1, 300.0, 0.0) == 0 or scheduler.trying
@@ -151,7 +151,7 @@ def test_a_try_waits_until_the_drafter_has_caught_up():
 
 
 def test_a_drafter_that_has_become_better_drafts_deeper():
-    """Its second draft was never kept, nor any behind it, which after that were not drafted."""
+    """Drafts from the second on were never kept at first, so the scheduler stopped drafting them."""
     trace, outcomes = skewed_trace(acceptance=[0.9], longest=1000), []
     for explore in (0.005, 0.0):
         scheduler = DepthScheduler.of(settings_of(explore=explore))
@@ -166,7 +166,7 @@ def test_a_drafter_that_has_become_better_drafts_deeper():
 @pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
 def test_responses_that_differ(costs, share):
-    """Each with an acceptance of its own, whose mean the batch's composition changes as responses end."""
+    """Each response has its own acceptance, so the batch's mean changes as responses end."""
     trace = skewed_trace(longest=1000, seed=1)
     generator = np.random.default_rng(5)
     own = 1 / (1 + np.exp(-(np.log(share / (1 - share)) + 0.5 * generator.standard_normal(len(trace)))))
@@ -176,7 +176,7 @@ def test_responses_that_differ(costs, share):
 
 
 def play(scheduler: DepthScheduler, batches: list, missed: int = 0) -> list:
-    """What it chooses and predicts of each batch of (sequences, drafts kept of each)."""
+    """Return its choice and prediction for each batch of (sequences, drafts kept of each)."""
     chosen = []
     for batch, kept in batches:
         steps = scheduler.choose(batch, 300.0, missed)
@@ -191,7 +191,7 @@ BATCHES = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 5)), min_size=1,
 @settings(max_examples=40, deadline=None)
 @given(BATCHES, BATCHES, st.integers(0, 100))
 def test_one_that_goes_on_from_another_s_state_chooses_alike(before, after, missed):
-    """To the bit, also in the middle of a try; the state goes through JSON."""
+    """Choices are equal to the bit, also in the middle of a try; the state passes through JSON."""
     first, second = DepthScheduler.of(settings_of(explore=0.2)), DepthScheduler.of(settings_of(explore=0.2))
     play(first, before, missed)
     state = json.dumps(first.state())

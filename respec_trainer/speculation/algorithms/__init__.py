@@ -1,6 +1,7 @@
-"""The speculation algorithms, one file each: what drafts, and what follows from that for the rest of the trainer.
+"""The speculation algorithms, one file each: the source of the drafts, and its properties for the rest of the trainer.
 
-A draft source is one file here and its name in the list below. Importing this package is cheap: it needs no torch.
+To add a draft source, add one file to this package and its name to the list below. Importing this package is cheap: it
+does not import torch.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ for module in (
 
 
 def algorithm_of(speculation: SpeculationConfig) -> Algorithm:
-    """The description of `speculation.algorithm`. Raises ConfigError for an unknown name, offering the nearest one."""
+    """Return the Algorithm of `speculation.algorithm`. Raises ConfigError for an unknown name, with the nearest one."""
     return ALGORITHMS[speculation.algorithm]
 
 
 def is_lossy(speculation: SpeculationConfig) -> bool:
-    """Whether drafts are accepted that the policy would not have sampled, so that samples do not follow it."""
+    """True if drafts may be accepted that the policy would not have sampled: then samples do not follow the policy."""
     thresholds = (speculation.accept_threshold_single, speculation.accept_threshold_acc)
     return algorithm_of(speculation).drafts and min(thresholds) < 1
 
 
 def changes_depth(speculation: SpeculationConfig) -> bool:
-    """Whether an engine can change its draft steps while it runs: in chains of an algorithm that adapts."""
+    """True if an engine can change its draft steps while it runs: for chains of an algorithm that adapts."""
     return algorithm_of(speculation).adapts and speculation.topk == 1
 
 
 def names_of(ability: str) -> str:
-    """The algorithms where `ability`, a field of Algorithm, is set, for error texts: "one" or "one or another"."""
+    """Return the algorithms with the field `ability` of Algorithm set, for error texts: "one" or "one or another"."""
     return " or ".join(name for name in ALGORITHMS if getattr(ALGORITHMS[name], ability))

@@ -1,4 +1,4 @@
-"""Algorithm: what the trainer must know about one way to draft tokens."""
+"""Algorithm: the properties of one way to draft tokens that the trainer uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from respec_trainer.config import SpeculationConfig
 
 
 class DrafterFolder(Enum):
-    """What `drafter.path` may name. The values say what to give, for error texts.
+    """The kinds of folders that `drafter.path` may name. The values describe them in error texts.
 
     `preflight/drafters.py` has a check for each kind, and `audit/auditor.py` a folder for each.
     """
@@ -26,10 +26,10 @@ class Algorithm:
 
     Args:
         check: raises ConfigError, naming keys and remedy, for a shape (steps, topk, draft_tokens) that cannot work.
-        depth: the most drafts that one verify pass can accept.
-        server_arguments: its keyword arguments of sglang's ServerArgs, `speculative_algorithm` among them. Paths,
-            devices and what all algorithms share are not among them: `rollout/sglang/arguments.py` adds those.
-        audit_shape: speculation keys of its mode in an audit, for an algorithm that `audit/cells.py` does not name.
+        depth: returns the most drafts that one verify pass can accept.
+        server_arguments: returns the algorithm's keyword arguments of sglang's ServerArgs, `speculative_algorithm`
+            included. `rollout/sglang/arguments.py` adds paths, devices and the arguments that all algorithms share.
+        audit_shape: speculation keys of the algorithm's mode in an audit, if `audit/cells.py` does not name it.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Algorithm:
     depth: Callable[[SpeculationConfig], int]
     server_arguments: Callable[[SpeculationConfig], dict[str, Any]]
     audit_shape: Mapping[str, Any] = field(default_factory=dict)
-    drafts: bool = True  # whether there is speculation at all
+    drafts: bool = True  # False: there is no speculation
     folder: DrafterFolder | None = None  # what drafter.path must name; None: the algorithm has no drafter
-    samples: bool = False  # its drafter can draw its drafts at random, as speculation.rejection_sampling wants
-    adapts: bool = False  # its draft steps can change while the engine runs, in chains
-    learns: bool = False  # its drafter can be trained online
-    pushes: bool = False  # its drafter's weights go into running engines, trained or not
-    exports: bool = False  # checkpoints and exports hold a copy of its drafter's folder
+    samples: bool = False  # the drafter can sample its drafts, which speculation.rejection_sampling needs
+    adapts: bool = False  # the draft steps can change while the engine runs, in chains
+    learns: bool = False  # the drafter can be trained online
+    pushes: bool = False  # the drafter's weights are pushed into running engines, trained or not
+    exports: bool = False  # checkpoints and exports contain a copy of the drafter's folder

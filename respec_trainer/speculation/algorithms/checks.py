@@ -1,4 +1,4 @@
-"""Combinations of keys that the chosen speculation algorithm cannot work with: refused when a configuration loads."""
+"""Refuse keys that the chosen speculation algorithm cannot work with, when a configuration loads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_config(config: Config) -> None:
 
 
 def check_speculation(speculation: SpeculationConfig) -> None:
-    """Raise ConfigError, naming keys and remedy, unless the section's keys fit its algorithm, which must be known."""
+    """Raise ConfigError, naming keys and remedy, unless the algorithm exists and the section's other keys fit it."""
     algorithm = algorithm_of(speculation)
     if is_lossy(speculation) and not speculation.allow_lossy:
         raise ConfigError(_loss(speculation))
@@ -51,7 +51,7 @@ def _check_rejection_sampling(algorithm: Algorithm, speculation: SpeculationConf
         )
     if is_lossy(speculation):
         raise ConfigError(
-            "speculation.rejection_sampling knows no accept thresholds: set speculation.accept_threshold_single and "
+            "speculation.rejection_sampling has no accept thresholds: set speculation.accept_threshold_single and "
             "speculation.accept_threshold_acc to 1"
         )
 
@@ -73,7 +73,7 @@ def _check_learning(algorithm: Algorithm, drafter: DrafterConfig, speculation: S
     if not algorithm.learns:
         raise ConfigError(
             f"drafter.weighting={drafter.weighting} trains a drafter, but speculation.algorithm={algorithm.name} has "
-            f"none that could learn: set drafter.weighting=none, or speculation.algorithm={names_of('learns')}"
+            f"none that can be trained: set drafter.weighting=none, or speculation.algorithm={names_of('learns')}"
         )
     if drafter.unroll < speculation.steps:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""eagle3: a drafter of one layer that reads the target's hidden states, and learns during the run."""
+"""eagle3: a drafter of one layer that reads the target's hidden states and can be trained during the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ngram: drafts are what followed the last tokens wherever the engine has generated or read them before."""
+"""ngram: the drafts are tokens that followed the last tokens in texts that the engine read or generated before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from respec_trainer.speculation.algorithms.algorithm import Algorithm
 
 
 def check(speculation: SpeculationConfig) -> None:
-    """Raise ConfigError without room for a draft. The tree of drafts is as wide and as deep as what is found."""
+    """Raise ConfigError if draft_tokens leaves no room for a draft. The matches decide the tree's width and depth."""
     if speculation.draft_tokens < 2:
         raise ConfigError(
             f"speculation.algorithm={speculation.algorithm} needs draft_tokens >= 2, the root and at least one draft, "

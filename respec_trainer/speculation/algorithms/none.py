@@ -1,4 +1,4 @@
-"""none: no speculation. The other keys of the section are not used, so that a run can be compared without it."""
+"""none: no speculation. It ignores the section's other keys, so that one key turns speculation off for comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""standalone: a smaller model of the target's family drafts. It stays as it is, in its own folder."""
+"""standalone: a smaller model of the target's family drafts. It is never trained and stays in its own folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the algorithms share whose drafter is a network: `steps` passes that each try `topk` tokens a branch."""
+"""Functions shared by the algorithms whose drafter is a network: `steps` passes, each with `topk` tokens per branch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from respec_trainer.errors import ConfigError
 
 
 def check(speculation: SpeculationConfig) -> None:
-    """Raise ConfigError unless `steps` passes of `topk` branches give exactly, or at least, what is verified."""
+    """Raise ConfigError unless draft_tokens is steps + 1 for a chain, or more than steps and within the tree's size."""
     s, t, n = speculation.steps, speculation.topk, speculation.draft_tokens
     if t == 1 and n != s + 1:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Fit of the cost model to a profile, and how well it holds on cells it has not seen."""
+"""Fit the cost model to a profile, and measure its error on held-out cells."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from respec_trainer.speculation.cost import CostModel, Piece, Terms, Work, secon
 from respec_trainer.speculation.profiling.profile import CYCLE, Cell, Profile
 from respec_trainer.speculation.shape import OFF
 
-# Terms of each piece, by their place in Terms; the others are 0, because the piece has no such work or the profile
-# cannot tell them apart.
+# Terms of each piece, by their index in Terms. The others are 0, because the piece has no such work or the profile
+# cannot separate them.
 FIXED, EACH, WEIGHTS, KV, TOKEN, PAIR = range(6)
 TERMS: dict[Piece, tuple[int, ...]] = {
     "plain": (FIXED, WEIGHTS, KV, TOKEN),
@@ -29,17 +29,17 @@ TERMS: dict[Piece, tuple[int, ...]] = {
     "switch": (FIXED,),
 }
 OVERLAPS = (1.0, 2.0, 4.0, 8.0)
-SOFT = 0.05  # relative residuals beyond this count as outliers, and weigh less
-BATCHES, CONTEXTS, STEPS = 3, 2, 2  # different values that the terms need to be told apart
+SOFT = 0.05  # relative residuals beyond this count as outliers, with less weight
+BATCHES, CONTEXTS, STEPS = 3, 2, 2  # numbers of different values needed to separate the terms
 FOLDS = 5
-# At which speculation's gain is judged: a depth's acceptance, from a poor drafter's to a good one's.
+# Acceptance of a depth at which `held_out` judges the gain of speculation: from a poor drafter to a good one.
 LEVELS = (0.3, 0.5, 0.7, 0.85)
 
-Measured = tuple[Work, float]  # what was done, and what it took
+Measured = tuple[Work, float]  # work, and the seconds it took
 
 
 def fit_costs(profile: Profile) -> CostModel:
-    """Raises ConfigError if the profile has too few cells, naming what is missing."""
+    """Fit a cost model to the profile. Raises ConfigError if it has too few cells, naming what is missing."""
     check_enough(profile.cells)
     return _fit(profile.cells)
 
@@ -70,7 +70,7 @@ def _fit(cells: Iterable[Cell]) -> CostModel:
 
 
 def _samples(cells: Iterable[Cell]) -> dict[Piece, list[Measured]]:
-    """Every piece's measurements. The drafter's extend without speculation is the same pass over fewer tokens."""
+    """Every piece's measurements. "extend" without speculation is the same drafter pass over fewer tokens."""
     samples = defaultdict(list)
     for cell in cells:
         times = {part: timing.median for part, timing in cell.times.items()}
@@ -78,7 +78,7 @@ def _samples(cells: Iterable[Cell]) -> dict[Piece, list[Measured]]:
         if resume is not None:
             samples["catch_up"].append((Work.reading(cell.batch, cell.context, 1), resume))
         if whole is not None and "verify" in times:  # a tree's cycle may have been measured from outside
-            # Never negative: the parts may be measured in other repeats than the whole.
+            # At least a small positive time: the parts may come from other repeats than the whole.
             times["rest"] = max(whole - sum(times[part] for part in CYCLE), 1e-3 * whole)
         for piece, taken in times.items():
             samples[piece].append((Work.of(piece, cell.shape, cell.batch, cell.context), taken))
@@ -86,14 +86,14 @@ def _samples(cells: Iterable[Cell]) -> dict[Piece, list[Measured]]:
 
 
 def _fit_piece(piece: Piece, samples: list[Measured]) -> Terms:
-    """Least squares of relative errors, robust to outliers, for each of some overlaps; the best of them."""
+    """Least squares of relative errors, robust to outliers, for each value of OVERLAPS; return the best fit."""
     work = Work(*np.array([work for work, _ in samples], dtype=float).T)
     taken = np.array([taken for _, taken in samples])
     used = np.array(TERMS[piece])
     linear = np.stack([seconds((*unit, 1.0), work) * np.ones(len(taken)) for unit in np.eye(6)[used]], 1)
     largest = (linear / taken[:, None]).max(0)
-    kept = largest > 0  # such as no drafter's pass with steps=1 everywhere
-    used, scale = used[kept], 1 / largest[kept]  # terms in units of the most each could be
+    kept = largest > 0  # drop terms without any work, such as a draft's passes if all cells have steps=1
+    used, scale = used[kept], 1 / largest[kept]  # each term in units of its largest possible value
     start, _ = nnls(linear[:, kept] * scale / taken[:, None], np.ones(len(taken)))
     overlaps = OVERLAPS if {WEIGHTS, TOKEN} <= set(used.tolist()) else OVERLAPS[:1]
 
@@ -107,7 +107,7 @@ def _fit_piece(piece: Piece, samples: list[Measured]) -> Terms:
 
     best = None
     for overlap in overlaps:
-        # Inside the bounds, where every term has a slope.
+        # Start inside the bounds, where the gradient of every term is not 0.
         found = least_squares(errors, start + 0.01, bounds=(0, np.inf), loss="soft_l1", f_scale=SOFT, args=(overlap,))
         if best is None or found.cost < 0.999 * best[0]:
             best = found.cost, terms(found.x, overlap)
@@ -116,13 +116,13 @@ def _fit_piece(piece: Piece, samples: list[Measured]) -> Terms:
 
 @dataclass(frozen=True)
 class Quality:
-    """How a model does on cells that it was not fitted to."""
+    """The errors of a model on cells that it was not fitted to."""
 
     mape: float  # mean relative error of the time of a decode step or a cycle
-    worst: float  # the largest
-    sign_accuracy: float  # share of (cell, acceptance) where it says rightly whether speculation pays
-    settled_accuracy: float  # the same, of those where every repeat says the same: the others the profile cannot tell
-    settled: float  # their share
+    worst: float  # the largest relative error
+    sign_accuracy: float  # share of (cell, acceptance) cases with a correct prediction of whether speculation pays
+    settled_accuracy: float  # the same among settled cases: those in which all repeats agree
+    settled: float  # share of settled cases
     cells: int
 
     def __str__(self) -> str:
@@ -134,10 +134,10 @@ class Quality:
 
 
 def held_out(profile: Profile, levels: Sequence[float] = LEVELS) -> Quality:
-    """Leave out each fifth of the (batch, context) points in turn, with all their shapes, and predict it.
+    """Leave out each fifth of the (batch, context) points in turn, with all their shapes, and predict their times.
 
-    A cell's gain is judged at each of `levels` of acceptance, the same at all depths; of a tree the ranks share it in
-    halves. Raises ConfigError if the profile has too few cells.
+    The gain of a cell is judged at each of `levels` of acceptance, the same at all depths; for a tree `ranks` gives the
+    other branches. Raises ConfigError if the profile has too few cells.
     """
     check_enough(profile.cells)
     cells = [cell for cell in profile.cells if "plain" in cell.times or "verify" in cell.times]
@@ -155,7 +155,7 @@ def held_out(profile: Profile, levels: Sequence[float] = LEVELS) -> Quality:
 
 
 def _signs(model: CostModel, profile: Profile, cell: Cell, levels: Sequence[float]) -> list[tuple[bool, bool]]:
-    """Of each level whether the model is right, and whether the repeats agree, which time both in turns."""
+    """(the model is right, the repeats agree) at each level. Repeats measure both shapes in turns, so they pair up."""
     plain = profile.cell(cell.batch, cell.context, OFF)
     measured, repeats = plain.seconds / cell.seconds, list(zip(plain.repeats, cell.repeats, strict=False))
     predicted = model.step_seconds(cell.batch, cell.context)

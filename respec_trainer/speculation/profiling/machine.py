@@ -1,4 +1,4 @@
-"""What a run is, as far as its times hang on it: the Identity that a profile of it carries."""
+"""Make the Identity of a run for its profile: versions, hardware and shapes, on which its times depend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ PACKAGES = ("sglang", "torch", "respec_trainer")
 
 
 def identity_of(config: Config, model: Mapping[str, Any], drafter: Mapping[str, Any], device: str) -> Identity:
-    """Of a configuration, its actor's and drafter's config.json, and the machine at hand; `device`: "cpu" or "cuda"."""
+    """Return the identity of a run on this machine.
+
+    Args:
+        model, drafter: the contents of the config.json files of actor and drafter.
+        device: "cpu" or "cuda".
+    """
     engine = config.rollout.engine
     return Identity(
         versions={name: version(name) for name in PACKAGES},
@@ -31,7 +36,7 @@ def identity_of(config: Config, model: Mapping[str, Any], drafter: Mapping[str, 
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's name, with family, model and stepping: virtual machines give many CPUs the same name."""
+    """Return the CPU's name with family, model and stepping: virtual machines give many CPUs the same name."""
     if not cpuinfo.is_file():
         return platform.processor() or platform.machine()
     first = cpuinfo.read_text().split("\n\n")[0]

@@ -1,6 +1,6 @@
-"""Measures a profile: visits places, batch sizes x context lengths, again and again, in an engine that draws its steps.
+"""Measure a profile: visit every place, a (batch size, context length), several times in an engine with random steps.
 
-What a visit found is kept beside the output at once: a run that was ended goes on where it was.
+The readings of each visit are saved beside the output at once: a measurement that was interrupted continues from them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Place = tuple[int, int]  # batch, context
 
 
 class Engine(Protocol):
-    """What a RolloutEngine with random steps offers."""
+    """The methods of a RolloutEngine with random draft steps that are used here."""
 
     def submit(self, requests: Sequence[Request]) -> Any: ...
 
@@ -36,22 +36,22 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. Every visit takes `tokens` of each sequence, some `DRAWS` decode batches a candidate."""
+    """The measurements to make. Every visit decodes `tokens` per sequence: about `DRAWS` batches for each candidate."""
 
     DRAWS = 12
 
     batches: tuple[int, ...]
-    contexts: tuple[int, ...]  # of the prompts
+    contexts: tuple[int, ...]  # tokens of the prompts
     candidates: tuple[int, ...]
     repeats: int
-    most_tokens: int  # of a place's prompts together, so that reading them does not take longer than all else
-    seconds: float  # no repeat begins that would not end within them, going by the one before
+    most_tokens: int  # limit for all prompts of a place together, so that reading them does not dominate the time
+    seconds: float  # time limit: a repeat only begins if it should end in time, judged by the longest one so far
 
     @classmethod
     def of(
         cls, most: int, longest: int, candidates: Sequence[int], device: str, quick: bool = False, minutes: float = 9.0
     ) -> Plan:
-        """Batch sizes doubling up to `most`, contexts up to `longest` tokens, what is decoded included."""
+        """Plan batch sizes that double up to `most`, and contexts up to `longest` tokens with the decoded ones."""
         candidates = tuple(candidates)
         room = longest - 2 * cls.DRAWS * len(candidates)
         if room < 48:
@@ -76,7 +76,7 @@ class Plan:
 
 
 class Visits:
-    """What was found so far, in a file beside the output that only the same plan on the same machine goes on with."""
+    """The readings so far, saved in a file beside the output. Only the same plan on the same machine continues it."""
 
     def __init__(self, out: Path, identity: Identity, plan: Plan):
         key = json.dumps([identity.model_dump(), plan.batches, plan.contexts, plan.candidates, plan.most_tokens])
@@ -85,7 +85,7 @@ class Visits:
         if self.path.is_file():
             for line in self.path.read_text().splitlines():
                 if not line.endswith("}"):
-                    break  # cut off as it was written
+                    break  # an interrupted write left an incomplete line
                 row = json.loads(line)
                 self.readings[row["batch"], row["context"]].append(row["reading"])
 
@@ -106,15 +106,15 @@ def measure(
     sampling: SamplingConfig,
     vocabulary: int,
     out: Path,
-    tell: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
 ) -> Profile:
-    """Measure what is missing, and write the profile to `out`, whole or not at all.
+    """Make the missing measurements, and write the profile to `out` in one atomic step.
 
     Args:
         engine: running, with DepthSettings of mode "random" and `plan.candidates`, and no other requests.
-        sampling: how a run draws; its max_new_tokens are not used.
-        vocabulary: prompts are random tokens below it.
-        tell: called with the visits made and planned.
+        sampling: the run's sampling parameters; max_new_tokens is not used.
+        vocabulary: its size; prompts are random tokens.
+        progress: called with (visits done, visits planned).
     """
     visits, generator = Visits(out, identity, plan), np.random.default_rng(0)
     visit(engine, (plan.batches[-1], plan.contexts[0]), plan.tokens, sampling, vocabulary, generator)  # warms up
@@ -127,7 +127,7 @@ def measure(
             break
         for index in generator.permutation(len(todo)):
             visits.add(todo[index], visit(engine, todo[index], plan.tokens, sampling, vocabulary, generator))
-            tell(sum(map(len, visits.readings.values())), total)
+            progress(sum(map(len, visits.readings.values())), total)
         longest = max(longest, time.monotonic() - started)
     profile = Profile(identity=identity, cells=cells_of(visits.readings))
     profile.save(out)
@@ -143,7 +143,7 @@ def visit(
     vocabulary: int,
     generator: np.random.Generator,
 ) -> Reading:
-    """Decode `tokens` of each sequence at a place. Raises EngineError if its log does not show that."""
+    """Decode `tokens` per sequence at a place. Raises EngineError if the sequences never ran together in one batch."""
     batch, context = place
     how = SamplingParams(tokens, sampling.temperature, sampling.top_p, sampling.top_k, ignore_eos=True)
     prompts = generator.integers(0, vocabulary, (batch, context)).tolist()

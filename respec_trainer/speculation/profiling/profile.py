@@ -1,6 +1,6 @@
-"""Profile: what the parts of decoding and of speculation took on one machine, with what it was measured on.
+"""Profile: measured times of the parts of decoding and speculation, with the identity of the machine and the models.
 
-The model of the data and its file. Measuring needs an engine and is done elsewhere.
+This file defines the data and reads and writes its file; `measure.py` measures it with an engine.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from respec_trainer.speculation.cost import Part
 from respec_trainer.speculation.shape import OFF, Shape
 
 # plain: a decode step of the target. draft: all draft steps of a cycle. verify: the target's pass over the drafts.
-# extend: the drafter's pass over what was kept; without speculation, one token a sequence, to keep its KV warm.
-# catch_up: the drafter's pass over the whole context, as speculation goes on; resume: over the last token only, as it
-# goes on after one step without. prefill: prompts, through both models.
-# switch: changing the engine's state to other steps. cycle: a whole speculative cycle, what lies between its parts
-# included.
+# extend: the drafter's pass over the kept tokens; without speculation, over one token a sequence, which keeps the
+# drafter's KV cache complete. catch_up: the drafter's pass over the whole context when speculation starts again;
+# resume: its pass over the last token only, when speculation starts again after one plain step. prefill: reading the
+# prompts with both models. switch: changing the engine's state to another number of draft steps. cycle: a whole
+# speculative cycle, with the time between its parts.
 WITHOUT = ("plain", "extend", "catch_up", "resume", "prefill", "switch")
 WITHIN = ("draft", "verify", "extend", "cycle")
 CYCLE = ("draft", "verify", "extend")
 
-# What decides how long a pass takes; names, paths and token ids do not.
+# The entries of a model's config that decide the time of a pass; names, paths and token ids do not.
 COST_KEYS = (
     *("architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "draft_vocab_size"),
     *("head_dim", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings"),
@@ -39,13 +39,13 @@ COST_KEYS = (
 
 
 def shapes_digest(hf_config: Mapping[str, Any]) -> str:
-    """A digest of those entries of a Hugging Face config that decide the cost of a pass: 16 hexadecimal digits."""
+    """Return a digest of the entries of a Hugging Face config that decide the cost of a pass: 16 hexadecimal digits."""
     entries = {key: hf_config[key] for key in COST_KEYS if hf_config.get(key) is not None}
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Identity(Section):
-    """What a profile holds for. Any difference makes its times another machine's or model's."""
+    """The machine, software and models that a profile is valid for. With any difference its times do not apply."""
 
     versions: dict[str, str]  # of sglang, torch and respec_trainer
     device: str  # name of the GPU or CPU
@@ -67,7 +67,7 @@ class Timing(Section):
 
     @property
     def spread(self) -> float:
-        """Distance between the quartiles, relative to the median; 0 of fewer than two repeats."""
+        """Distance between the quartiles relative to the median; 0 for fewer than two repeats."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -98,17 +98,17 @@ class Cell(Section):
 
     @property
     def decodes(self) -> bool:
-        """Whether it says what decoding takes, and not only reading prompts."""
+        """True if the cell has times of decoding, not only of reading prompts."""
         return bool(self.shape.steps) or "plain" in self.times
 
     @property
     def seconds(self) -> float:
-        """Of one decode step, or of one speculative cycle: as a whole where that was measured, else of its parts."""
+        """Time of one decode step or speculative cycle: as measured, or the sum of its parts."""
         return sum(timing.median for timing in self._whole)
 
     @property
     def repeats(self) -> list[float]:
-        """The same of each repeat. Of cells at one batch size and context they were taken in turns."""
+        """`seconds` of each repeat. All cells of one batch size and context were measured in turns within a repeat."""
         return [sum(each) for each in zip(*(timing.seconds for timing in self._whole), strict=False)]
 
     @property
@@ -118,6 +118,8 @@ class Cell(Section):
 
 
 class Profile(Section):
+    """Measured cells, at most one for each batch size, context length and shape."""
+
     identity: Identity
     cells: list[Cell]
 
@@ -138,11 +140,11 @@ class Profile(Section):
         return next((cell for cell in self.cells if (cell.batch, cell.context, cell.shape) == wanted), None)
 
     def shapes(self) -> list[Shape]:
-        """The shapes measured, without plain decoding."""
+        """Return the measured shapes, without plain decoding."""
         return sorted({cell.shape for cell in self.cells} - {OFF})
 
     def check_fits(self, run: Identity, source: str = "the profile") -> None:
-        """Raise ConfigError if the profile was not measured on what `run` is, naming each field that differs."""
+        """Raise ConfigError if the profile's identity differs from the run's, naming each field that differs."""
         ours, theirs = _flat(run), _flat(self.identity)
         wrong = [
             f"  {key}: measured with {theirs.get(key)!r}, the run has {ours.get(key)!r}"
@@ -150,10 +152,10 @@ class Profile(Section):
             if ours.get(key) != theirs.get(key)
         ]
         if wrong:
-            raise ConfigError("\n".join([f"{source} is not of this run; measure it anew:", *wrong]))
+            raise ConfigError("\n".join([f"{source} does not fit this run; measure it again:", *wrong]))
 
     def save(self, path: str | Path) -> None:
-        """Write it whole or not at all."""
+        """Write the profile to a file in one atomic step."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(self.model_dump_json(indent=1))
@@ -161,7 +163,7 @@ class Profile(Section):
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Raises ConfigError if the file is missing or malformed, naming the field."""
+    """Read a profile. Raises ConfigError if the file is missing or malformed, naming the field."""
     return load_json(path, Profile, "profile")
 
 
@@ -176,7 +178,7 @@ def load_json(path: str | Path, kind: type[Section], name: str) -> Any:
 
 
 def explain(error: ValidationError) -> list[str]:
-    """A line for each fault: its field and what is wrong."""
+    """Return a line for each error: the field and the message."""
     lines = []
     for item in error.errors():
         message = item["msg"].removeprefix("Value error, ")

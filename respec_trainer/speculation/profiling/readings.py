@@ -1,7 +1,8 @@
-"""From what an engine logged to the cells of a profile.
+"""Turn the decode log of an engine into the cells of a profile.
 
-A profile is measured in an engine that draws its steps anew for every decode batch. Everything at one place, a batch
-size and a context length, is so measured in turns within seconds, and a machine that slows down slows all of it.
+A profile is measured in an engine that draws the number of draft steps at random for every decode batch. So all shapes
+at one place, a (batch size, context length), are measured in turns within seconds, and a machine that slows down slows
+all of them alike.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from respec_trainer.speculation.cost import Part
 from respec_trainer.speculation.profiling.profile import Cell, Timing
 from respec_trainer.speculation.shape import chain
 
-# What one visit to a place measured: seconds by steps and part, and under CONTEXT what contexts were.
+# The result of one visit to a place: seconds by key "steps.part", and the mean context length by key CONTEXT.
 Reading = dict[str, float]
 CONTEXT = "context"
 
 
 def read_log(log: DecodeLog, batch: int) -> Reading:
-    """Of the decode batches of `batch` sequences, by keys "steps.part", and of the prompts before them.
+    """Read the times of the decode batches of `batch` sequences, and of the prompts before them.
 
-    A plain step or a cycle is what lies between two starts, less what is done because steps change: switching states,
-    catching up and, without speculation, the drafter's own pass. Of many times the lower quartile is taken: other work
-    on a machine only ever adds to them, and may multiply some.
+    The time of a plain step or a cycle is the time between the starts of two batches, less the time caused by changes
+    of the draft steps: switching, catching up and, without speculation, the drafter's own pass. Each reading is the
+    lower quartile of its times: other work on the machine can only make them longer, some of them many times.
     """
     found: dict[str, list[float]] = defaultdict(list)
     decode = ~log.prefill
-    whole = np.append(decode[1:], False) & decode & (log.batch == batch)  # another decode batch follows at once
+    whole = np.append(decode[1:], False) & decode & (log.batch == batch)  # the next entry is a decode batch as well
     rest = log.period - log.catch_up - log.switch
     for row in np.flatnonzero(whole):
         steps = int(log.steps[row])
@@ -46,7 +47,7 @@ def read_log(log: DecodeLog, batch: int) -> Reading:
         found["0.switch"].append(log.switch[row])
         found[CONTEXT].append(log.context[row])
     contexts = found.pop(CONTEXT, [])
-    done = {key: [each for each in taken if each > 0] for key, taken in found.items()}  # 0: was not done
+    done = {key: [each for each in taken if each > 0] for key, taken in found.items()}  # 0: did not happen
     reading = {key: float(np.quantile(taken, 0.25)) for key, taken in done.items() if taken}
     if contexts:
         reading[CONTEXT] = statistics.mean(contexts)
@@ -54,7 +55,7 @@ def read_log(log: DecodeLog, batch: int) -> Reading:
 
 
 def _read_prompts(log: DecodeLog, decode: np.ndarray) -> Reading:
-    """Reading the prompts, all of them and in however many passes, which come before any decoding."""
+    """Times of reading all prompts, in all passes before the first decode batch."""
     first = int(decode.argmax()) if decode.any() else 0
     if not first:
         return {}
@@ -62,10 +63,11 @@ def _read_prompts(log: DecodeLog, decode: np.ndarray) -> Reading:
 
 
 def cells_of(readings: Mapping[tuple[int, int], Sequence[Reading]]) -> list[Cell]:
-    """The cells of all places (batch, context of the prompts), a Timing's repeats being the visits.
+    """Return the cells of all places (batch size, tokens of a prompt). Each visit is one repeat of a Timing.
 
-    Cells of prompts say the prompts' context; those of decoding, which goes through some, its mean over all batch
-    sizes: they differ by a few tokens, and cells of one context can be compared.
+    The context of a prompt's cell is the prompt's length. The context grows while a place is decoded, so a decoding
+    cell has the mean over the visits of all batch sizes: they differ by a few tokens only, and cells of different batch
+    sizes can be compared.
     """
     seen = defaultdict(list)
     for (_, prompt), visits in readings.items():

@@ -1,4 +1,4 @@
-"""What an adaptive run gives its engines: DepthSettings, from the configuration and the profile that it names."""
+"""Make the DepthSettings of an adaptive run's engines from its configuration and its profile."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from respec_trainer.speculation.profiling.fit import fit_costs
 from respec_trainer.speculation.profiling.machine import identity_of
 from respec_trainer.speculation.profiling.profile import Profile, load_profile
 
-# By depth, until a rollout has shown better: between a poor drafter's and a good one's.
+# Acceptance at every depth before the first rollout: between a poor drafter's and a good one's.
 NEUTRAL = 0.7
 
 
 def depth_settings(config: Config, hf_config: Any, device: str) -> DepthSettings | None:
-    """The engines' settings; None with `speculation.policy=fixed`.
+    """Return the engines' settings; None with `speculation.policy=fixed`.
 
     Args:
         hf_config: the actor's, as transformers loads it.
         device: "cpu" or "cuda".
 
-    Raises ConfigError if the profile is missing, malformed, too small to be fitted, or of other shapes, versions or
-    hardware than the run's, naming what differs; and for candidates that it did not measure.
+    Raises ConfigError if the profile is missing, malformed or too small to be fitted, if its shapes, versions or
+    hardware differ from the run's, naming what differs, or if it does not cover the candidates.
     """
     speculation = config.speculation
     if speculation.policy == "fixed":
@@ -51,16 +51,16 @@ def depth_settings(config: Config, hf_config: Any, device: str) -> DepthSettings
 
 
 def adaptive_settings(costs: CostModel, candidates: tuple[int, ...], **more: Any) -> DepthSettings:
-    """Settings of mode "adaptive" by these costs; `more` are DepthSettings' other fields."""
+    """Return settings of mode "adaptive" with these costs; `more` are other fields of DepthSettings."""
     prior = (NEUTRAL,) * candidates[-1]
     tokens = _tokens_of_a_step(costs)
     return DepthSettings("adaptive", candidates, costs=costs.to_tuples(), prior=prior, catch_up_tokens=tokens, **more)
 
 
 def _tokens_of_a_step(costs: CostModel) -> int | None:
-    """How many the drafter catches up with in the time of the shortest decode step, so that none takes twice as long.
+    """Tokens that the drafter catches up with during the shortest decode step, so that no step takes twice as long.
 
-    A power of two; None where the costs know no catching up.
+    A power of two; None if the costs have no times of catching up.
     """
     if not costs.has("catch_up"):
         return None
@@ -71,13 +71,13 @@ def _tokens_of_a_step(costs: CostModel) -> int | None:
 
 
 def longest_sequence(config: Config, hf_config: Any) -> int:
-    """Tokens of prompt and response together, at most."""
+    """Return the largest number of tokens of prompt and response together."""
     longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
     return min(longest, hf_config.max_position_embeddings)
 
 
 def check_can_adapt(config: Config) -> None:
-    """Raise ConfigError unless the run drafts chains, whose steps the engine can change."""
+    """Raise ConfigError unless the run drafts chains: only for these can the engine change the draft steps."""
     speculation = config.speculation
     if not changes_depth(speculation):
         able = names_of("adapts")

@@ -1,4 +1,4 @@
-"""Solver: which shape, if any, is fastest at a batch size, a context length and an acceptance."""
+"""Solver: finds the fastest shape, or none, for a batch size, a context length and an acceptance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from respec_trainer.speculation.shape import OFF, Shape
 
 @dataclass(frozen=True)
 class Solver:
-    """Predicts from costs; `shapes` are those to choose from, plain decoding besides."""
+    """Predicts speed from costs. The choices are `shapes` and plain decoding."""
 
     costs: CostModel
     shapes: tuple[Shape, ...]
@@ -27,20 +27,20 @@ class Solver:
         return cls(fit_costs(profile), tuple(profile.shapes()))
 
     def tokens_per_second(self, shape: Shape, batch: float, context: float, acceptance: Acceptance) -> float:
-        """Of all `batch` sequences together, `context` tokens each."""
+        """Return the tokens a second of all `batch` sequences together, with `context` tokens each."""
         return batch * tokens_per_cycle(shape, acceptance) / self.costs.cycle_seconds(shape, batch, context)
 
     def speedup(self, shape: Shape, batch: float, context: float, acceptance: Acceptance) -> float:
-        """Over plain decoding."""
+        """Return the speed relative to plain decoding."""
         tokens = tokens_per_cycle(shape, acceptance)
         return tokens * self.costs.step_seconds(batch, context) / self.costs.cycle_seconds(shape, batch, context)
 
     def best(self, batch: float, context: float, acceptance: Acceptance) -> Shape:
-        """The fastest shape; OFF unless one is faster than plain decoding."""
+        """Return the fastest shape; OFF unless one is faster than plain decoding."""
         return max((OFF, *self.shapes), key=lambda shape: self.speedup(shape, batch, context, acceptance))
 
     def table(self, batches: Sequence[int], context: int, acceptance: Acceptance) -> SpeedupTable:
-        """Predicted speed-ups; its policy is `best` at each batch size."""
+        """Return a table of predicted speed-ups; its policy is `best` at each batch size."""
         rows = [[self.speedup(shape, batch, context, acceptance) for shape in self.shapes] for batch in batches]
         return SpeedupTable(
             source=f"predicted, context {context}", batches=list(batches), shapes=list(self.shapes), speedups=rows
@@ -48,7 +48,10 @@ class Solver:
 
 
 def measured_table(profile: Profile, context: int, acceptance: Acceptance) -> SpeedupTable:
-    """The profile's own speed-ups at one of its context lengths, at the batch sizes that hold every shape."""
+    """Return the speed-ups by measured times at one context length, for the batch sizes measured with every shape.
+
+    Raises ConfigError if no batch size has every shape at this context length.
+    """
     shapes = profile.shapes()
     at = {(cell.batch, cell.shape): cell.seconds for cell in profile.cells if cell.decodes and cell.context == context}
     batches = sorted(batch for batch, shape in at if shape == OFF and all((batch, other) in at for other in shapes))

@@ -1,4 +1,4 @@
-"""SpeedupTable: the speed-up of every shape at every batch size, and what it says to do."""
+"""SpeedupTable: the speed-up of every shape at every batch size, and the policy that follows from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from respec_trainer.speculation.shape import OFF, Shape
 
 
 class SpeedupTable(Section):
-    """Speed-ups over plain decoding, a row for each batch size. Plain decoding is 1 everywhere, and no column."""
+    """Speed-ups over plain decoding, one row per batch size. Plain decoding has no column; its speed-up is 1."""
 
     source: str
     batches: Annotated[list[PositiveInt], Field(min_length=1)]
@@ -38,20 +38,20 @@ class SpeedupTable(Section):
         return self
 
     def best(self, row: int) -> tuple[Shape, float]:
-        """The best choice at a batch size, plain decoding included, and its speed-up."""
+        """Return the best shape in a row, plain decoding included, and its speed-up."""
         speedup, column = max((speedup, -column) for column, speedup in enumerate(self.speedups[row]))
         return (self.shapes[-column], speedup) if speedup > 1 else (OFF, 1.0)
 
     def policy(self) -> dict[int, Shape]:
-        """The best shape of each batch size."""
+        """Return the best shape for each batch size."""
         return {batch: self.best(row)[0] for row, batch in enumerate(self.batches)}
 
     def gain(self) -> float:
-        """Geometric mean over the rows with the best choice in each."""
+        """Return the geometric mean over rows of the best speed-up in each."""
         return _geometric_mean([self.best(row)[1] for row in range(len(self.batches))])
 
     def static(self, switched: bool = False) -> tuple[Shape, float]:
-        """The shape with the highest geometric mean if it is always on, or, `switched`, on wherever it pays."""
+        """Return the best single shape and its geometric mean: always on, or with `switched` only where it pays."""
         floor = 1.0 if switched else 0.0
         columns = zip(*self.speedups, strict=True)
         means = [_geometric_mean([max(speedup, floor) for speedup in column]) for column in columns]
@@ -60,7 +60,7 @@ class SpeedupTable(Section):
 
 
 def steps_by_batch(policy: Mapping[int, Shape]) -> dict[int, int]:
-    """Draft steps from each batch size on, where they change. Raises ConfigError for a tree: it cannot be switched."""
+    """Return the draft steps from each batch size on at which they change. Raises ConfigError for a tree."""
     steps: dict[int, int] = {}
     for batch in sorted(policy):
         shape = policy[batch]
@@ -75,7 +75,7 @@ def steps_by_batch(policy: Mapping[int, Shape]) -> dict[int, int]:
 
 
 def write_engine_table(policy: Mapping[int, Shape], path: str | Path) -> None:
-    """The policy as SGLang's own `speculative_adaptive_config`: one fixed number of steps from each batch size on."""
+    """Write the policy as SGLang's own `speculative_adaptive_config`: fixed draft steps from each batch size on."""
     slots = {str(batch): {"candidate_steps": [steps]} for batch, steps in steps_by_batch(policy).items()}
     Path(path).write_text(json.dumps(slots, indent=1))
 

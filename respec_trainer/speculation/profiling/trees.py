@@ -1,7 +1,7 @@
-"""Times of trees (topk > 1). The engine cannot change to one while it runs, so each is an engine of its own.
+"""Measure trees (topk > 1). The engine cannot switch to a tree while it runs, so each needs an engine of its own.
 
-Such an engine logs nothing; its cycles are timed from outside, as a generation's time over its verify passes. Only
-whole cycles are known, not their parts.
+Such an engine has no decode log. The time of a cycle is the time of a generation divided by its verify passes, so only
+whole cycles are measured, not their parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 from respec_trainer.speculation.profiling.profile import Cell, Profile, Timing
 from respec_trainer.speculation.shape import OFF, Shape
 
-TOKENS = 36  # of each sequence
+TOKENS = 36  # decoded tokens of each sequence
 
 
 class Engine(Protocol):
@@ -33,11 +33,14 @@ def tree_cells(
     vocabulary: int,
     repeats: int,
     minutes: float,
-    tell: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
 ) -> list[Cell]:
-    """Cells of `shape`, in which `engine` was started, at every place where the profile has plain decoding.
+    """Measure the cells of `shape`, with which `engine` was started, wherever the profile has plain decoding.
 
-    Each place is visited `repeats` times, but no repeat of all of them begins after `minutes`.
+    Each (batch size, context length) is measured `repeats` times, but no repeat begins after `minutes`.
+
+    Args:
+        progress: called with (measurements done, measurements planned).
     """
     generator, began = np.random.default_rng(0), time.perf_counter()
     places = [(cell.batch, cell.context) for cell in profile.cells if cell.shape == OFF and cell.decodes]
@@ -49,7 +52,7 @@ def tree_cells(
             batch, context = places[index]
             prompts = generator.integers(0, vocabulary, (batch, max(context - TOKENS // 2, 1))).tolist()
             taken[batch, context].append(_cycle_seconds(engine, prompts, sampling))
-            tell(repeat * len(places) + count, repeats * len(places))
+            progress(repeat * len(places) + count, repeats * len(places))
     return [
         Cell(batch=batch, context=context, shape=shape, times={"cycle": Timing(seconds=found)})
         for (batch, context), found in sorted(taken.items())
@@ -57,7 +60,7 @@ def tree_cells(
 
 
 def _cycle_seconds(engine: Engine, prompts: list[list[int]], sampling: SamplingConfig) -> float:
-    """Of a generation whose prompts are in the cache; its first token takes about as long as a pass."""
+    """Seconds of one cycle of a generation whose prompts are cached; its first token takes about as long as a cycle."""
     _generate(engine, prompts, sampling, 1)
     began = time.perf_counter()
     samples = _generate(engine, prompts, sampling, TOKENS)

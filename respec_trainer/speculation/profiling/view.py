@@ -1,4 +1,4 @@
-"""A table of speed-ups for people: on the terminal, and as a heat map."""
+"""Show a table of speed-ups: on the terminal, and as a heat map."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from respec_trainer.speculation.shape import OFF
 
 
 def render(table: SpeedupTable) -> Table:
-    """A row for each batch size, its best choice marked, and what the choices come to."""
+    """Render a row for each batch size with its best shape marked, and the geometric means of three policies below."""
     shape, static = table.static()
     switched_shape, switched = table.static(switched=True)
     view = Table(
@@ -35,7 +35,7 @@ def _cell(speedup: float, best: bool) -> str:
 
 
 def heat_map(table: SpeedupTable, path: str | Path) -> None:
-    """A PNG: blue where speculation pays, red where it costs, white at 1, and a frame around each row's best."""
+    """Write a PNG: blue above a speed-up of 1, red below, white at 1, with a frame around the best of each row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""A rollout replayed under policies side by side: by name, as a table, and as data."""
+"""Replay a rollout under several policies, chosen by name, and show the results as a table or as data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from respec_trainer.speculation.simulation.trace import Trace
 
 
 def candidates_of(profile: Profile) -> list[int]:
-    """Draft steps to choose from: those of the profile's chains, and none."""
+    """Return the draft steps to choose from: 0 and those of the profile's chains."""
     return [0, *(shape.steps for shape in profile.shapes() if shape.is_chain)]
 
 
@@ -31,10 +31,10 @@ def policy_named(
     prior: Sequence[float] | None = None,
     explore: float = DepthSettings.explore,
 ) -> Callable[[], DepthPolicy]:
-    """A maker of policies: "adaptive", "off", "oracle", "s=K", or "s=K<=B" for none above B sequences.
+    """Return a maker of the policy "adaptive", "off", "oracle", "s=K", or "s=K<=B", which is off above B sequences.
 
-    "adaptive" is the engine's own scheduler. It starts from the acceptance `prior`, as of the rollout before; default:
-    the trace's mean. Raises ConfigError for any other name.
+    "adaptive" is the engine's own scheduler. It starts from the acceptance `prior`, such as that of the last rollout;
+    default: the trace's mean. Raises ConfigError for any other name.
     """
     if name == "adaptive":
         longest = int((trace.prompt + trace.length).max())
@@ -54,7 +54,7 @@ def policy_named(
 def compare(
     trace: Trace, costs: CostModel, candidates: Sequence[int], name: str, setting: Setting
 ) -> dict[str, Outcome]:
-    """The outcome of a policy, of the oracle and without speculation, by name."""
+    """Simulate a policy, the oracle and plain decoding; return the outcomes by name."""
     names = dict.fromkeys((name, "oracle", "off"))
     return {
         each: simulate(trace, costs, policy_named(each, costs, candidates, trace, setting), setting) for each in names
@@ -62,7 +62,7 @@ def compare(
 
 
 def as_data(outcomes: dict[str, Outcome]) -> dict[str, dict[str, float | int | list[str]]]:
-    """Of each policy the numbers of the table; `outcomes` holds an "oracle" and an "off"."""
+    """Return the numbers of the table for each policy; `outcomes` must contain "oracle" and "off"."""
     return {
         name: {
             "makespan": outcome.makespan,
@@ -103,7 +103,7 @@ def render_outcomes(outcomes: dict[str, Outcome]) -> Table:
 
 
 def parse_acceptance(text: str | None) -> list[float] | None:
-    """ "0.8,0.7" as numbers. Raises ConfigError if they are not probabilities."""
+    """Parse text such as "0.8,0.7". Raises ConfigError if it is not a list of probabilities."""
     if text is None:
         return None
     try:

@@ -1,8 +1,8 @@
-"""Replay of a rollout under a policy, without an engine: what it takes if the costs and the acceptance are these.
+"""Simulate a rollout under a policy, without an engine: its duration follows from given costs and acceptance.
 
-Each engine decodes the sequences in its slots, one step or cycle after the other, and lets waiting requests in as slots
-become free. A group's prompt is read once by each engine, and each response's first token comes with it. Time passes by
-the costs alone.
+Each simulated engine decodes the sequences in its slots, one step or cycle after the other, and admits waiting requests
+as slots become free. Each engine reads the prompt of a group once, and each response gets its first token from that.
+The simulated clock advances by the costs alone.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from respec_trainer.speculation.simulation.trace import Trace, conditional
 
 @dataclass(frozen=True)
 class Setting:
-    """What the rollout runs on. Raises ConfigError on construction for what cannot be."""
+    """The engines of a simulated rollout. Raises ConfigError on construction for impossible values."""
 
     engines: int = 1
-    slots: int = 64  # sequences an engine runs at most
-    min_free_slots: int = 1  # of them, before waiting requests are let in
-    # shares: requests are dealt at the start, in order. queue: an engine takes the next one as it has room for it.
+    slots: int = 64  # sequences that an engine runs at most
+    min_free_slots: int = 1  # slots that must be free before waiting requests are admitted
+    # shares: requests are distributed at the start, in order. queue: an engine takes the next one when it has room.
     balance: Literal["shares", "queue"] = "shares"
-    # Whether drafts are kept or not one by one, or every sequence gains the expected number of tokens.
+    # True: each draft is kept or not, at random. False: every sequence gains the expected number of tokens.
     sampled: bool = True
     seed: int = 0
 
@@ -56,17 +56,17 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rollout came to."""
+    """The result of a simulated rollout."""
 
-    makespan: float  # seconds until the last engine had finished
+    makespan: float  # seconds until the last engine has finished
     spans: list[list[Span]]  # of each engine
     switches: int
-    not_counted: tuple[str, ...]  # what took no time because its costs are not known
+    not_counted: tuple[str, ...]  # pieces that took no time because the cost model has no times of them
     responses: int
 
     @property
     def tokens(self) -> float:
-        """Of all responses, the first of each counted, which none of the spans gains."""
+        """Tokens of all responses, with the first token of each, which is not part of any span."""
         return self.responses + sum(span.tokens for spans in self.spans for span in spans)
 
     @property
@@ -80,17 +80,17 @@ class Outcome:
 
     @property
     def mean_batch(self) -> float:
-        """Over the decoding time of all engines."""
+        """Mean batch size over the decoding time of all engines."""
         return self._mean(lambda span: span.batch)
 
     @property
     def accept_length(self) -> float:
-        """Tokens a sequence gains by a verify pass, the bonus token counted; 1.0 without speculation."""
+        """Tokens that a sequence gains from a verify pass, with the bonus token; 1.0 without speculation."""
         on = [span for spans in self.spans for span in spans if span.steps]
         return sum(span.tokens for span in on) / sum(span.batch for span in on) if on else 1.0
 
     def regret(self, oracle: Outcome) -> float:
-        """How much longer it took than the oracle, as a fraction."""
+        """Return how much longer the rollout took than the oracle's, as a fraction of the oracle's time."""
         return self.makespan / oracle.makespan - 1
 
     def _mean(self, value: Callable[[Span], float]) -> float:
@@ -99,9 +99,9 @@ class Outcome:
 
 
 def simulate(trace: Trace, costs: CostModel, make_policy: Callable[[], DepthPolicy], setting: Setting) -> Outcome:
-    """Replay `trace` with one policy for each engine. `costs` are the true ones; a policy may know others."""
+    """Replay `trace` with one policy for each engine. `costs` are the true costs; a policy may use others."""
     queues = _deal(len(trace), setting)
-    slots = min(setting.slots, -(-len(trace) // setting.engines))  # else the first engine would empty a common queue
+    slots = min(setting.slots, -(-len(trace) // setting.engines))  # so that the first engine cannot take a whole queue
     engines = [_Engine(trace, costs, make_policy(), queue, slots, setting) for queue in queues]
     due = [(0.0, index) for index in range(len(engines))]
     while due:
@@ -115,7 +115,7 @@ def simulate(trace: Trace, costs: CostModel, make_policy: Callable[[], DepthPoli
 
 
 def _deal(count: int, setting: Setting) -> list[deque[int]]:
-    """A queue of requests for each engine; all the same one if they share it."""
+    """A queue of requests for each engine; the same queue for all if they share it."""
     if setting.balance == "queue":
         return [deque(range(count))] * setting.engines
     owners = [i * setting.engines // count for i in range(count)]
@@ -123,7 +123,7 @@ def _deal(count: int, setting: Setting) -> list[deque[int]]:
 
 
 class _Engine:
-    """One engine at `clock`, between two decode steps."""
+    """The state of one engine at the time `clock`, between two decode steps."""
 
     def __init__(
         self, trace: Trace, costs: CostModel, policy: DepthPolicy, queue: deque[int], slots: int, setting: Setting
@@ -132,16 +132,16 @@ class _Engine:
         self.slots, self.setting = slots, setting
         self.clock, self.steps, self.switches = 0.0, None, 0
         self.running = np.zeros(0, dtype=np.int64)
-        self.length = trace.length - 1  # tokens of each response that are decoded
-        self.done = np.zeros(len(trace))  # of them, so far
-        self.missed = np.zeros(len(trace))  # of them, what the drafter has not read
+        self.length = trace.length - 1  # tokens to decode of each response
+        self.done = np.zeros(len(trace))  # tokens decoded so far
+        self.missed = np.zeros(len(trace))  # decoded tokens that the drafter has not read
         self.read: set[int] = set()  # groups whose prompt has been read
         self.spans: list[Span] = []
 
     def advance(self) -> bool:
-        """Let requests in, and decode once; False if there is nothing left to do."""
+        """Admit requests and decode once; return False if nothing is left to do."""
         self._admit()
-        while not len(self.running) and self.queue:  # all that were let in had a single token
+        while not len(self.running) and self.queue:  # all admitted responses had a single token
             self._admit()
         if not len(self.running):
             return False
@@ -162,7 +162,7 @@ class _Engine:
         unread = {group: int(self.trace.prompt[i]) for i in new if (group := self.trace.group[i]) not in self.read}
         self.read.update(unread)
         if self.costs.has("prefill"):
-            prompts = list(unread.values()) or [1] * len(new)  # what is in the cache still costs its last token
+            prompts = list(unread.values()) or [1] * len(new)  # a cached prompt still costs its last token
             self.clock += self.costs.prefill_seconds(len(prompts), sum(prompts) / len(prompts))
         self.running = np.concatenate([self.running, [i for i in new if self.length[i]]]).astype(np.int64)
 
@@ -171,11 +171,11 @@ class _Engine:
 
     def _choose(self) -> int:
         if self.policy.informed:
-            self.policy.tell(conditional(self.trace.acceptance[self.running]))
+            self.policy.set_acceptance(conditional(self.trace.acceptance[self.running]))
         return self.policy.choose(len(self.running), self._context(), float(self.missed[self.running].mean()))
 
     def _switch(self, steps: int) -> float:
-        """Seconds until the engine can go on with `steps`: what the drafter has missed, it reads now."""
+        """Seconds until the engine can decode with `steps`: a switch, and the drafter's reading of missed tokens."""
         before, self.steps = self.steps, steps
         seconds = 0.0
         if before not in (None, steps):
@@ -191,12 +191,12 @@ class _Engine:
         return 0.0 if self.policy.informed else seconds
 
     def _decode(self, steps: int) -> float:
-        """Let every sequence gain its tokens, and those that are complete go. Returns all tokens gained."""
+        """Add the gained tokens to every sequence and remove the complete ones. Return the number of tokens gained."""
         running, before = self.running, self.done[self.running]
         kept = survivals(self.trace.acceptance[running], steps, running, before, self.setting)
         self.policy.observe(steps, len(running), kept.sum(0).tolist())
         length = self.length[running]
-        # Sums of expected tokens round; a response that lacks a billionth of a token is complete.
+        # Sums of expected tokens have rounding errors: a response that lacks 1e-9 of a token is complete.
         after = np.where(before + 1 + kept.sum(1) > length - 1e-9, length, before + 1 + kept.sum(1))
         self.done[running] = after
         self.running = running[after < length]

@@ -1,11 +1,11 @@
-"""Length traces: what the responses of a rollout were, so that it can be replayed. One JSON object a line:
+"""Length traces: the lengths and acceptance of a rollout's responses, to replay it. One JSON object a line:
 
     {"prompt_tokens": 61, "response_tokens": 840, "group": 3, "acceptance": [0.81, 0.74, 0.7]}
     {"prompt_tokens": 61, "response_tokens": 102, "group": 3, "accept_histogram": [30, 12, 9, 11]}
 
-A group's responses share their prompt. `accept_histogram[k]` counts the verify passes that kept k drafts, all with the
-same number of draft steps; where the steps changed, give `acceptance`: of each depth, given that those before it were
-kept.
+The responses of a group share their prompt. `accept_histogram[k]` counts the verify passes that kept k drafts, all with
+the same number of draft steps. If the draft steps changed, give `acceptance` instead: by depth, given that all drafts
+before that depth were kept.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class TraceRow(Section):
 
 @dataclass(frozen=True)
 class Trace:
-    """A rollout's R responses, in the order in which they were asked for."""
+    """The R responses of a rollout, in the order of their requests."""
 
     prompt: np.ndarray  # [R] tokens
     length: np.ndarray  # [R] tokens
     group: np.ndarray  # [R]
-    acceptance: np.ndarray  # [R, D] of each depth, given that those before it were kept
+    acceptance: np.ndarray  # [R, D] by depth, given that all drafts before it were kept
 
     def __len__(self) -> int:
         return len(self.length)
@@ -59,15 +59,15 @@ class Trace:
         return int(self.length.sum())
 
     def mean_acceptance(self) -> list[float]:
-        """Of a pass over all responses, each counted by its tokens."""
+        """Return the acceptance by depth over all responses, each weighted by its tokens."""
         return conditional(self.acceptance, self.length)
 
 
 def load_trace(path: str | Path, acceptance: Sequence[float] | None = None) -> Trace:
-    """Read a trace; `acceptance` is for rows that have none of their own.
+    """Read a trace; `acceptance` is the default for rows without acceptance of their own.
 
-    A depth that a row's histogram never reached takes the acceptance of all histograms together. Raises DataError if
-    the file is missing, empty or malformed, naming the line and the field.
+    A depth that a row's histogram never reached gets the acceptance of all histograms together. Raises DataError if the
+    file is missing, empty or malformed, naming the line and the field.
     """
     path = Path(path)
     if not path.is_file():
@@ -88,9 +88,9 @@ def _parse(path: Path, number: int, line: str) -> tuple[int, TraceRow]:
 
 
 def make_trace(
-    rows: Sequence[TraceRow], acceptance: Sequence[float] | None = None, places: Sequence[str] | None = None
+    rows: Sequence[TraceRow], acceptance: Sequence[float] | None = None, names: Sequence[str] | None = None
 ) -> Trace:
-    """As `load_trace`; `places` names the rows in errors."""
+    """Make a trace of rows, with the defaults of `load_trace`; `names` are the rows' names in errors."""
     histograms = [row.accept_histogram for row in rows if row.accept_histogram]
     pooled = depth_acceptance([sum(counts) for counts in zip_longest(*histograms, fillvalue=0)])
     own = []
@@ -101,8 +101,8 @@ def make_trace(
             found = seen + pooled[len(seen) :]
         found = found or acceptance
         if not found:
-            place = places[index] if places else f"row {index}"
-            raise DataError(f"{place}: acceptance: no drafts in it or in accept_histogram; give a default")
+            name = names[index] if names else f"row {index}"
+            raise DataError(f"{name}: acceptance: no drafts in it or in accept_histogram; give a default")
         own.append(list(found))
     depth = max(map(len, own))
     return Trace(
@@ -120,7 +120,7 @@ def save_trace(rows: Sequence[TraceRow], path: str | Path) -> None:
 
 
 def conditional(acceptance: np.ndarray, weights: np.ndarray | None = None) -> list[float]:
-    """The acceptance of a batch as one: survivors of a depth among those of the depth before. [R, D], [R] -> D."""
+    """Return a batch's acceptance by depth: the share of the survivors so far that is kept. [R, D], [R] -> D."""
     survivors = np.average(acceptance.cumprod(1), axis=0, weights=weights)
     before = np.concatenate([[1.0], survivors[:-1]])
     return np.divide(survivors, before, out=np.zeros_like(survivors), where=before > 0).tolist()

@@ -1,4 +1,4 @@
-"""The audit passes an engine that is right, and fails one that was broken on purpose, in four ways."""
+"""The audit passes a correct engine, and fails one with a planted fault, for four faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.rollout_models import VOCAB, Reference, save_drafter, save_ta
 PROMPTS = [tuple(range(5, 25)), (9, 40, 3)]
 STANDARD = Standard(total_variation=0.08)
 PARAMS = SamplingParams(6, temperature=0.8, ignore_eos=True)
-# Planted in the engine's scheduler, where they change what the plugin brings in.
+# Code planted in the engine's scheduler process, where it changes functions of the plugin.
 GREEDY = """
 import respec_trainer.rollout.sglang.inside.plugin as plugin
 
@@ -73,7 +73,7 @@ def passed(result: CellResult) -> bool:
 
 
 def refuted(result: CellResult) -> bool:
-    """By its p-value: too little power would fail it as well, and prove nothing."""
+    """Return if the p-value is below the level: a lack of power would fail the audit as well, but prove nothing."""
     return result.evidence.p_value < STANDARD.level
 
 
@@ -96,7 +96,7 @@ def test_broken_verification_fails(folders, reference, engine, bug):
 
 
 def test_stale_prefixes_after_an_update_fail(monkeypatch, engine, reference, folders):
-    """The engine keeps what the old weights made of the prompts; only the law after the update is right."""
+    """The engine keeps the prompts' KV cache of the old weights; only the law after the update is right."""
     whole = WeightUpdater.send
 
     def unflushed(updater, *what, **fields):
@@ -119,7 +119,7 @@ def test_stale_prefixes_after_an_update_fail(monkeypatch, engine, reference, fol
 
 
 def test_drafter_weights_in_the_target_fail(monkeypatch, engine, reference):
-    """sglang would take them: the drafter's head has the target's shape."""
+    """sglang would load them without an error: the drafter's head has the target's shape."""
     head = reference.model.state_dict()["lm_head.weight"]
     push(engine, {"lm_head.weight": head + 0.3 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))})
     try:

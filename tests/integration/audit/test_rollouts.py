@@ -1,4 +1,4 @@
-"""audit/rollouts.py on two data-parallel ranks: an actor of a known law, samples that follow it or do not."""
+"""audit/rollouts.py on two data-parallel ranks: an actor with a known law, and samples that follow it or do not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOCAB, ROWS, TOKENS = 11, 64, 40
 
 
 def audit(config, greedy_share: float) -> dict | str:
-    """On one rank: the metrics, or the error, of an audit of half the rows each."""
+    """Audit half of the rows on each rank; return this rank's metrics or error."""
     from types import SimpleNamespace
 
     import torch
@@ -23,7 +23,7 @@ def audit(config, greedy_share: float) -> dict | str:
     from respec_trainer.rollout.sample import Sample
 
     dist.init_process_group("gloo")
-    table = 2 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1))  # the law hangs on the last token
+    table = 2 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1))  # the last token decides
 
     class Actor:
         topology = SimpleNamespace(dp_group=dist.group.WORLD, device=torch.device("cpu"))

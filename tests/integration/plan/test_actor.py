@@ -1,4 +1,4 @@
-"""plan/: the memory estimate of the actor against what torch and DeepSpeed really hold."""
+"""plan/: the memory estimate of the actor against the memory that torch and DeepSpeed use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = [(stage, dtype) for stage in (1, 2, 3) for dtype in ("bf16", "fp32")]
 
 
 class Kept:
-    """Bytes of every storage that a forward pass keeps for its backward pass, but for the weights'."""
+    """Return the bytes of every storage that a forward pass keeps for its backward pass, except the weights."""
 
     def __init__(self, model: torch.nn.Module):
         self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -59,7 +59,7 @@ def measure_activations(folder: Path, variants: list[dict]) -> list[int]:
 
 
 def measure_held(folder: Path, variants: list[dict]) -> list[dict]:
-    """Bytes that lie on the device after an update: the weights', and everything else that would be moved out."""
+    """Return the bytes on the device after an update: those of the weights, and all others that can be moved out."""
     from respec_trainer.actor.offload import Offload
 
     found, actor = [], None
@@ -76,7 +76,7 @@ def measure_held(folder: Path, variants: list[dict]) -> list[dict]:
 
 
 def leave() -> None:
-    """Without the default group: `run_ranks` destroys that after the engines that still know it."""
+    """Destroy Megatron's groups; `run_ranks` destroys the default group later, after the engines that still use it."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -103,12 +103,12 @@ def test_activations_are_those_kept(folder, tp):
         again, parallel = shape.get("actor.recompute", False), shape.get("actor.parallel.sequence_parallel", False)
         estimate = sizes.activations(TOKENS, again, parallel)
         if again:
-            # Of a layer that is recomputed the forward pass keeps its input alone, and hooks do not see what is handed
-            # over to the scoring of a chunk.
+            # The forward pass keeps only the input of a recomputed layer, and hooks do not see the tensors passed over
+            # to the scoring of a chunk.
             unseen = TOKENS * (sizes.layer_activations(parallel) + 2 * sizes.width * HIDDEN)
             assert estimate - unseen == pytest.approx(kept, rel=0.1), shape
         else:
-            # Left out: rotary tables, what SDPA on a CPU copies of grouped keys, a few numbers a token and head.
+            # Not in the estimate: rotary tables, SDPA's copies of grouped keys on a CPU, some numbers a token and head.
             assert estimate == pytest.approx(kept, rel=0.08), shape
 
 
@@ -120,8 +120,8 @@ def test_zero_holds_what_is_planned(folder, tp):
     for (stage, dtype), held in zip(kinds, measured, strict=True):
         sizes = ActorSizes(shape_of(), tp, WIDTHS[dtype])
         zero = ZeroSizes(sizes.parameters, sizes.width, 2 // tp, stage, sizes.largest_parameter())
-        # Where the sums have their memory from the start, they keep it between updates.
+        # Sums whose memory is allocated at the start keep it between updates.
         stays = zero.optimizer + (zero.gradients if stage == 3 or (stage == 1 and dtype == "bf16") else 0)
-        # DeepSpeed pads shares to equal sizes, and keeps counters.
+        # DeepSpeed pads the shares to equal sizes and keeps counters.
         assert held["weights"] == pytest.approx(zero.weights, rel=1e-3), (stage, dtype)
         assert held["optimizer"] == pytest.approx(stays, rel=1e-3), (stage, dtype)

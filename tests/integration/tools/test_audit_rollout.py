@@ -1,4 +1,4 @@
-"""tools/audit_rollout.py as users start it: a tiny target whose law is not flat, a drafter that is often right."""
+"""tools/audit_rollout.py as users start it: a tiny target with an uneven distribution, a good drafter."""
 
 from __future__ import annotations
 

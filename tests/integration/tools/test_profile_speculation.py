@@ -1,4 +1,4 @@
-"""tools/profile_speculation.py on a live engine: a profile that can be fitted, served from, and that names its run."""
+"""tools/profile_speculation.py on a live engine: a profile that can be fitted, used by a run, and identifies it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ drafter: {{path: {folder}/drafter}}
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Two engines: one for the chains and one for a tree."""
+    """Run the tool with two engines: one for the chains and one for a tree."""
     folder = tmp_path_factory.mktemp("profile")
     save_target(folder / "target", "qwen3")
     save_drafter(folder / "drafter", folder / "target", torch.arange(VOCAB))
@@ -67,7 +67,7 @@ def test_the_tool_measures_and_reports(measured):
     assert profile.shapes() == [chain(1), chain(2), Shape(2, 2, 4)]
     plain = [cell for cell in profile.cells if cell.shape == OFF and cell.decodes]
     assert {cell.batch for cell in plain} == {1, 2, 4} and len(plain) == 6
-    # What is drawn in some 20 batches: steps everywhere, each way of being off somewhere.
+    # About 20 random batches have every number of steps at every place, and each kind of plain step at some place.
     assert all({"plain", "switch"} <= set(cell.times) for cell in plain)
     assert {"extend", "resume"} <= set.union(*(set(cell.times) for cell in plain))
     prompts = [cell for cell in profile.cells if not cell.decodes]
@@ -89,7 +89,7 @@ def test_a_run_is_served_by_it(measured):
 
 
 def refusal(folder: Path, *more: str) -> tuple[int, str]:
-    """Status and error of the tool, in a process that has its imports done."""
+    """Return the tool's exit status and its error, run in this process, which has done the imports."""
     command = ["profile_speculation.py", "--quick", "--config", str(folder / "config.yaml")]
     words, said = [*command, "--out", str(folder / "other.json"), *more], io.StringIO()
     with mock.patch.object(sys, "argv", words), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:

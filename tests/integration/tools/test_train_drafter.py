@@ -1,4 +1,4 @@
-"""tools/train_drafter.py with the live engine as its sampler, and what it predicts against what the engine measures."""
+"""tools/train_drafter.py with the live engine as its sampler; its predictions against the engine's measurements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALLER += [f"rollouts.max_new_tokens={TOKENS}", "training.updates=null", "train
 
 @pytest.fixture(scope="module")
 def made(small_actor, tmp_path_factory):
-    """(the drafter's folder, what the tool printed)"""
+    """(the drafter's folder, the tool's output)"""
     out = tmp_path_factory.mktemp("tool") / "drafter"
     command = [sys.executable, "tools/train_drafter.py", "--recipe", "configs/quickstart-drafter.yaml", *SMALLER]
     command += ["--actor", str(small_actor), "--data", str(small_actor / "data/train.jsonl"), "--out", str(out)]
@@ -39,7 +39,7 @@ def made(small_actor, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(small_actor, made):
-    """The engine's responses to new prompts, with the drafter that the tool made."""
+    """Return the engine's responses to new prompts, with the drafter that the tool made."""
     from transformers import AutoTokenizer
 
     columns = DataConfig(path=str(small_actor / "data/test.jsonl"), template="Q: {prompt}\nA: ", prompts_per_step=1)
@@ -57,11 +57,11 @@ def samples(small_actor, made):
 
 
 def tokens_a_pass(samples) -> float:
-    """Kept ones: each response's first token comes with its prompt, and what its last pass found too many is cut."""
+    """Return the kept tokens per pass. The first token of a response comes from its prompt, not from a pass."""
     return sum(len(s.response_ids) - 1 for s in samples) / sum(s.verify_count for s in samples)
 
 
-def test_the_tool_samples_trains_and_tells(made):
+def test_the_tool_samples_trains_and_reports(made):
     out, printed = made
     facts = json.loads((out / "recipe.json").read_text())["facts"]
     assert "update 32/32" in printed and f"accept length with 3 draft steps: {facts['accept_length']:.2f}" in printed
@@ -76,11 +76,12 @@ def test_a_walk_along_the_engine_s_responses_takes_the_engine_s_passes(small_act
     teacher = HFTeacher(small_actor, ids, drafter.shape.feature_layers)
     rollouts = DrafterBatch.collate([(sample.prompt_ids, sample.response_ids) for sample in samples])
     found = evaluate(drafter, teacher, rollouts, DistillSettings(steps=STEPS, batch_size=64))
-    # The same responses, so nothing is left to chance but how near ties fall.
+    # The responses are the same, so only near ties can differ by chance.
     assert found.accept_length[STEPS - 1] == pytest.approx(tokens_a_pass(samples), rel=0.01)
 
 
 def test_the_tool_predicts_what_the_engine_measures_on_other_responses(made, samples):
     predicted = json.loads((made[0] / "recipe.json").read_text())["facts"]["accept_length"]
-    # Each is a mean over some 3,000 passes of 1 to 4 tokens, with a standard error of 1.5 %: 5 % is 2.4 of both.
+    # Each value is a mean over some 3,000 passes of 1 to 4 tokens, with a standard error of 1.5 %. The limit of 5 % is
+    # 2.4 standard errors of the difference.
     assert predicted == pytest.approx(tokens_a_pass(samples), rel=0.05)

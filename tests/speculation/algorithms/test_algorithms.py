@@ -1,4 +1,4 @@
-"""speculation/algorithms/: descriptions are cheap to import, and nothing else asks for an algorithm by name."""
+"""speculation/algorithms/: the package is cheap to import, and no other code compares an algorithm's name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = {"eagle3", "standalone", "ngram"}  # "none" is a value of other keys too
 
 
 def comparisons(path: Path) -> Iterator[str]:
-    """Where a file compares something with an algorithm's name, in an expression or a case."""
+    """Yield the lines of a file that compare a value with an algorithm's name, in an expression or a case."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Compare | ast.MatchValue):
             found = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & NAMES
@@ -26,7 +26,7 @@ def comparisons(path: Path) -> Iterator[str]:
 def test_nothing_outside_the_descriptions_compares_with_a_name():
     files = [path for path in PACKAGE.rglob("*.py") if PACKAGE / "speculation/algorithms" not in path.parents]
     assert len(files) > 200
-    assert [place for path in files for place in comparisons(path)] == []
+    assert [line for path in files for line in comparisons(path)] == []
 
 
 def test_a_configuration_loads_without_torch():

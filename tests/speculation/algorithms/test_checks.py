@@ -1,4 +1,4 @@
-"""algorithms/checks.py: what an algorithm cannot work with is refused when a configuration loads, with a remedy."""
+"""algorithms/checks.py: keys that an algorithm cannot work with are refused when a configuration loads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEARNS = "drafter.weighting=reward"
 
 
 @pytest.mark.parametrize("key", ["accept_threshold_single", "accept_threshold_acc"])
-def test_speculation_that_bends_the_law_must_be_allowed(tmp_path, key):
+def test_lossy_speculation_must_be_allowed(tmp_path, key):
     shape = [*EAGLE3, f"speculation.{key}=0.5"]
     words = rf"(?s)speculation.{key}=0.5.*no longer follow the policy.*allow_lossy=true"
     with pytest.raises(ConfigError, match=words):
@@ -49,7 +49,7 @@ def test_speculation_that_bends_the_law_must_be_allowed(tmp_path, key):
         ([*EAGLE3, *ADAPTIVE, "speculation.topk=2"], "algorithm=eagle3 with topk=2"),
         ([*ADAPTIVE, "speculation.algorithm=none"], "algorithm=none with topk=1"),
         ([*EAGLE3, LEARNS, "drafter.unroll=2"], "drafter.unroll=3 or more"),
-        (["speculation.algorithm=ngram", LEARNS], "none that could learn.*weighting=none.*algorithm=eagle3"),
+        (["speculation.algorithm=ngram", LEARNS], "none that can be trained.*weighting=none.*algorithm=eagle3"),
     ],
 )
 def test_what_an_algorithm_cannot_work_with_is_refused(tmp_path, overrides, words):

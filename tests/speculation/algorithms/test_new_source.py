@@ -1,4 +1,4 @@
-"""A draft source is one new file and its name in the list: proved on a copy of the package that has one more."""
+"""A new draft source is one file and its name in the list: tested on a copy of the package with one source more."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.support import phrases
 from tests.support.configs import SMALLEST
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-# Prints what the package makes of the new source, asked at the seams that a run and an audit go through.
+# Prints the package's results for the new source, from the functions that a run and an audit call.
 ASK = """
 import json, sys
 from respec_trainer.audit.cells import speculation_of
 from respec_trainer.audit.prepare import wanted_cells
 from respec_trainer.config_file import load_config
-from respec_trainer.drafter.online.learner import setup_learner
+from respec_trainer.drafter.online.setup import setup_learner
 from respec_trainer.errors import ConfigError
 from respec_trainer.plan import GB, Cluster, plan_layout, plan_memory
 from respec_trainer.preflight.drafters import check_drafter
@@ -65,7 +65,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What the package says of the source in tests/support/phrases.py, once it has that file and its name."""
+    """Return the results for the source in tests/support/phrases.py, after adding the file and its name to a copy."""
     root = tmp_path_factory.mktemp("source")
     shutil.copytree(Path(respec_trainer.__file__).parent, root / "respec_trainer")
     algorithms = root / "respec_trainer/speculation/algorithms"
@@ -87,7 +87,7 @@ def test_its_own_rules_and_everybodys_are_checked_when_a_configuration_loads(ans
     shape, path, learning, name = answers["refused"]
     assert "phrases drafts one branch: set speculation.topk=1, not 2" in shape
     assert "phrases has no drafter, but drafter.path=d" in path
-    assert "phrases has none that could learn" in learning
+    assert "phrases has none that can be trained" in learning
     assert "did you mean 'phrases'?" in name
 
 
@@ -107,7 +107,7 @@ def test_preflight_plan_and_learner_take_it(answers):
     assert answers["preflight"] is None and answers["learner"] == "none"
     with_drafts, without = answers["plans"]["phrases"], answers["plans"]["none"]
     assert set(with_drafts) == set(without), "no drafter takes memory"
-    # The shipped configuration has 64 requests at once; each brings a pass 6 tokens, or 1 without drafts.
+    # The shipped configuration runs 64 requests at once; each adds 6 tokens to a pass, or 1 without drafts.
     logits = [int(plan["engine: one pass"].split(" or ")[1].split()[0]) for plan in (with_drafts, without)]
     assert logits[0] == 6 * logits[1] > 0
 

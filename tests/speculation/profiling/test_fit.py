@@ -1,4 +1,4 @@
-"""speculation/cost.py and fit.py: terms are found again, unseen cells predicted, and poor profiles refused."""
+"""speculation/cost.py and fit.py: terms are recovered, held-out cells predicted, and poor profiles refused."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_arrays_and_numbers_agree():
 
 @pytest.mark.parametrize("truth", [CPU, GPU], ids=["cpu", "gpu"])
 def test_exact_times_are_predicted_everywhere(truth):
-    """Also between the cells, and for steps that were not measured. The formula is the truth's: only rounding is left,
-    and what terms that the cells cannot tell apart share out differently elsewhere."""
+    """Predictions also hold between cells and for steps that were not measured. The true costs follow the same formula:
+    the errors are rounding, and terms that the cells cannot separate."""
     model = fit_costs(profile_of(truth))
     for batch, context, steps in ((3, 300, 4), (24, 1000, 2), (50, 200, 6), (64, 1500, 3)):
         for shape in (OFF, chain(steps)):
@@ -71,15 +71,15 @@ def test_noisy_times_are_predicted_within_their_noise(truth):
     assert quality.sign_accuracy <= quality.settled_accuracy and 0.9 < quality.settled < 1
 
 
-def test_what_repeats_do_not_agree_on_is_told_apart():
-    """With noise beyond all gains a profile can hardly tell, whatever the model says."""
+def test_cases_on_which_repeats_disagree_are_not_settled():
+    """If the noise exceeds all gains, few cases are settled."""
     exact, blurred = held_out(profile_of(CPU)), held_out(profile_of(CPU, noise=0.3))
     assert exact.settled == 1 and exact.settled_accuracy == exact.sign_accuracy
     assert blurred.settled < 0.7 and blurred.settled_accuracy > blurred.sign_accuracy + 0.02
 
 
 def test_trees_are_predicted_too():
-    """A tree's branches each attend to the whole context, and are told apart from a chain's by that."""
+    """Each branch of a tree attends to the whole context, which separates its costs from a chain's."""
     trees = [Shape(2, 2, 4), Shape(3, 4, 8), Shape(5, 4, 16)]
     profile = profile_of(CPU, noise=0.03, shapes=[chain(1), chain(3), *trees])
     quality, model = held_out(profile), fit_costs(profile)

@@ -1,4 +1,4 @@
-"""speculation/profiling/profile.py and shape.py: files that load, runs that fit, and errors that name the field."""
+"""speculation/profiling/profile.py and shape.py: files that load, runs that match, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_whole_cycle_counts_where_it_was_measured():
     assert Cell(batch=1, context=1, shape=chain(2), times=parts | {"cycle": Timing(seconds=[3.5])}).seconds == 3.5
 
 
-def test_digests_hang_on_shapes_alone():
+def test_digests_depend_on_shapes_alone():
     config = {"hidden_size": 64, "num_hidden_layers": 2, "_name_or_path": "a"}
     assert shapes_digest(config) == shapes_digest(config | {"_name_or_path": "b", "eos_token_id": 3})
     assert shapes_digest(config) != shapes_digest(config | {"hidden_size": 128})

@@ -1,4 +1,4 @@
-"""profiling/readings.py, measure.py and trees.py: what a log says of a place, and visits that can be gone on with."""
+"""profiling/readings.py, measure.py and trees.py: readings from a log, and measurements that can be continued."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLING = SamplingConfig(max_new_tokens=8)
 
 
 def log_of(rows: list[dict]) -> DecodeLog:
-    """Of rows with a `taken` each, one after the other."""
+    """Make a log of rows that follow each other, each with its seconds in `taken`."""
     log, columns = DecodeLog(), ("prefill", "batch", "context", "steps", "tokens", "draft", "verify", "extend")
     for name in (*columns, "catch_up", "caught_up", "switch"):
         setattr(log, name, np.array([row.get(name, 0) for row in rows], getattr(log, name).dtype))
@@ -55,14 +55,14 @@ def test_a_log_by_hand():
 
 
 def test_a_batch_before_prompts_or_before_the_end_has_no_length():
-    """New prompts are read between two decode batches; after the last one nothing comes."""
+    """New prompts are read between the two decode batches, and no batch follows the last one."""
     decode = {"batch": 1, "context": 9.0, "taken": 1.0}
     reading = read_log(log_of([decode, {"prefill": True, "batch": 1, "taken": 5.0}, decode]), 1)
     assert "0.plain" not in reading
 
 
 class MadeUp:
-    """An engine whose times are a cost model's, to the digit; its steps are drawn."""
+    """An engine with the exact times of a cost model; its draft steps are random."""
 
     def __init__(self, costs=CPU, candidates=(0, 1, 3), most: int = 64, seed: int = 0):
         self.costs, self.candidates, self.most = costs, candidates, most
@@ -107,12 +107,12 @@ PLAN = Plan((1, 4, 16, 64), (32, 300), (0, 1, 3), repeats=2, most_tokens=10_000,
 
 
 def test_a_profile_is_found_again(tmp_path):
-    """Also between its cells. Contexts grow while a place is measured, so cells are at their mean."""
-    told = []
+    """Predictions also hold between cells. Contexts grow while a place is measured, so cells have their mean."""
+    calls = []
     profile = measure(
-        MadeUp(), PLAN, IDENTITY, SAMPLING, 512, tmp_path / "p.json", lambda done, total: told.append((done, total))
+        MadeUp(), PLAN, IDENTITY, SAMPLING, 512, tmp_path / "p.json", lambda done, total: calls.append((done, total))
     )
-    assert (64, 300) not in PLAN.places and told[-1] == (14, 14)
+    assert (64, 300) not in PLAN.places and calls[-1] == (14, 14)
     assert load_profile(tmp_path / "p.json") == profile and [path.name for path in tmp_path.iterdir()] == ["p.json"]
     model, quality = fit_costs(profile), held_out(profile)
     assert quality.mape < 0.02 and quality.sign_accuracy > 0.97
@@ -134,7 +134,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     for place in PLAN.places[:3]:
         visits.add(place, visit(engine, place, PLAN.tokens, SAMPLING, 512, np.random.default_rng(0)))
     with visits.path.open("a") as file:
-        file.write('{"batch": 64, "context": 32, "read')  # ended as it wrote
+        file.write('{"batch": 64, "context": 32, "read')  # interrupted while writing
     engine = MadeUp()
     measure(engine, PLAN, IDENTITY, SAMPLING, 512, out, lambda *_: None)
     assert engine.visits == 1 + 14 - 3  # one warms up
@@ -195,7 +195,7 @@ def test_cells_share_their_contexts():
 
 
 class Tree:
-    """Passes of 2.4 tokens that take 0.3 s, as does each response's first token."""
+    """An engine with passes of 2.4 tokens in 0.3 s; the first token of a response takes 0.3 s as well."""
 
     def submit(self, requests):
         self.tokens = requests[0].sampling.max_new_tokens

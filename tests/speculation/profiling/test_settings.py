@@ -1,4 +1,4 @@
-"""profiling/settings.py and machine.py: the profile that a run names reaches its engines, or is refused by field."""
+"""profiling/settings.py and machine.py: a run's profile reaches its engines, or an error names the differing field."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HF_CONFIG = SimpleNamespace(to_dict=lambda: MODEL, max_position_embeddings=256)
 
 @pytest.fixture
 def config(tmp_path):
-    """A maker of configurations with a drafter, and a profile that fits them."""
+    """Return a function that makes configurations with a drafter, and a profile that fits them."""
     (tmp_path / "drafter").mkdir()
     (tmp_path / "drafter/config.json").write_text(json.dumps(DRAFTER))
     drafter = ["speculation.algorithm=eagle3", f"drafter.path={tmp_path / 'drafter'}"]
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused(config, overrides, words):
 
 def test_other_models_are_refused(config):
     other = SimpleNamespace(to_dict=lambda: MODEL | {"hidden_size": 128}, max_position_embeddings=256)
-    with pytest.raises(ConfigError, match="profile.json is not of this run.*\n  model: measured with"):
+    with pytest.raises(ConfigError, match="profile.json does not fit this run.*\n  model: measured with"):
         depth_settings(config(), other, "cpu")
 
 

@@ -25,7 +25,7 @@ ACCEPTANCE = [0.7, 0.6, 0.5]
 
 
 def test_the_paper_s_table():
-    """Its numbers of Fig 7 and what ReSpec's choice comes to against one shape for all batch sizes."""
+    """The paper's numbers of Fig 7, and the gain of its choice over one shape for all batch sizes."""
     table = load_json(FIG7, SpeedupTable, "table of speed-ups")
     best = [(5, 8, 32), (5, 8, 32), (3, 8, 16), (3, 8, 8), (3, 8, 8), (3, 5, 8), OFF]
     assert table.policy() == dict(zip((1, 2, 4, 8, 16, 32, 64), best, strict=True))
@@ -61,7 +61,7 @@ def test_malformed_tables_name_the_field(tmp_path, change, words):
 
 
 def test_the_engine_reads_its_table(tmp_path):
-    """SGLang's own reader chooses what was written, at every batch size."""
+    """SGLang's own reader chooses the written steps at every batch size."""
     from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 
     define_torchvision_operators()
@@ -95,7 +95,7 @@ def test_the_solver_chooses_by_throughput(truth):
 
 
 def test_what_is_predicted_was_measured():
-    """3 % noise: medians of five repeats are 1.6 % off, ratios of two of them 2.3 %, three of those here."""
+    """With 3 % noise medians of five repeats have errors of 1.6 %, and their ratios 2.3 %: allow three times that."""
     profile = profile_of(CPU, noise=0.03)
     predicted, measured = Solver.of(profile).table(BATCHES, 512, ACCEPTANCE), measured_table(profile, 512, ACCEPTANCE)
     assert (predicted.batches, predicted.shapes) == (measured.batches, measured.shapes)

@@ -1,4 +1,4 @@
-"""speculation/simulation/replay.py and tools/simulate_rollout.py: policies by name, side by side, from files."""
+"""speculation/simulation/replay.py and tools/simulate_rollout.py: policies by name, compared on a recorded trace."""
 
 from __future__ import annotations
 

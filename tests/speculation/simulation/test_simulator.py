@@ -1,4 +1,4 @@
-"""speculation/simulation/simulator.py: rollouts counted by hand, laws that hold for all of them, and the oracle."""
+"""speculation/simulation/simulator.py: rollouts counted by hand, properties of every rollout, and the oracle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = [0, 1, 3]
 
 
 def trace_of(lengths, acceptance=(1.0,), prompt=10, groups=None) -> Trace:
-    """Responses of which so many tokens are decoded, after the first, which comes with the prompt."""
+    """Make responses with `lengths` decoded tokens after the first token, which comes with the prompt."""
     count = len(lengths)
     groups = np.arange(count) if groups is None else np.array(groups)
     return Trace(
@@ -68,7 +68,7 @@ def test_drafts_that_are_never_kept():
 
 
 def test_expected_drafts():
-    """1 + 1/2 + 1/4 tokens a cycle: 7 of them take four."""
+    """A cycle gains 1 + 1/2 + 1/4 tokens, so 7 tokens take four cycles."""
     assert run(trace_of([7], acceptance=[0.5]), steps=2, sampled=False).makespan == 8.0
 
 
@@ -93,19 +93,19 @@ def test_a_group_s_prompt_is_read_once():
     costs = CostModel(SIMPLE | {"prefill": Terms(fixed=2.0, token=0.1)})
     read = run(trace_of([1, 1, 1, 1], groups=[0, 0, 1, 1]), costs=costs)
     assert read.makespan == pytest.approx(2.0 + 20 * 0.1 + 1.0) and "prefill" not in read.not_counted
-    # One after the other: the second of a group finds it read, but for a token.
+    # One response after the other: for the second of the group all but the prompt's last token is cached.
     one_by_one = run(trace_of([1, 1], groups=[0, 0]), costs=costs, slots=1)
     assert one_by_one.makespan == pytest.approx(2.0 + 1.0 + 1.0 + 2.0 + 0.1 + 1.0)
 
 
 class Script:
-    """A policy that does as it is told."""
+    """A policy that follows a fixed list of choices and records its calls."""
 
     def __init__(self, steps, informed=False):
-        self.steps, self.informed, self.asked, self.seen, self.told = iter(steps), informed, [], [], []
+        self.steps, self.informed, self.asked, self.seen, self.acceptances = iter(steps), informed, [], [], []
 
-    def tell(self, acceptance):
-        self.told.append(acceptance)
+    def set_acceptance(self, acceptance):
+        self.acceptances.append(acceptance)
 
     def choose(self, batch, context, missed):
         self.asked.append((batch, context, missed))
@@ -123,16 +123,16 @@ def test_going_on_costs_a_catch_up_of_what_was_missed():
     assert outcome.makespan == pytest.approx(1 + 1 + 0.25 + 0.2 + 2 + 0.25 + 1) and outcome.switches == 2
     assert policy.asked == [(1, 10, 0), (1, 11, 1), (1, 12, 2), (1, 14, 0)]
     assert policy.seen == [(0, 1, []), (0, 1, []), (1, 1, [1]), (0, 1, [])]
-    told = Script([0, 0, 1, 0], informed=True)
-    assert simulate(trace_of([5]), costs, lambda: told, Setting()).makespan == 5.0
-    assert told.told == [[1.0]] * 4
+    informed = Script([0, 0, 1, 0], informed=True)
+    assert simulate(trace_of([5]), costs, lambda: informed, Setting()).makespan == 5.0
+    assert informed.acceptances == [[1.0]] * 4
     assert run(trace_of([5])).not_counted == ("prefill", "catch_up") and outcome.not_counted == ("prefill",)
 
 
 def test_new_sequences_have_missed_nothing():
     policy = Script([0, 0, 0, 1, 1])
     costs = CostModel(SIMPLE | {"catch_up": Terms(token=0.1)})
-    # The first ends after two steps and lets the third in, with the second two tokens behind.
+    # The first response ends after two steps and its slot goes to the third; the second has missed two tokens.
     outcome = simulate(trace_of([2, 6, 4]), costs, lambda: policy, Setting(slots=2))
     assert policy.asked[:4] == [(2, 10, 0), (2, 11, 1), (2, 11, 1), (2, 12, 2)]  # (2 + 0) / 2, (3 + 1) / 2
     assert outcome.makespan == pytest.approx(3 * 1 + 0.4 + 2 * 2)
@@ -198,9 +198,10 @@ def _end(outcome) -> float:
     st.sampled_from([CPU, GPU]),
 )
 def test_no_policy_beats_the_oracle(lengths, acceptance, slots, costs):
-    """With one acceptance for all and expected drafts the order in which responses end is the same under every policy,
-    so that the fastest choice at every moment is the fastest rollout; but for the last cycle of each response, which
-    may reach beyond its end. Prompts cost nothing here: how many are read together hangs on when responses end.
+    """If all responses have one acceptance and gain the expected tokens, they end in the same order under every policy.
+
+    Then the fastest choice at every moment gives the fastest rollout, except for the last cycle of each response, which
+    may draft beyond its end. Prompts cost nothing here, because the number read together depends on when responses end.
     """
     costs = CostModel({piece: terms for piece, terms in costs.pieces.items() if piece != "prefill"})
     trace, setting = trace_of(lengths, acceptance), Setting(slots=slots, sampled=False)
@@ -216,9 +217,11 @@ def test_no_policy_beats_the_oracle(lengths, acceptance, slots, costs):
 @pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.45, 0.75])
 def test_skewed_rollouts(costs, share):
-    """Drafts drawn one by one, a catch-up for every going on, and an adaptive policy that starts from a wrong estimate:
-    it stays within 3 % of the oracle, and is no slower than plain decoding or any fixed number of steps but for 1 %
-    (1.5 % where drafts are accepted just too seldom, and catching up to find out is dear)."""
+    """The adaptive policy stays within 3 % of the oracle, and within 1 % of plain decoding and all fixed steps.
+
+    Drafts are sampled, turning speculation on costs a catch-up, and the policy starts from a wrong estimate. The limit
+    is 1.5 % where drafts are kept slightly too rarely to pay: there a try needs an expensive catch-up.
+    """
     trace = skewed_trace(acceptance=[share, 0.9 * share, 0.8 * share])
     steps = [0, 1, 2, 3, 5]
 
@@ -231,7 +234,7 @@ def test_skewed_rollouts(costs, share):
     assert adaptive.regret(oracle) < 0.03
     assert adaptive.makespan < (1.015 if share == 0.2 else 1.01) * min(outcome.makespan for outcome in fixed)
     assert oracle.regret(oracle) == 0
-    # The oracle is the best on average: the last responses' drafts can happen to suit another choice.
+    # The oracle is the best on average only: another choice can be lucky with the drafts of the last responses.
     assert min(outcome.regret(oracle) for outcome in fixed) > -0.01
 
 

@@ -70,6 +70,6 @@ def test_files_that_are_not_there_or_empty(tmp_path):
 
 def test_the_acceptance_of_a_batch_is_that_of_its_survivors():
     acceptance = np.array([[1.0, 1.0], [0.0, 0.5]])
-    assert conditional(acceptance) == [0.5, 1.0]  # whoever survives the first draft keeps the second
+    assert conditional(acceptance) == [0.5, 1.0]  # responses that keep the first draft keep the second as well
     assert conditional(acceptance, np.array([1, 3])) == [0.25, 1.0]
     assert conditional(np.zeros((2, 2))) == [0.0, 0.0]

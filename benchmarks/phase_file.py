@@ -1,4 +1,4 @@
-"""launch/train.py, whose first rank writes its phase to the file $PHASE_FILE: for benchmarks that aim at one."""
+"""Run launch/train.py, with rank 0 writing its phase to the file $PHASE_FILE, for benchmarks that need the phase."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ TRAIN = Path(__file__).parents[1] / "launch/train.py"
 PHASE_FILE = "PHASE_FILE"
 
 
-def tell_phases(file: Path) -> None:
+def write_phases(file: Path) -> None:
+    """Patch PhaseClock to write the name of every phase to the file when it begins."""
     enter = PhaseClock.__call__
 
-    def tell(clock: PhaseClock, name: str):
+    def write_and_enter(clock: PhaseClock, name: str):
         file.write_text(name)
         return enter(clock, name)
 
-    PhaseClock.__call__ = tell
+    PhaseClock.__call__ = write_and_enter
 
 
 if __name__ == "__main__":
     if os.environ.get("RANK") == "0":
-        tell_phases(Path(os.environ[PHASE_FILE]))
+        write_phases(Path(os.environ[PHASE_FILE]))
     runpy.run_path(str(TRAIN), run_name="__main__")
