@@ -1,1 +1,1 @@
-"""Producing samples: the rollout engine, and what it needs on a machine without a GPU."""
+"""Sample generation: the rollout engines, and the parts that sglang needs on a machine without a GPU."""

@@ -12,7 +12,7 @@ from respec_trainer.rollout.sample import Sample
 
 @dataclass
 class Batch:
-    """What the actor needs of some samples. Entry t of a row belongs to token t, never to the token after it."""
+    """Tensors of some samples for the actor. Entry t of a row belongs to token t, never to the token after it."""
 
     tokens: torch.Tensor  # [B, S] int64, prompt then response then padding
     response_mask: torch.Tensor  # [B, S] bool, True on response tokens
@@ -28,7 +28,7 @@ class Batch:
         return Batch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def training_only(self, rows: torch.Tensor) -> Batch:
-        """The same rows, where only those that `rows` [B] bool marks have response tokens, which a loss counts."""
+        """Return the batch with an empty response mask, which no loss counts, in rows where `rows` [B] is False."""
         return replace(self, response_mask=self.response_mask & rows[:, None])
 
     def to(self, device: torch.device | str) -> Batch:
@@ -55,7 +55,7 @@ def collate(samples: Sequence[Sample], pad_id: int, multiple_of: int = 1) -> Bat
         mask[row, start:end] = True
         logprobs[row, start:end] = torch.tensor(sample.sampler_logprobs)
         if sample.origins:
-            # By way of bytes: the tensor of a list is made several times as slowly.
+            # Converting through bytes is several times faster than building a tensor from a list.
             origins[row, start:end] = torch.frombuffer(bytearray(sample.origins), dtype=torch.int8)
     return Batch(tokens, mask, lengths, logprobs, origins)
 

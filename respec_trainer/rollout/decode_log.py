@@ -1,6 +1,6 @@
-"""What decides an engine's draft steps while it runs, and what it did, decode batch by decode batch: plain data.
+"""DepthSettings and DecodeLog: the settings that choose an engine's draft steps, and the log of its batches.
 
-DepthSettings goes into the engine's processes when they start; a DecodeLog comes back after a phase.
+Both are plain data. DepthSettings goes to the engine's processes when they start; a DecodeLog comes back after a phase.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from respec_trainer.errors import ConfigError, EngineError
 
-STEPS_MESSAGE = "respec_steps"  # by this name a request for an engine's log, or for other settings, is known in it
+STEPS_MESSAGE = "respec_steps"  # names a request to an engine for its log, or to change its settings
 DEFAULT_POLICY = "respec_trainer.speculation.scheduler:DepthScheduler"
 
 
@@ -26,57 +26,58 @@ def check_candidates(candidates: Sequence[int]) -> None:
 
 
 class RequestsRunningError(EngineError):
-    """An engine cannot change how it chooses draft steps while it works on requests."""
+    """The engine has running requests, so it cannot change how it chooses draft steps."""
 
-    def __init__(self, text: str = "steps cannot be set anew while requests run: collect them first"):
+    def __init__(self, text: str = "draft steps cannot be set while requests run: collect them first"):
         super().__init__(text)
 
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """How an engine's draft steps change while it runs. Chains only: s drafts, s + 1 tokens verified.
+    """Settings of how an engine's draft steps change while it runs. Chains only: s drafts, s + 1 tokens verified.
 
-    mode "adaptive" chooses by `costs` (speculation.scheduler), "random" draws among the candidates, for profiles,
-    "fixed" keeps `fixed`, for baselines that pay for the same logging. Raises ConfigError where these do not fit.
+    mode "adaptive" chooses by `costs` (speculation.scheduler); "random" draws among the candidates, for profiles;
+    "fixed" always takes `fixed`, for baselines with the same cost of logging. Raises ConfigError for values that do
+    not fit together.
     """
 
     mode: Literal["adaptive", "random", "fixed"]
     candidates: tuple[int, ...]  # rising; 0 is plain decoding
     max_batch: int  # sequences at most
-    max_context: int  # tokens a sequence has at most
+    max_context: int  # tokens of a sequence at most
     costs: dict[str, tuple[float, ...]] | None = None  # CostModel's terms by piece, in the order of cost.Terms
-    prior: tuple[float, ...] = ()  # acceptance by depth that the estimate starts from
+    prior: tuple[float, ...] = ()  # acceptance by depth from which the estimate starts
     fixed: int | None = None
-    explore: float = 0.005  # share of the time that trying a choice that seems worse may cost
-    # Without speculation: "defer" keeps what the drafter will have to read, for when speculation goes on; "warm" lets
-    # it read every token at once.
+    explore: float = 0.005  # largest share of the time to spend on choices that seem worse, to measure them
+    # While speculation is off: "defer" keeps the tokens that the drafter has not read until speculation is on again;
+    # "warm" lets the drafter read every token at once.
     off: Literal["defer", "warm"] = "defer"
-    backlog_mb: int = 256  # what may be kept for the drafter to read, before it reads it all the same
-    # Tokens the drafter catches up with in one decode step; a longer backlog is read over several, which still decode
-    # without speculation. None: all at once.
+    backlog_mb: int = 256  # size of the kept tokens above which the drafter reads them although speculation is off
+    # Tokens of the backlog that the drafter reads in one decode step. A longer backlog takes several steps, which still
+    # decode without speculation. None: all at once.
     catch_up_tokens: int | None = None
-    # For profiles: wait for the device between parts, so that their times are their own; without one, take the time
-    # that the engine's thread computed, so that other work on its cores is not in it.
+    # For profiles: wait for the GPU between parts, so that each part's time is its own. On a CPU, count only the time
+    # in which the engine's thread computed, so that other work on its cores is not included.
     timed: bool = False
     seed: int = 0  # of mode "random"
     # Tests and benchmarks only: drafts are kept at random so that a pass keeps this many tokens, bonus included.
     simulated_accept_length: float | None = None
-    policy: str = DEFAULT_POLICY  # of mode "adaptive": module:class, made by its `of(settings)` in the engine
-    policy_options: dict[str, Any] = field(default_factory=dict)  # JSON, for another policy than the default to read
+    policy: str = DEFAULT_POLICY  # mode "adaptive": module:class of the depth policy; its `of(settings)` makes it
+    policy_options: dict[str, Any] = field(default_factory=dict)  # JSON values, for policies other than the default
 
     def __post_init__(self) -> None:
         check_candidates(self.candidates)
         if self.candidates[-1] == 0:
-            raise ConfigError("the only candidate is 0: start the engine without speculation instead")
+            raise ConfigError("the only candidate is 0 draft steps: start the engine without speculation instead")
         if self.mode == "fixed" and self.fixed not in self.candidates:
-            raise ConfigError(f"fixed={self.fixed} is none of the candidate steps {list(self.candidates)}")
+            raise ConfigError(f"fixed={self.fixed} is not one of the candidate steps {list(self.candidates)}")
         if self.mode == "adaptive" and self.policy == DEFAULT_POLICY and self.costs is None:
             raise ConfigError("adaptive steps are chosen by costs: measure a profile (tools/profile_speculation.py)")
         if self.catch_up_tokens is not None and self.catch_up_tokens < 1:
-            raise ConfigError(f"catch_up_tokens={self.catch_up_tokens} would never catch up: at least 1, or None")
+            raise ConfigError(f"catch_up_tokens={self.catch_up_tokens} would never catch up: set at least 1, or None")
         length = self.simulated_accept_length
         if length is not None and not 1 <= length <= self.most + 1:
-            raise ConfigError(f"simulated_accept_length={length} is not between 1 and {self.most + 1}, all tokens kept")
+            raise ConfigError(f"simulated_accept_length={length} is not between 1 and {self.most + 1}, all drafts kept")
 
     @property
     def most(self) -> int:
@@ -87,7 +88,7 @@ class DepthSettings:
 
     @classmethod
     def of_json(cls, text: str) -> DepthSettings:
-        """The inverse of `to_json`."""
+        """Read the output of `to_json`."""
         found = json.loads(text)
         costs = found["costs"]
         if costs is not None:
@@ -97,46 +98,46 @@ class DepthSettings:
 
 @dataclass
 class DecodeLog:
-    """One entry a batch that the engine ran, columns of N each. Times are seconds.
+    """The log of the batches that an engine ran: one entry a batch, in columns of length N. Times are seconds.
 
-    `tokens` of a decode batch count the bonus tokens; of a prefill they are the prompt tokens read. `survivors[i, d]`
-    counts the sequences that kept at least d + 1 drafts.
+    `tokens` of a decode batch include the bonus tokens; of a prefill batch they are the prompt tokens read.
+    `survivors[i, d]` counts the sequences that kept at least d + 1 drafts.
     """
 
-    start: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the engine's clock: seconds, from any beginning
-    prefill: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # reads prompts; else decodes
+    start: np.ndarray = field(default_factory=lambda: np.zeros(0))  # on the engine's clock, whose zero is arbitrary
+    prefill: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # True: reads prompts; False: decodes
     batch: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # sequences
-    context: np.ndarray = field(default_factory=lambda: np.zeros(0))  # mean tokens a sequence has so far
+    context: np.ndarray = field(default_factory=lambda: np.zeros(0))  # mean tokens of a sequence so far
     steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # drafted; 0: plain decoding
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # gained by all sequences
     survivors: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # [N, most steps]
     draft: np.ndarray = field(default_factory=lambda: np.zeros(0))  # all draft steps
-    verify: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the target's pass, with steps=0 a plain one
-    extend: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the drafter's pass over what was kept or read
+    verify: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the target's pass; with steps=0 a plain one
+    extend: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the drafter's pass over tokens kept or read
     catch_up: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the drafter's pass over its backlog
-    caught_up: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # tokens of it
+    caught_up: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # tokens read from the backlog
     switch: np.ndarray = field(default_factory=lambda: np.zeros(0))  # changing the engine's state to other steps
-    decide: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the policy's own time
-    predicted: np.ndarray = field(default_factory=lambda: np.zeros(0))  # speed-up over plain decoding; 0: not known
+    decide: np.ndarray = field(default_factory=lambda: np.zeros(0))  # choosing the steps
+    predicted: np.ndarray = field(default_factory=lambda: np.zeros(0))  # speed-up over plain decoding; 0: unknown
     failures: int = 0  # of the depth chooser; after one, speculation stays off
-    dropped: int = 0  # entries that were thrown away, the oldest first, because nobody took them in time
-    state: str = ""  # the depth chooser's, JSON, for `RolloutEngine.restore_depth_chooser`; "": none
+    dropped: int = 0  # entries discarded, the oldest first, because no call took them in time
+    state: str = ""  # JSON state of the depth chooser, for `RolloutEngine.restore_depth_chooser`; "": none
 
     def __len__(self) -> int:
         return len(self.start)
 
     @property
     def period(self) -> np.ndarray:
-        """Seconds from each batch's start to the next one's, what lies between them included; NaN for the last."""
+        """Seconds from each batch's start to the next batch's start, idle time included; NaN for the last batch."""
         return np.append(np.diff(self.start), np.nan) if len(self) else np.zeros(0)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Every column and count by name, as `numpy.savez` takes them."""
+        """Return every column and count by name, in the form that `numpy.savez` takes."""
         return {name: np.asarray(getattr(self, name)) for name in self._names()}
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, np.ndarray]) -> DecodeLog:
-        """The inverse of `to_arrays`."""
+        """Read the output of `to_arrays`."""
         found = {name: arrays[name] for name in cls._names()}
         return cls(**(found | {name: int(found[name]) for name in ("failures", "dropped")}))
 
@@ -147,7 +148,7 @@ class DecodeLog:
 
     @classmethod
     def of_bytes(cls, content: bytes) -> DecodeLog:
-        """The inverse of `to_bytes`."""
+        """Read the output of `to_bytes`."""
         with np.load(io.BytesIO(content)) as arrays:
             return replace(cls.of_arrays(dict(arrays)), state=str(arrays["state"]))
 

@@ -1,7 +1,7 @@
-"""RolloutEngine: what the trainer asks of an inference engine, and nothing else.
+"""RolloutEngine: the interface between the trainer and an inference engine.
 
-One engine holds two models, told apart by role: "target", the actor's weights, and "draft", the drafter's.
-Every method raises EngineError when the engine refuses, dies or does not answer in time; none returns a status.
+An engine holds two models, distinguished by role: "target" with the actor's weights, and "draft" with the drafter's.
+Every method raises EngineError if the engine refuses, dies or does not answer in time; none returns a status.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Role = Literal["target", "draft"]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A weight on its way: its Hugging Face name, its dtype ("bfloat16", "float32", ...) and its shape."""
+    """Description of a weight to be sent: its Hugging Face name, dtype ("bfloat16", "float32", ...) and shape."""
 
     name: str
     dtype: str
@@ -39,11 +39,11 @@ class Pending(ABC):
 
     @abstractmethod
     def done(self) -> int:
-        """How many requests have finished so far."""
+        """Return the number of requests that have finished so far."""
 
     @abstractmethod
     def delivered(self) -> list[Sample]:
-        """What there is of each request, in the order submitted, after the engine died; "lost" if not finished."""
+        """Return each request's tokens, in the order submitted, after the engine died; "lost" if not finished."""
 
 
 class RolloutEngine(ABC):
@@ -54,11 +54,11 @@ class RolloutEngine(ABC):
     @property
     @abstractmethod
     def failure(self) -> EngineError | None:
-        """Why the engine is dead: no call will succeed until `shutdown` and `start`. None while it lives."""
+        """The error that ended the engine, or None while it runs. After one, only `shutdown` and then `start` help."""
 
     @abstractmethod
     def submit(self, requests: Sequence[Request]) -> Pending:
-        """Hand over requests and return at once."""
+        """Submit requests and return at once."""
 
     @abstractmethod
     def join_group(self, name: str, address: str, port: int, world_size: int, rank_offset: int, backend: str) -> Future:
@@ -69,78 +69,78 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def leave_group(self, name: str) -> None:
-        """Leave a group made by join_group; nothing happens if this life of the engine has not joined it."""
+        """Leave a group made by join_group. Do nothing if the engine has not joined it since it last started."""
 
     @abstractmethod
     def weight_shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights that an update of one model must bring; empty where they are not known."""
+        """Return names and shapes of the weights that an update of one model must contain; empty if unknown."""
 
     @abstractmethod
     def begin_weight_update(self, role: Role, names: Collection[str] = ()) -> None:
-        """Open a weight update of one model, of the tensors `names`; outside of one, weights are refused.
+        """Open a weight update of one model, of the tensors `names`; outside an update, weights are refused.
 
-        Until it is ended the weights are neither the old nor the new ones, and requests are refused.
+        Until the update ends, the weights are neither the old nor the new ones, and requests are refused.
         """
 
     @abstractmethod
     def receive_broadcast(self, specs: Sequence[TensorSpec], role: Role, group: str) -> Future:
-        """Receive these tensors from rank 0 of `group`, one broadcast each, in order. Resolves when they are loaded."""
+        """Receive these tensors from rank 0 of `group`, one broadcast each, in order. Resolves once they are loaded."""
 
     @abstractmethod
     def receive_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], role: Role) -> Future:
-        """Load tensors of this process, from one flat bucket of memory that both processes see.
+        """Load tensors of this process, from one flat buffer in memory that both processes share.
 
-        Returns at once; the Future resolves when they are loaded. The memory must stay as it is until then.
+        Returns at once; the Future resolves when they are loaded. The memory must not change until then.
         """
 
     @abstractmethod
     def end_weight_update(self, role: Role, version: str) -> None:
-        """Close the update and stamp later samples with `version`. No KV made with the old weights is used after it.
+        """Close the update and mark later samples with `version`. KV cache entries of the old weights are dropped.
 
-        Raises EngineError where a tensor that the update was opened for never arrived.
+        Raises EngineError if a tensor that was named when the update was opened never arrived.
         """
 
     @abstractmethod
     def abort_weight_update(self) -> None:
-        """Close an update that will not be completed, if one is open. What the model holds is undefined: `distrust`."""
+        """Close an open update that will not be completed. Then the weights are undefined: call `distrust`."""
 
     @abstractmethod
     def distrust(self, reason: str) -> None:
-        """Refuse every request, for `reason`, until `trust`: the weights are not known to be whole."""
+        """Refuse every request until `trust`, with `reason` in the error: the weights may be incomplete."""
 
     @abstractmethod
     def trust(self) -> None:
-        """Take requests again: the weights of both models are known to be whole."""
+        """Accept requests again: the weights of both models are complete."""
 
     @abstractmethod
     def digests(self, role: Role) -> dict[str, str]:
-        """Digests of the weights that one model holds, by the name each is sent with; see `resync.proof`."""
+        """Return digests of one model's weights, by the name under which each is sent; see `resync.proof`."""
 
     @abstractmethod
     def sleep(self) -> None:
-        """Give back the memory of weights and KV cache, where there is a GPU. Nothing happens if it sleeps already."""
+        """Release the GPU memory of weights and KV cache. Do nothing on a CPU, or if it is released already."""
 
     @abstractmethod
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Take back that memory, in two stages; what it holds is undefined until the weights are pushed again.
+        """Allocate one part of that memory again; its content is undefined until the weights are pushed again.
 
-        Nothing happens to a part that is awake.
+        Do nothing for a part that has its memory.
         """
 
     @abstractmethod
     def take_decode_log(self) -> DecodeLog:
-        """What the engine's batches did since the last call; empty where the engine logs none. Ask when it is idle."""
+        """Return the log of the batches since the last call; empty if there is none. Call it on an idle engine."""
 
     @abstractmethod
     def restore_depth_chooser(self, state: str) -> None:
-        """Let the policy of draft steps go on from the state that a log was taken with, while no request runs.
+        """Restore the depth chooser from `DecodeLog.state`, while no request runs.
 
-        Nothing happens where the steps are fixed.
+        Do nothing if the draft steps never change.
         """
 
     @abstractmethod
     def shutdown(self) -> None:
         """End every process of the engine. Safe to call twice."""
 
-    def release(self) -> None:  # noqa: B027 - most engines leave nothing to release
-        """Let go, for good, of whatever holds the engine, after `shutdown`; an engine of this process has no such."""
+    def release(self) -> None:  # noqa: B027 - most engines have nothing to release
+        """Release the engine's host after `shutdown`, for good. An engine of this process has no host."""

@@ -1,7 +1,7 @@
-"""What both sides of an engine must agree on: the plugin's settings, and where a response says its tokens came from.
+"""Contract between the trainer and the engine's plugin: the plugin's settings, and the origins of response tokens.
 
-The plugin (`sglang/inside/plugin.py`) runs in sglang's scheduler. The process that starts the engine imports this
-module, and nothing of the plugin.
+The plugin (`sglang/inside/plugin.py`) runs in sglang's scheduler. The process that starts the engine imports only this
+module, not the plugin.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ ORIGINS = "respec_origins"  # of response tokens, in a request's meta_info; abse
 
 
 def plugin_settings(device: str, seeded: bool, steps: DepthSettings | None = None) -> str:
-    """The value of SETTINGS, JSON. `steps`: how draft steps are chosen, None where they never change."""
+    """Return the value of SETTINGS, as JSON. `steps`: how draft steps are chosen; None if they never change."""
     return json.dumps({"device": device, "seeded": seeded, "steps": steps and steps.to_json()})
 
 
 def read_origins(meta: dict[str, Any], tokens: int, key: str) -> list[int]:
-    """The origins of a response of `tokens` tokens, from its meta_info.
+    """Return the origins of a response of `tokens` tokens, from its meta_info.
 
-    Requests of one message fill up with None, which means UNDRAFTED. Raises EngineError for another number of origins
-    than of tokens, naming the request by `key`.
+    sglang pads the lists of one message with None, which means UNDRAFTED here. Raises EngineError, with the request's
+    `key`, if the number of origins is not the number of tokens.
     """
     origins = [origin or UNDRAFTED for origin in meta.get(ORIGINS, [UNDRAFTED] * tokens)]
     if len(origins) != tokens:

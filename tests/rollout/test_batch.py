@@ -42,7 +42,7 @@ def test_rows_that_train_nothing_have_no_response_tokens():
     part = batch.training_only(torch.tensor([True, False, True]))
     assert part.response_mask.tolist() == [[False, True, True], [False] * 3, [False, True, False]]
     assert torch.equal(part.tokens, batch.tokens) and torch.equal(part.lengths, batch.lengths)
-    assert batch.response_mask[1].any(), "the batch itself is as it was"
+    assert batch.response_mask[1].any(), "the batch itself is unchanged"
 
 
 def test_logprobs_and_origins_must_match_the_response():

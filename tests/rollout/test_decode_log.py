@@ -1,4 +1,4 @@
-"""rollout/decode_log.py, step_recorder.py, step_control.py, step_acceptance.py: choosing and logging draft steps."""
+"""decode_log.py, and inside/: decode_recorder.py, depth_choice.py, simulated_acceptance.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.decode_log import DecodeLog, DepthSettings
-from respec_trainer.rollout.sglang.inside.decode_recorder import StepRecorder, survivors_of
+from respec_trainer.rollout.sglang.inside.decode_recorder import DecodeRecorder, survivors_of
 from respec_trainer.rollout.sglang.inside.depth_choice import DepthChooser
 from respec_trainer.rollout.sglang.inside.simulated_acceptance import SimulatedAcceptance, kept_rate
 from tests.support.depth_choosers import chosen_by
@@ -27,7 +27,7 @@ SCRIPTED = replace(FIXED, **chosen_by("Scripted", [3, 0, 1]))
         ({"candidates": ()}, "must rise"),
         ({"candidates": (-1, 3)}, "must rise"),
         ({"candidates": (0,)}, "without speculation instead"),
-        ({"fixed": 2}, "none of the candidate steps"),
+        ({"fixed": 2}, "not one of the candidate steps"),
         ({"mode": "adaptive"}, "chosen by costs"),
         ({"catch_up_tokens": 0}, "never catch up"),
         ({"simulated_accept_length": 4.5}, "not between 1 and 4"),
@@ -38,7 +38,7 @@ def test_settings_that_cannot_work_are_refused(changes, words):
         replace(FIXED, **changes)
 
 
-def test_settings_survive_their_way_into_the_engine():
+def test_settings_are_the_same_after_json():
     settings = replace(SCRIPTED, costs={"plain": (1.0, 0.0, 2.0)}, backlog_mb=3, timed=True, off="warm")
     assert settings.policy_options == {"script": [3, 0, 1]}
     assert DepthSettings.of_json(settings.to_json()) == settings
@@ -50,14 +50,14 @@ def test_survivors_count_sequences_by_depth():
     assert survivors_of([0, 0], 0) == []
 
 
-def test_results_go_to_the_batches_they_came_from():
-    """With overlapped scheduling the second batch starts before the first one's results arrive."""
-    recorder = StepRecorder()
+def test_results_go_to_their_batches():
+    """The second batch starts before the first one's results arrive, as with overlapped scheduling."""
+    recorder = DecodeRecorder()
     first = recorder.begin(False, 2, 10.0)
     first.steps = 3
     recorder.begin(True, 1, 5.0, tokens=5)
     second = recorder.begin(False, 3, 11.0)
-    assert len(recorder.take()) == 0, "nothing before the first batch is finished"
+    assert len(recorder.take()) == 0, "no row while the first batch is unfinished"
     assert recorder.settle([2, 0]) is first
     log = recorder.take(failures=1)
     assert log.steps.tolist() == [3, 0] and log.prefill.tolist() == [False, True] and log.failures == 1
@@ -70,7 +70,7 @@ def test_results_go_to_the_batches_they_came_from():
 
 
 def test_nested_parts_count_once():
-    recorder = StepRecorder()
+    recorder = DecodeRecorder()
     row = recorder.begin(False, 1, 1.0)
     with recorder.timing("catch_up"):
         with recorder.timing("extend"):
@@ -84,15 +84,15 @@ def test_nested_parts_count_once():
 
 def test_the_clock_waits_for_the_device_at_both_ends():
     waits = []
-    recorder = StepRecorder(wait=lambda: waits.append(1))
+    recorder = DecodeRecorder(wait=lambda: waits.append(1))
     recorder.begin(False, 1, 1.0)
     with recorder.timing("verify"):
         assert len(waits) == 1
     assert len(waits) == 2
 
 
-def test_rows_that_nobody_takes_are_dropped_and_counted():
-    recorder = StepRecorder(most_rows=10)
+def test_rows_that_are_not_taken_are_dropped_and_counted():
+    recorder = DecodeRecorder(most_rows=10)
     for i in range(26):
         recorder.begin(False, 1, float(i))
         recorder.settle([0])
@@ -101,8 +101,8 @@ def test_rows_that_nobody_takes_are_dropped_and_counted():
     assert recorder.take().dropped == 0
 
 
-def test_a_log_survives_its_way_out_of_the_engine():
-    recorder = StepRecorder()
+def test_a_log_is_the_same_after_bytes():
+    recorder = DecodeRecorder()
     for steps in (0, 3):
         recorder.begin(False, 2, 7.5).steps = steps
         recorder.settle([min(steps, 2), 0])
@@ -125,43 +125,43 @@ def test_fixed_and_random_choices():
     assert {steps for steps, _ in drawn} == {0, 1, 3} and {warm for steps, warm in drawn if not steps} == {True, False}
 
 
-def test_an_adaptive_policy_is_asked():
-    control = DepthChooser(SCRIPTED)
-    assert [control.choose(4, 10.0, 0.0).steps for _ in range(4)] == [3, 0, 1, 3]
-    assert control.predicted() == 1.5 and not control.failed
-    assert DepthChooser(FIXED).predicted() == 0.0, "not known"
+def test_an_adaptive_chooser_asks_its_policy():
+    chooser = DepthChooser(SCRIPTED)
+    assert [chooser.choose(4, 10.0, 0.0).steps for _ in range(4)] == [3, 0, 1, 3]
+    assert chooser.predicted() == 1.5 and not chooser.failed
+    assert DepthChooser(FIXED).predicted() == 0.0, "unknown"
 
 
 @pytest.mark.parametrize("broken", ["raises", "is no candidate", "observes", "predicts"])
 def test_a_policy_that_fails_turns_speculation_off(broken, capsys):
     policy = {"raises": "Broken", "predicts": "Unpredictable"}.get(broken, "Scripted")
     script = (1, 1, 1, 1, 2) if broken == "is no candidate" else (1,)
-    control = DepthChooser(replace(FIXED, **chosen_by(policy, script)))
-    assert [control.choose(4, 10.0, 0.0).steps for _ in range(4)] == [1] * 4
+    chooser = DepthChooser(replace(FIXED, **chosen_by(policy, script)))
+    assert [chooser.choose(4, 10.0, 0.0).steps for _ in range(4)] == [1] * 4
     if broken == "observes":
-        control.observe(1, 4, [])
+        chooser.observe(1, 4, [])
     elif broken == "predicts":
-        assert control.predicted() == 0.0
-    assert [control.choose(4, 10.0, 0.0) for _ in range(3)] == [(0, False)] * 3
-    control.observe(0, 4, [])
-    assert control.failures == 1 and control.predicted() == 0.0
+        assert chooser.predicted() == 0.0
+    assert [chooser.choose(4, 10.0, 0.0) for _ in range(3)] == [(0, False)] * 3
+    chooser.observe(0, 4, [])
+    assert chooser.failures == 1 and chooser.predicted() == 0.0
     assert capsys.readouterr().err.count("Traceback") == 1
 
 
-def test_a_policy_s_state_is_handed_on():
+def test_a_policy_s_state_is_restored():
     settings = replace(FIXED, **chosen_by("Remembering", [3, 0, 1]))
     first, second = DepthChooser(settings), DepthChooser(settings)
     assert first.choose(4, 10.0, 0.0).steps == 3
     second.load_state(first.state())
-    assert [control.choose(4, 10.0, 0.0).steps for control in (first, second)] == [0, 0]
-    assert DepthChooser(SCRIPTED).state() == DepthChooser(FIXED).state() == "", "those learn nothing"
-    with pytest.raises(ValueError, match="no policy that could go on"):
+    assert [chooser.choose(4, 10.0, 0.0).steps for chooser in (first, second)] == [0, 0]
+    assert DepthChooser(SCRIPTED).state() == DepthChooser(FIXED).state() == "", "these have no state"
+    with pytest.raises(ValueError, match="no depth policy with a state to restore"):
         DepthChooser(FIXED).load_state("{}")
 
 
-def test_a_policy_whose_state_cannot_be_told_turns_speculation_off(capsys):
-    control = DepthChooser(replace(FIXED, **chosen_by("Untellable", [3, 0, 1])))
-    assert control.state() == "" and control.failed
+def test_a_policy_whose_state_is_not_json_turns_speculation_off(capsys):
+    chooser = DepthChooser(replace(FIXED, **chosen_by("Untellable", [3, 0, 1])))
+    assert chooser.state() == "" and chooser.failed
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -172,7 +172,7 @@ def test_a_policy_that_cannot_be_made_is_an_error_at_the_start():
 
 
 @pytest.mark.parametrize(("length", "steps"), [(1.0, 3), (1.5, 3), (3.0, 5), (4.0, 3)])
-def test_simulated_drafts_are_kept_to_the_length_asked_for(length, steps):
+def test_simulated_drafts_are_kept_to_the_requested_length(length, steps):
     rate = kept_rate(length, steps)
     assert sum(rate**depth for depth in range(steps + 1)) == pytest.approx(length)
     settings = replace(FIXED, candidates=(0, 1, steps), fixed=0, simulated_accept_length=length)
@@ -190,7 +190,7 @@ def test_simulated_drafts_are_kept_to_the_length_asked_for(length, steps):
     assert predict[row * width : row * width + count].tolist() == drafts[row, 1 : count + 1].tolist()
 
 
-def test_without_drafts_or_a_length_verification_stands():
+def test_without_drafts_or_a_length_verification_is_unchanged():
     real = torch.tensor([[0, -1], [2, 3]])
     nothing = torch.zeros(2)
     assert SimulatedAcceptance(FIXED).draw(real, nothing, nothing, torch.zeros(2, 2)) is real

@@ -1,4 +1,4 @@
-"""rollout/digest.py: every bit, the shape, the dtype and the place of an element show."""
+"""rollout/digest.py: every bit, the shape, the dtype and the order of elements change the digest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 
 
 def reference(words: np.ndarray) -> str:
-    """mixed_sum in Python's integers."""
+    """Compute mixed_sum with Python's integers."""
     mask, total = (1 << 64) - 1, 0
     for i, word in enumerate(words.tolist(), 1):
         x = (word + i * 0x9E3779B97F4A7C15) & mask
@@ -32,13 +32,13 @@ def test_the_gpus_sum_is_the_formula(monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("function", [digest, lambda t: mixed_sum(t.contiguous().view(-1))])
-def test_one_bit_and_two_places_show(function):
+def test_one_bit_and_the_order_change_the_digest(function):
     values = torch.randn(64, 33).bfloat16()
     seen = {function(values)}
-    for place in range(0, values.numel(), 97):
+    for index in range(0, values.numel(), 97):
         for bit in (0, 7, 14):
             changed = values.clone().view(torch.int16).view(-1)
-            changed[place] ^= 1 << bit
+            changed[index] ^= 1 << bit
             seen.add(function(changed.view(torch.bfloat16).view(values.shape)))
     swapped = values.clone()
     swapped[[3, 40]] = swapped[[40, 3]]

@@ -1,8 +1,8 @@
-"""Deal: which engine draws which responses, so that all have as much to do.
+"""Distribution of requests over the engines, so that all have about equally many tokens to process.
 
-A response is expected to take its prompt's tokens and as many more as responses to that prompt had on average; of a
-prompt not seen yet, as those to all prompts of the last phase. Which engine draws it, and when, changes no law: its
-draws hang on its own prompt alone.
+The expected cost of a response is its prompt's length plus the mean length of earlier responses to that prompt. For a
+new prompt it is the mean over all prompts of the last phase. Which engine draws a response, and when, does not change
+its distribution, which depends on its own prompt only.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ import numpy as np
 
 from respec_trainer.rollout.sample import Request, Sample
 
-MOST = 100_000  # prompts remembered, some 10 MB
-NEWEST = 0.5  # share of the newest phase in a prompt's mean: the policy moves
+MOST = 100_000  # prompts whose mean lengths are kept, about 10 MB
+NEWEST = 0.5  # weight of the newest phase in a prompt's mean, because the actor changes
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Responses that one engine draws. `positions`: of their requests in the phase; `tokens`: expected, of all."""
+    """Responses that stay on one engine: `positions` of their requests in the phase, and their expected `tokens`."""
 
     positions: tuple[int, ...]
     tokens: float
 
 
 class Dealer:
-    """Remembers lengths; every rank's is told the same samples, and so deals alike."""
+    """Keeps mean response lengths by prompt. All ranks observe the same samples, so all deal alike."""
 
     def __init__(self, kind: Literal["group", "spread"]):
-        """`group`: responses to one prompt stay together: an engine reads it once. `spread`: each goes for itself."""
+        """`group`: responses to one prompt stay together, so an engine reads it once. `spread`: each is dealt alone."""
         self.kind = kind
         self.means: dict[str, float] = {}  # prompt -> response tokens
         self.overall = 0.0
 
     def observe(self, samples: Sequence[Sample]) -> None:
-        """Learn from a phase's samples."""
+        """Update the mean lengths with a phase's samples."""
         lengths: dict[str, list[int]] = defaultdict(list)
         for sample in samples:
             lengths[_digest(sample.prompt_ids)].append(len(sample.response_ids))
         for prompt, found in lengths.items():
             mean = sum(found) / len(found)
             self.means[prompt] = NEWEST * mean + (1 - NEWEST) * self.means.pop(prompt, mean)
-        for prompt in list(self.means)[:-MOST]:  # those not seen for longest
+        for prompt in list(self.means)[:-MOST]:  # the prompts that were seen longest ago
             del self.means[prompt]
         self.overall = sum(map(sum, lengths.values())) / max(1, len(samples))
 
     def units(self, requests: Sequence[Request], engines: int) -> list[Unit]:
-        """What is dealt as one, in the order of the requests. A group is cut where it is more than an engine's part."""
+        """Return the units to deal, in the order of the requests. A group larger than an engine's part is split."""
         most = 1 if self.kind == "spread" else -(-len(requests) // engines)
         groups = [list(group) for _, group in groupby(range(len(requests)), lambda i: requests[i].prompt_ids)]
         parts = [tuple(group[i : i + most]) for group in groups for i in range(0, len(group), most)]
@@ -70,10 +70,11 @@ class Dealer:
 
 
 def deal(units: Sequence[Unit], engines: int) -> list[list[Unit]]:
-    """Shares of about equal tokens, each in the order given: the largest unit first, to whoever has least.
+    """Return one share of units for each engine, in the order given, with about equal tokens.
 
-    The fullest share is at most 4/3 as full as in the best deal (Graham 1969). Units that are alike are
-    interchangeable: of those, neighbors stay together.
+    The largest unit is dealt first, always to the engine that has the fewest tokens. The largest share then has at most
+    4/3 of the tokens that it has in the best deal (Graham 1969). Units of equal size are interchangeable: of those,
+    neighbors stay together.
     """
     loads, takers = [0.0] * engines, defaultdict(list)
     for unit in sorted(units, key=lambda unit: -unit.tokens):
@@ -88,7 +89,7 @@ def deal(units: Sequence[Unit], engines: int) -> list[list[Unit]]:
 
 
 def begin(share: Sequence[Unit], room: int) -> tuple[list[Unit], list[Unit]]:
-    """What of a share to begin with, in its order, and the rest: the largest units begin, until they fill `room`."""
+    """Split a share, in its order: the units to begin with and the rest. The largest begin, until they fill `room`."""
     chosen: set[Unit] = set()
     for unit in sorted(share, key=lambda unit: -unit.tokens):
         if sum(len(other.positions) for other in chosen) >= room:

@@ -1,7 +1,7 @@
-"""Feeder: responses that no engine has begun go to whichever engine has room for them first.
+"""Feeder: gives the waiting units of a phase to the engines that have room first.
 
-An engine that was dealt short responses takes over what others have not come to. Only what has not begun moves: nothing
-drawn is lost, and nothing that was drawn decides what is kept.
+An engine that was dealt short responses takes over units that no engine has begun. Only such units move, so no drawn
+token is lost, and no drawn token affects what is kept.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ POLL_SECONDS = 0.05
 
 
 class Queue:
-    """The phase's units that wait. All ranks have the same; a counter in a store says how many have been taken."""
+    """The waiting units of a phase, the same list on all ranks. A counter in a store holds how many were taken."""
 
     def __init__(self, units: Sequence[Unit], store: dist.Store, name: str):
-        """`name`: of the counter, another one for every phase."""
+        """`name`: of the counter; every phase has another."""
         self.units, self.store, self.name = list(units), store, name
 
     def take(self) -> Unit | None:
-        """The next unit, which nobody else will get; None when there is none."""
-        place = self._count(1) - 1
-        return self.units[place] if place < len(self.units) else None
+        """Return the next unit, which no other rank will get; None if there is none."""
+        index = self._count(1) - 1
+        return self.units[index] if index < len(self.units) else None
 
     def empty(self) -> bool:
         return self._count(0) >= len(self.units)
@@ -36,21 +36,23 @@ class Queue:
         try:
             return self.store.add(self.name, more)
         except RuntimeError as error:
-            raise EngineError(f"the store that says which responses have begun does not answer: {error}") from error
+            raise EngineError(
+                f"the store that counts the responses that have begun does not answer: {error}"
+            ) from error
 
 
 class Feeder:
-    """A thread that takes units of the queue for one engine while it has `room()`, and hands them over."""
+    """A thread that takes units from the queue for one engine while `room()` is true, and passes them to `hand`."""
 
     def __init__(self, queue: Queue, room: Callable[[], bool], hand: Callable[[Unit], None]):
         self.queue, self.room, self.hand = queue, room, hand
-        self.error: EngineError | None = None  # why it ended before the queue was empty
+        self.error: EngineError | None = None  # the error that ended the thread before the queue was empty
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="feeder")
         self._thread.start()
 
     def feeding(self, seconds: float = 0.0) -> bool:
-        """Whether it still may hand over something; asked after `seconds`, or earlier if it ends."""
+        """Wait `seconds`, less if the thread ends; return whether it may still pass units on."""
         self._thread.join(seconds)
         return self._thread.is_alive()
 

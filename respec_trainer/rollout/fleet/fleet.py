@@ -1,11 +1,11 @@
 """RolloutFleet: all engines of the run, as one trainer rank sees them.
 
-Some ranks own an engine (`placement.py` says which): they start it, feed it and end it, whether it is their child or
-lives on a rank of its own. Requests are dealt to the engines by the tokens that they are expected to take
-(`deal.py`), and every rank gets every sample back.
+Some ranks own an engine (`placement.py` decides which): they start it, submit its requests and end it, whether it is
+their child or runs on a rank of its own. Requests are dealt to the engines by their expected tokens (`deal.py`), and
+every rank receives every sample.
 
-An engine that dies is ended, and every rank hears of it by an EngineLostError; `restart` brings it back, with the
-weights of its folders. `generation.py` does that, and pushes the current ones.
+If an engine dies, every rank raises EngineLostError. `restart` starts the engine again with the weights of its folders;
+`generation.py` calls it, and then pushes the current weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from respec_trainer.rollout.sample import Request, Sample
 
 
 class RolloutFleet:
-    """Starts with the engines up. `engine` is this rank's own, None on ranks that own none."""
+    """All engines of the run, running once this is made. `engine` is this rank's own; None on ranks that own none."""
 
     def __init__(
         self,
@@ -41,37 +41,38 @@ class RolloutFleet:
         """Start this rank's engine, if it owns one.
 
         Args:
-            make_engine: number of an engine -> the engine, not yet started.
+            make_engine: makes the engine of a given number, not yet started.
             control: a gloo group of the ranks that train, for small messages.
-            device: "cuda", where colocated engines take turns with the trainer on the GPUs' memory, or "cpu".
+            device: "cuda", where colocated engines and the trainer use the GPUs' memory in turn, or "cpu".
 
         Raises EngineError on every rank if any engine did not start.
         """
         rank, placement = dist.get_rank(), Placement.of(config, dist.get_world_size() + config.rollout.engine_ranks)
         self.control = control
         self.shares_devices = config.rollout.placement == "colocated"
-        # Engines give their memory back while the actor trains, and forget weights.
+        # Engines release their memory while the actor trains, and lose their weights.
         self.sleeps = self.shares_devices and device == "cuda"
         self.resume = config.rollout.engine.resume == "tokens"
         self.dealer = Dealer(config.rollout.deal)
         self.room = config.rollout.engine.max_running_requests + config.rollout.engine.min_free_slots
-        self.patience = config.rollout.engine.timeout
+        self.timeout = config.rollout.engine.timeout
         self.owners = placement.owners
         self.hands_over = config.rollout.hand_over and len(self.owners) > 1
-        self.store: dist.Store | None = None  # where engines' ranks count what they have taken of a common queue
+        self.store: dist.Store | None = None  # counts the units that the ranks have taken from a common queue
         self.phases = 0
         self.index = self.owners.index(rank) if rank in self.owners else None
         self.engine = None if self.index is None else make_engine(self.index)
-        self.counts: Counter[str] = Counter()  # of this rank's engine, since they were last taken
-        self.logs: list[DecodeLog] = []  # of this rank's engine, from before it was last asked aside
-        self.depth_state = ""  # state of its policy of draft steps, as it was last heard
-        self.forgot = False  # whether the engine began anew since
+        self.counts: Counter[str] = Counter()  # of this rank's engine, since the last `take_counts`
+        self.logs: list[DecodeLog] = []  # of this rank's engine, taken before its last `ask_each`
+        self.depth_state = ""  # latest state of its depth chooser
+        self.must_restore = False  # the engine started again and has not received `depth_state` yet
         self.agree(self._start if self.engine else None)
 
     def start(self, requests: Sequence[Request]) -> FleetPending:
-        """Hand each engine its share of the requests and return at once.
+        """Submit its share of the requests to each engine and return at once.
 
-        With `rollout.hand_over` it is only what the engine has room for: the rest goes to whoever has room first.
+        With `rollout.hand_over` an engine gets only what it has room for; the rest goes to the engines that have room
+        first.
         """
         shares = deal(self.dealer.units(requests, len(self.owners)), len(self.owners))
         waiting = []
@@ -84,61 +85,61 @@ class RolloutFleet:
         return FleetPending(self, requests, [] if self.index is None else shares[self.index], queue)
 
     def ask_each(self, request: Request) -> list[Sample]:
-        """Every engine's answer to the same request, on every rank. Rollouts' step logs do not hold it."""
+        """Return every engine's answer to the same request, on every rank. The decode logs leave it out."""
         return self.agree((lambda: self._ask(request)) if self.engine else None)
 
     def check(self) -> None:
-        """Raise EngineLostError on every rank if an engine died since it was last heard of."""
+        """Raise EngineLostError on every rank if an engine has died."""
         self.agree(self._check if self.engine else None)
 
     def restart(self) -> None:
-        """Start every dead engine anew, on another host where its own is gone.
+        """Start every dead engine again, on another host if its own is gone.
 
-        Raises EngineLostError on every rank if one does not start, HostAbsentError if no host comes for it in time.
+        Raises EngineLostError on every rank if one does not start, HostAbsentError if no host offers itself in time.
         """
         absent = [text for text in self.agree(self._restart if self.engine else None) if text]
         if absent:
             raise HostAbsentError("; ".join(absent))
 
     def sleep(self) -> None:
-        """Make room for the actor, where engines and actor share a GPU."""
+        """Release the engines' GPU memory for the actor, if engines and actor share a GPU."""
         if self.sleeps:
             self.agree(self.engine.sleep if self.engine else None)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Take that room back, in two stages; the weights must be pushed between them."""
+        """Allocate that memory again, in two stages; push the weights between them."""
         if self.sleeps:
             self.agree((lambda: self.engine.wake(part)) if self.engine else None)
 
     def take_counts(self) -> Counter[str]:
-        """Sums over all engines since the last call: restarts, lost_tokens, resumed_tokens."""
+        """Return sums over all engines since the last call: restarts, lost_tokens, resumed_tokens."""
         counts, self.counts = self.counts, Counter()
         return sum(self.agree(lambda: counts), Counter())
 
     def take_decode_log(self) -> list[DecodeLog]:
-        """What the engines' batches did since the last call, on every rank; engines that log none add nothing.
+        """Return the engines' logs since the last call, on every rank; engines that keep none add nothing.
 
-        One log an engine, and one more for each time that a rollout of its was interrupted.
+        There is one log for each engine, and one more for each `ask_each` during its rollout.
         """
         return [log for logs in self.agree(self._take_decode_log if self.engine else None) for log in logs]
 
     def restore_chooser(self) -> None:
-        """Before requests: let an engine that began anew choose its draft steps by what was learnt before."""
-        if self.forgot and self.depth_state:
+        """Send a restarted engine the latest state of its depth chooser; call it before submitting requests."""
+        if self.must_restore and self.depth_state:
             self.engine.restore_depth_chooser(self.depth_state)
-        self.forgot = False
+        self.must_restore = False
 
     def agree(self, action: Callable[[], Any] | None) -> list[Any]:
-        """Run `action`, None on ranks that own no engine; every rank gets every owner's result, or all raise."""
+        """Run `action`, which is None on ranks without an engine; all ranks get all owners' results, or all raise."""
         results = agree(action, self.engine, self.control)
         return [results[owner] for owner in self.owners]
 
     def state_dict(self) -> dict[str, str]:
-        """What the policy of draft steps has learnt, in this rank's engine."""
+        """Return the state of the depth chooser of this rank's engine."""
         return {"depth": self.depth_state}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
-        self.depth_state, self.forgot = state["depth"], True
+        self.depth_state, self.must_restore = state["depth"], True
 
     def shutdown(self) -> None:
         """End this rank's engine, for good."""
@@ -149,7 +150,7 @@ class RolloutFleet:
     def _start(self) -> None:
         self.engine.start()
         if self.hands_over:
-            self.store = job_store(self.patience)
+            self.store = job_store(self.timeout)
 
     def _ask(self, request: Request) -> Sample:
         self.logs = self._take_decode_log()
@@ -163,7 +164,7 @@ class RolloutFleet:
 
     def take_log(self) -> DecodeLog:
         log = self.engine.take_decode_log()
-        if not self.forgot:
+        if not self.must_restore:
             self.depth_state = log.state
         return log
 
@@ -172,7 +173,7 @@ class RolloutFleet:
             raise self.engine.failure
 
     def _restart(self) -> str | None:
-        """Why the engine has no host, if it has none."""
+        """Restart this rank's engine if it is dead; return an error text if it has no host."""
         if self.engine.failure is not None:
             self.counts["restarts"] += 1
             self.engine.shutdown()
@@ -180,5 +181,5 @@ class RolloutFleet:
                 self.engine.start()
             except HostAbsentError as error:
                 return str(error)
-            self.forgot = True
+            self.must_restore = True
         return None

@@ -1,4 +1,4 @@
-"""Ledger: what one engine was asked in one generation phase, and what its lives have drawn of it."""
+"""Ledger: the requests of one engine in one generation phase, and the tokens that it has drawn for them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from respec_trainer.rollout.sample import Request, Sample
 
 
 class Ledger:
-    """Every request is answered once, in order, by as many lives of the engine as it takes.
+    """Requests and their samples in order, over as many restarts of the engine as it takes.
+
+    A life of an engine is the time from one start to the next.
 
     Args:
         resume: whether the tokens that a dead engine delivered are kept. That is exact only if it delivered every
-            pass (see `sglang_delivery`), and if no stop string can begin in one life and end in the next; otherwise
+            pass (see `sglang/delivery.py`), and if no stop string can begin in one life and end in the next. Otherwise
             everything is drawn again, finished responses too, because keeping those favors short ones.
     """
 
@@ -24,25 +26,25 @@ class Ledger:
         self.resume = resume
         self.kept: list[Sample | None] = []
         self.extend(requests)
-        self.lost_tokens = 0  # delivered, and drawn again
-        self.resumed_tokens = 0  # delivered, and gone on from
+        self.lost_tokens = 0  # delivered, discarded and drawn again
+        self.resumed_tokens = 0  # delivered and kept, of responses that were then continued
 
     def extend(self, requests: Sequence[Request]) -> None:
-        """Owe these too."""
+        """Add requests."""
         self.requests += requests
         self.kept += [None] * len(requests)
         self.resume &= not any(request.sampling.stop for request in requests)
 
     def open(self) -> list[int]:
-        """Positions of the requests that have no finished response."""
+        """Return the positions of the requests that have no finished response."""
         return [i for i, kept in enumerate(self.kept) if kept is None or kept.finish_reason == "lost"]
 
     def remaining(self) -> list[Request]:
-        """What to ask of the engine now: unfinished responses count as part of their prompts."""
+        """Return the requests to submit now, with unfinished responses as part of their prompts."""
         return [self._rest(self.requests[i], self.kept[i]) for i in self.open()]
 
     def add(self, drawn: Sequence[Sample]) -> None:
-        """Take what a life drew of `remaining()`; after its death some of it is "lost"."""
+        """Add the samples that one life drew for `remaining()`; after its death some are "lost"."""
         if self.resume or all(sample.finish_reason != "lost" for sample in drawn):
             for i, sample in zip(self.open(), drawn, strict=True):
                 self.kept[i] = join(self.requests[i], self.kept[i], sample)
@@ -51,7 +53,7 @@ class Ledger:
         self.lost_tokens += sum(len(sample.response_ids) for sample in drawn)
 
     def samples(self) -> list[Sample]:
-        """All of them, once none is open."""
+        """Return all samples. Raises EngineError if a request has no finished response."""
         if self.open():
             raise EngineError(f"{len(self.open())} of {len(self.requests)} requests have no response yet")
         return list(self.kept)
@@ -65,9 +67,9 @@ class Ledger:
 
 
 def join(request: Request, first: Sample | None, then: Sample) -> Sample | None:
-    """One response to `request` out of what an earlier life drew and what the next drew after it; None for no token.
+    """Join the two parts of a response to `request`, from one life and the next; return None if no token was drawn.
 
-    Raises EngineError if they come from different actors: a response follows one policy.
+    Raises EngineError if the parts come from different actors: one response must follow one policy.
     """
     if not then.response_ids and then.finish_reason == "lost":
         return first
@@ -76,7 +78,7 @@ def join(request: Request, first: Sample | None, then: Sample) -> Sample | None:
     if first.actor_version != then.actor_version:
         raise EngineError(
             f"request {request.key} was begun by {first.actor_version} and continued by {then.actor_version}: push the "
-            "weights that began it before asking again"
+            f"weights of {first.actor_version} before submitting it again"
         )
     versions = first.drafter_version.split("+")
     histogram = zip_longest(first.accept_histogram, then.accept_histogram, fillvalue=0)

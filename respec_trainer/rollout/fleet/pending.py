@@ -1,4 +1,4 @@
-"""FleetPending: the requests of one generation phase, as the rank of one engine, or of none, sees them."""
+"""FleetPending: the requests of one generation phase, as one rank sees them, with or without an engine of its own."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 
 class FleetPending:
-    """Requests the engines are working on. They run from the moment this is made."""
+    """Requests that the engines are working on. They start when this is made."""
 
     def __init__(
         self, fleet: RolloutFleet, requests: Sequence[Request], mine: Sequence[Unit], queue: Queue | None = None
     ):
-        """`requests`: all of the phase. `mine`: what this rank's engine begins with. `queue`: what waits for any."""
+        """`requests`: all of the phase. `mine`: units that this rank's engine begins with. `queue`: waiting units."""
         self.fleet, self.requests, self.queue = fleet, list(requests), queue
-        self.positions: list[int] = []  # of what the ledger holds
+        self.positions: list[int] = []  # of the ledger's requests in the phase
         self.ledger = Ledger([], fleet.resume)
-        self.parts: list[Pending] = []  # what was submitted and not yet taken in, in the order of the ledger
-        self.asked = 0  # requests of them
+        self.parts: list[Pending] = []  # submitted and not yet collected, in the order of the ledger
+        self.submitted = 0  # requests in `parts`
         self.feeder: Feeder | None = None
         for unit in mine:
             self._own(unit)
-        with contextlib.suppress(EngineError):  # only this rank knows of it: `collect` tries again, and all hear of it
+        with contextlib.suppress(EngineError):  # `collect` tries again, and then all ranks raise
             self._submit()
 
     def collect(self) -> list[Sample]:
-        """Every sample of every engine, in the order the requests were given, on every rank.
+        """Return every sample of every engine, in the order of the requests, on every rank.
 
-        Raises EngineLostError on every rank if an engine died, once the others have finished. What they drew is kept:
-        after `RolloutFleet.restart` and a push of the same weights, collect again.
+        If an engine died, raises EngineLostError on every rank once the others have finished. Their samples are kept:
+        after `RolloutFleet.restart` and a push of the same weights, call `collect` again.
         """
         shares = self.fleet.agree(self.collect_own if self.fleet.engine else None)
         drawn = dict(pair for share in shares for pair in share)
@@ -48,11 +48,11 @@ class FleetPending:
         return samples
 
     def collect_own(self) -> list[tuple[int, Sample]]:
-        """What this rank's own engine drew, with the position of each request. Raises EngineError if it died."""
+        """Return the samples of this rank's engine with their requests' positions. Raises EngineError if it died."""
         self._submit()
         drawn: list[list[Sample]] = []
         try:
-            # Whoever waits for an engine's responses notices if it hangs, so waiting for the feeder comes second.
+            # Collecting detects an engine that hangs; waiting for the feeder does not, so it comes second.
             while len(drawn) < len(self.parts) or self._fed(len(drawn)):
                 if len(drawn) < len(self.parts):
                     drawn.append(self.parts[len(drawn)].collect())
@@ -66,21 +66,21 @@ class FleetPending:
                 self._salvage(drawn)
             raise
         finally:
-            self.parts, self.feeder, self.asked = [], None, 0
+            self.parts, self.feeder, self.submitted = [], None, 0
         return list(zip(self.positions, self.ledger.samples(), strict=True))
 
     def done(self) -> int:
-        """How many of this rank's own engine's requests have finished, of those it has been given."""
+        """Return how many of the requests submitted to this rank's engine have finished."""
         return sum(part.done() for part in list(self.parts))
 
     def generating(self) -> bool:
-        """Whether this rank's own engine has requests that have not finished, or may get more.
+        """Return whether this rank's engine has unfinished requests or may get more.
 
-        False if the engine is gone with its host: `collect` says so.
+        False if the engine's host is gone; `collect` then raises the error.
         """
         feeding = self.feeder is not None and self.feeder.feeding()
         try:
-            return feeding or (bool(self.parts) and self.done() < self.asked)
+            return feeding or (bool(self.parts) and self.done() < self.submitted)
         except EngineError:
             return False
 
@@ -91,33 +91,33 @@ class FleetPending:
         return requests
 
     def _submit(self) -> None:
-        """Hand the engine all that it owes, and whoever feeds it."""
+        """Submit the ledger's open requests, and start the feeder if there is a queue."""
         if self.fleet.engine is None or self.parts or self.feeder is not None:
             return
         requests = self.ledger.remaining()
         if requests or self.queue is not None:
             self.fleet.restore_chooser()
         if requests:
-            self.parts, self.asked = [self.fleet.engine.submit(requests)], len(requests)
+            self.parts, self.submitted = [self.fleet.engine.submit(requests)], len(requests)
         if self.queue is not None:
             self.feeder = Feeder(self.queue, self._room, self._hand)
 
     def _room(self) -> bool:
-        return self.asked - self.done() < self.fleet.room
+        return self.submitted - self.done() < self.fleet.room
 
     def _hand(self, unit: Unit) -> None:
-        requests = self._own(unit)  # first: what was taken and could not be submitted is owed
+        requests = self._own(unit)  # before `submit`, so that the ledger keeps the requests if it fails
         self.parts.append(self.fleet.engine.submit(requests))
-        self.asked += len(requests)
+        self.submitted += len(requests)
 
     def _fed(self, taken: int) -> bool:
-        """Whether more than `taken` parts are there, or may come."""
+        """Return whether there are more than `taken` parts, or may be."""
         return self.feeder is not None and (self.feeder.feeding(POLL_SECONDS) or taken < len(self.parts))
 
     def _salvage(self, drawn: Sequence[Sequence[Sample]]) -> None:
         found = [sample for part in drawn for sample in part]
         found += [sample for part in self.parts[len(drawn) :] for sample in part.delivered()]
-        owed = self.ledger.remaining()[len(found) :]  # taken from the queue when there was no engine any more
+        owed = self.ledger.remaining()[len(found) :]  # taken from the queue after the engine died
         found += [Sample(request.key, list(request.prompt_ids), [], [], "lost", "", "") for request in owed]
         before = self.ledger.lost_tokens, self.ledger.resumed_tokens
         self.ledger.add(found)

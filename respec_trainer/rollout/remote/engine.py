@@ -1,8 +1,8 @@
-"""RemoteEngine: an engine that lives on a rank of its own, as the training rank that speaks for it sees it.
+"""RemoteEngine: the interface of an engine that runs on a rank of its own, for the training rank that owns it.
 
-Every call travels to `engine_host.py`, which makes it on the engine there, and its result or its error travels back.
-So the trainer's side of rollouts, resync and restarts is the same wherever an engine lives. A host that is gone is a
-dead engine: to start it again is to wait for the next host.
+Every call is sent to `host.py`, which makes it on the engine there and returns its result or its error. So the
+trainer's side of rollouts, resync and restarts is the same wherever an engine runs. If the host is lost, the engine
+counts as dead; starting it again waits for the next host.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from respec_trainer.errors import EngineError
 from respec_trainer.hosts import HostFacts, engine_host_differences
 from respec_trainer.rollout.decode_log import DecodeLog
 from respec_trainer.rollout.engine import Pending, Role, RolloutEngine, TensorSpec
-from respec_trainer.rollout.remote.link import Connection, HostAbsentError, cut, hang_up, job_store, reach
+from respec_trainer.rollout.remote.link import Connection, HostAbsentError, close, cut, job_store, reach
 from respec_trainer.rollout.sample import Request, Sample
 from respec_trainer.rollout.sglang.engine import SEEDS_BETWEEN_LIVES
 from respec_trainer.rollout.sglang.settings import EngineSettings
 
-BEATS = 20  # signs of life that a host gives within rollout.engine.timeout
+BEATS = 20  # heartbeats that a host sends within rollout.engine.timeout
 
 
 class Caller:
-    """Calls to the other side, several at a time. A thread takes the answers, so that neither side waits to be read."""
+    """Calls to a host, several at a time. A thread receives the answers, so that neither side blocks while sending."""
 
-    def __init__(self, connection: Connection, peer: str, patience: float):
-        """`patience`: seconds without a word after which the other side counts as hung, and the connection is cut."""
-        self.connection, self.peer, self.patience = connection, peer, patience
-        self.failure: EngineError | None = None  # why no call will succeed any more
+    def __init__(self, connection: Connection, peer: str, timeout: float):
+        """`timeout`: seconds without a message after which the host counts as hung, and the connection is cut."""
+        self.connection, self.peer, self.timeout = connection, peer, timeout
+        self.failure: EngineError | None = None  # set once the connection is lost: every later call raises it
         self._waiting: dict[int, Future] = {}
         self._numbers = itertools.count()
         self._sending = threading.Lock()
         threading.Thread(target=self._listen, daemon=True, name=f"calls to {peer}").start()
 
     def call(self, name: str, *args: Any) -> Future:
-        """Have it done; the Future brings what it returned or raised. Raises EngineError if the connection broke."""
+        """Send a call; the Future gets its result or its exception. Raises EngineError if the connection is lost."""
         answer: Future = Future()
         answer.set_running_or_notify_cancel()
         with self._sending:
@@ -52,40 +52,40 @@ class Caller:
                 self.connection.send((number, name, args))
             except OSError as error:
                 self._break(error)
-        if self.failure is not None:  # perhaps only after it was sent: then nobody answers
+        if self.failure is not None:  # if it was set after the send, no answer will come
             self._break(self.failure)
             raise self.failure
         return answer
 
     def close(self) -> None:
-        hang_up(self.connection)
+        close(self.connection)
 
     def _listen(self) -> None:
         try:
             while True:
-                self._await_word()
+                self._await_message()
                 number, failed, value = self.connection.recv()
-                if number is None:  # a sign of life
+                if number is None:  # a heartbeat
                     continue
                 answer = self._waiting.pop(number)
                 answer.set_exception(value) if failed else answer.set_result(value)
-        except Exception as error:  # noqa: BLE001 - whatever ends this thread, those who wait must hear of it
+        except Exception as error:  # noqa: BLE001 - any error that ends this thread must reach the waiting calls
             self._break(error)
             cut(self.connection)
 
-    def _await_word(self) -> None:
-        for _ in range(BEATS):  # not one long wait: time in which this process itself was stopped counts as one part
-            if self.connection.poll(self.patience / BEATS):
+    def _await_message(self) -> None:
+        for _ in range(BEATS):  # short waits: if this process itself is stopped, that costs only one of them
+            if self.connection.poll(self.timeout / BEATS):
                 return
-        raise EngineError(f"it gave no sign of life for {self.patience:g} s (rollout.engine.timeout)")
+        raise EngineError(f"it gave no sign of life for {self.timeout:g} s (rollout.engine.timeout)")
 
     def _break(self, error: Exception) -> None:
         if self.failure is None:
-            # Which of these it is hangs on who notices first, the thread that sends or the one that listens.
+            # The type depends on which thread detects the loss first, the sending or the listening one.
             gone = isinstance(error, EOFError | OSError)
             reason = str(error) if isinstance(error, EngineError) else repr(error)
             if gone:
-                reason = "it ended, or its machine did" + (f" ({error})" if str(error) else "")
+                reason = "it ended, or its machine is down" + (f" ({error})" if str(error) else "")
             self.failure = EngineError(f"lost the connection to {self.peer}: {reason}")
         while self._waiting:
             try:
@@ -96,7 +96,7 @@ class Caller:
 
 
 class RemotePending(Pending):
-    """Requests that the engine is working on; `number` is the host's for them."""
+    """Requests that the engine is working on; `number` identifies them on the host."""
 
     def __init__(self, caller: Caller, number: int, requests: int):
         self.caller, self.number, self.requests = caller, number, requests
@@ -115,20 +115,21 @@ class RemotePending(Pending):
 
 
 class RemoteEngine(RolloutEngine):
-    """Engine number `index` of the run, made of `settings` by its host."""
+    """Engine number `index` of the run; its host makes it from `settings`."""
 
     def __init__(self, settings: EngineSettings, index: int):
         self.settings, self.index = settings, index
-        self.host = ""  # name of the last one
-        self._facts: HostFacts | None = None  # of this host, as it was when the run began
-        self._lives = 0  # of the engine, on whatever hosts
+        self.host = ""  # name of the latest host
+        self._facts: HostFacts | None = None  # of this machine, at the first start
+        self._lives = 0  # starts of the engine, on all hosts
         self._store: dist.Store | None = None
         self._caller: Caller | None = None
 
     def start(self) -> None:
-        """Have the host start the engine. Where there is none, or it is gone, the next that offers itself is taken.
+        """Make the host start the engine. If there is no host, or it is lost, take the next one that offers itself.
 
-        Raises HostAbsentError if none comes within `rollout.engine.timeout`, EngineError if it is not like this host.
+        Raises HostAbsentError if none comes within `rollout.engine.timeout`, EngineError if it does not match this
+        machine.
         """
         if not self._host_answers():
             self._take_host()
@@ -136,7 +137,7 @@ class RemoteEngine(RolloutEngine):
         self._ask("start")
 
     def release(self) -> None:
-        """Let the host go, for good, with a goodbye. It ends its engine if it still runs."""
+        """Dismiss the host for good. It ends its engine if that still runs."""
         if self._caller is not None:
             self._dismiss(self._caller, None)
             self._caller = None
@@ -147,7 +148,7 @@ class RemoteEngine(RolloutEngine):
             return EngineError("the rollout engine is not running")
         try:
             return self._caller.failure or self._ask("failure")
-        except EngineError as error:  # the host was lost meanwhile
+        except EngineError as error:  # the host was lost during the call
             return error
 
     @property
@@ -173,7 +174,7 @@ class RemoteEngine(RolloutEngine):
         return self._reached.call("receive_broadcast", list(specs), role, group)
 
     def receive_tensors(self, tensors: Sequence, role: Role) -> Future:
-        raise EngineError("memory handles do not reach an engine on a rank of its own: set resync.transport=auto")
+        raise EngineError("an engine on a rank of its own cannot read this rank's memory: set resync.transport=auto")
 
     def end_weight_update(self, role: Role, version: str) -> None:
         self._ask("end_weight_update", role, version)
@@ -203,7 +204,7 @@ class RemoteEngine(RolloutEngine):
         self._ask("restore_depth_chooser", state)
 
     def shutdown(self) -> None:
-        """End every process of the engine; nothing happens if its host was never reached, or is gone."""
+        """End every process of the engine. Do nothing if its host was never reached, or is lost."""
         if self._caller is not None:
             try:
                 self._ask("shutdown")
@@ -212,7 +213,7 @@ class RemoteEngine(RolloutEngine):
                     raise
 
     def _host_answers(self) -> bool:
-        """It is asked, because a connection may have broken without anybody having noticed."""
+        """Return whether the host answers a call. A broken connection may show only then."""
         if self._caller is None:
             return False
         with contextlib.suppress(EngineError):
@@ -220,14 +221,14 @@ class RemoteEngine(RolloutEngine):
         return self._caller.failure is None
 
     def _take_host(self) -> None:
-        """Connect to the next host, and have it make the engine if it is like this one."""
+        """Connect to the next host, and make it create the engine if it matches this machine."""
         if self._caller is not None:
             self._caller.close()
             self._caller = None
         caller = self._next_host()
         try:
             self.host = self._compare(caller)
-            # A host counts its engine's lives from 0, but no two lives may draw from the same seed.
+            # A new host counts its engine's starts from 0, but no two starts may use the same seed.
             seed = (self.settings.seed + self._lives * SEEDS_BETWEEN_LIVES) % 2**31
             caller.call("make", replace(self.settings, seed=seed)).result()
         except BaseException:
@@ -246,20 +247,20 @@ class RemoteEngine(RolloutEngine):
         return Caller(connection, f"the host of engine {self.index}", limit)
 
     def _compare(self, caller: Caller) -> str:
-        """The host's name. Raises EngineError if it is not like this one, and tells it so."""
-        self._facts = self._facts or HostFacts.here()  # the files of a later day are not what this process has loaded
+        """Return the host's name. Raises EngineError if it does not match this machine, and sends it the reason."""
+        self._facts = self._facts or HostFacts.here()  # read once: later the files may differ from the loaded code
         theirs: HostFacts = caller.call("facts").result()
         caller.peer += f", {theirs.host}"
         if differing := engine_host_differences(self._facts, theirs):
-            text = f"{caller.peer} is not like those that train:\n" + "\n".join(f"  {line}" for line in differing)
+            text = f"{caller.peer} does not match those that train:\n" + "\n".join(f"  {line}" for line in differing)
             text += "\ninstall the same versions and code on it, and start its ranks again"
             self._dismiss(caller, text)
             raise EngineError(text)
         return theirs.host
 
     def _dismiss(self, caller: Caller, reason: str | None) -> None:
-        """Let a host go; `reason`: why it is refused."""
-        with contextlib.suppress(EngineError):  # it is gone already
+        """Dismiss a host. `reason`: why it is refused, or None."""
+        with contextlib.suppress(EngineError):  # it is lost already
             caller.call("dismiss", reason).result()
         caller.close()
 

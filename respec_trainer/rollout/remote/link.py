@@ -1,8 +1,8 @@
-"""Link: the connection between an engine's host and the training rank that speaks for the engine.
+"""Link: the connection between an engine's host and the training rank that owns the engine.
 
-They find each other through the store at which the job's ranks meet: a host offers itself there, in a queue, and the
-rank takes the next offer, at the start and whenever a host was lost. Over the connection go pickled messages; both
-sides first prove that they know a key that only the store tells.
+They find each other through the job's store: a host posts an offer in a queue there, and the owner takes the next
+offer, at the start and whenever it has lost a host. The connection carries pickled messages; both sides first prove
+that they have the key that was posted in the store.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ import torch.distributed as dist
 
 from respec_trainer.errors import EngineError, EngineLostError
 
-# A host that vanished without a word, as when its power or its cable fails, is missed after 40 seconds: it is asked
-# whether it is there after 15 of silence, then every 5, five times; and what was sent may be unconfirmed for 40000 ms.
-WATCH = {
+# A host that disappears without closing the connection, for example by a power or cable failure, is detected after 40
+# seconds: the kernel probes it after 15 seconds of silence, then every 5 seconds, five times; and sent data may stay
+# unacknowledged for 40000 ms.
+KEEPALIVE = {
     socket.TCP_KEEPIDLE: 15,
     socket.TCP_KEEPINTVL: 5,
     socket.TCP_KEEPCNT: 5,
     socket.TCP_USER_TIMEOUT: 40_000,
 }
 PROOF_BYTES = 32
-PROOF_SECONDS = 10.0  # that the other side may take for the next step of its proof
-STORE_SECONDS = 2.0  # between two looks whether the store is there
+PROOF_SECONDS = 10.0  # time limit for each message of the other side's proof
+STORE_SECONDS = 2.0  # between two checks that the store answers
 
 
 class HostAbsentError(EngineLostError):
-    """No host came for an engine in time: to start the engine again would not help."""
+    """No host offered itself for an engine in time; starting the engine again would not help."""
 
 
 class LinkLostError(EngineError):
-    """The rank that speaks for an engine is gone without a word; who is to blame, others know better."""
+    """The connection to the rank that owns an engine ended without a dismissal; the cause is on that rank's side."""
 
 
 def job_store(timeout: float) -> dist.Store:
-    """A client of the store at MASTER_ADDR:MASTER_PORT, as launchers set them.
+    """Connect to the store at MASTER_ADDR:MASTER_PORT, as launchers set them.
 
-    Raises EngineError if nothing answers there for `timeout` seconds.
+    Raises EngineError if it does not answer within `timeout` seconds.
     """
     limit = timedelta(seconds=timeout)
     try:
@@ -53,32 +54,32 @@ def job_store(timeout: float) -> dist.Store:
         raise _no_answer(error) from error
 
 
-def offer(store: dist.Store, engine: int, look: float = STORE_SECONDS) -> Connection:
-    """Wait for the rank that speaks for engine number `engine`, and return the connection to it.
+def offer(store: dist.Store, engine: int, interval: float = STORE_SECONDS) -> Connection:
+    """Post an offer for engine number `engine`, and return the connection to the rank that takes it.
 
-    It is waited for as long as the store answers, at which one looks every `look` seconds; whoever else connects, as a
-    scanner of ports does, is turned away. Raises EngineError when the store is gone.
+    Wait as long as the store answers, which is checked every `interval` seconds. Refuse other connections, for example
+    of port scanners. Raises EngineError when the store is gone.
     """
     key = secrets.token_bytes(PROOF_BYTES)
     with socket.create_server((_own_address(), 0)) as server:
-        server.settimeout(look)
+        server.settimeout(interval)
         address, port = server.getsockname()
-        name, words = _name(engine), f"{address} {port} {key.hex()}"
-        _tell(store, name, words)
+        name, text = _name(engine), f"{address} {port} {key.hex()}"
+        _post(store, name, text)
         while True:
             with contextlib.suppress(TimeoutError):
                 caller, _ = server.accept()
                 with contextlib.suppress(OSError):
                     return _connection(caller, key, b"host", b"trainer")
-                _tell(store, name, words)  # perhaps it was the one that is waited for, and the offer is taken
-            _look(store, name)
+                _post(store, name, text)  # the owner may have taken the offer, and then failed to connect
+            _check_store(store, name)
 
 
 def reach(store: dist.Store, engine: int, timeout: float) -> Connection:
-    """The connection to the next host that offers itself for engine number `engine`.
+    """Return the connection to the next host that offers itself for engine number `engine`.
 
-    Every offer is taken once; one that a host has left that is gone since is passed over. Raises HostAbsentError if
-    none leads to a host in `timeout` seconds, EngineError if the store is gone.
+    Every offer is taken once; offers of hosts that are gone are skipped. Raises HostAbsentError if no offer leads to a
+    host within `timeout` seconds, EngineError if the store is gone.
     """
     deadline, tried = time.monotonic() + timeout, ""
     while True:
@@ -101,26 +102,26 @@ def reach(store: dist.Store, engine: int, timeout: float) -> Connection:
 
 
 def cut(connection: Connection) -> None:
-    """End it, but keep it: whoever waits on it, to read or to write, hears of it, on either side."""
+    """Shut the connection down without closing it: every pending read and write fails, on both sides."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as ours:
         ours.shutdown(socket.SHUT_RDWR)
 
 
-def hang_up(connection: Connection) -> None:
-    """Close it; a thread that waits for a message of it gets an EOFError, on either side."""
+def close(connection: Connection) -> None:
+    """Close the connection; a thread that waits for a message gets an EOFError, on both sides."""
     cut(connection)
     connection.close()
 
 
 def _connection(caller: socket.socket, key: bytes, ours: bytes, theirs: bytes) -> Connection:
-    """What has become of a socket whose other end has proved that it knows the key. Raises OSError if it has not."""
+    """Make a Connection of a socket whose other end proves that it has the key. Raises OSError if it does not."""
     try:
         caller.settimeout(PROOF_SECONDS)
         _prove(caller, key, ours, theirs)
         caller.settimeout(None)
-        caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # most messages are small, and waited for
+        caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # most messages are small and urgent
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in WATCH.items():
+        for option, value in KEEPALIVE.items():
             caller.setsockopt(socket.IPPROTO_TCP, option, value)
     except OSError:
         caller.close()
@@ -129,12 +130,12 @@ def _connection(caller: socket.socket, key: bytes, ours: bytes, theirs: bytes) -
 
 
 def _prove(caller: socket.socket, key: bytes, ours: bytes, theirs: bytes) -> None:
-    """Each side answers the other's challenge; an answer names its side, so that none can be given back."""
+    """Answer the other side's challenge and check its answer; each names its side, so that none can be sent back."""
     challenge = secrets.token_bytes(PROOF_BYTES)
     caller.sendall(challenge)
     caller.sendall(hmac.digest(key, ours + _read(caller), "sha256"))
     if not hmac.compare_digest(_read(caller), hmac.digest(key, theirs + challenge, "sha256")):
-        raise ConnectionError("the other side does not know the key")
+        raise ConnectionError("the other side does not have the key")
 
 
 def _read(caller: socket.socket) -> bytes:
@@ -142,19 +143,19 @@ def _read(caller: socket.socket) -> bytes:
     while len(data) < PROOF_BYTES:
         more = caller.recv(PROOF_BYTES - len(data))
         if not more:
-            raise ConnectionError("the other side has hung up")
+            raise ConnectionError("the other side closed the connection")
         data += more
     return data
 
 
-def _tell(store: dist.Store, name: str, words: str) -> None:
+def _post(store: dist.Store, name: str, text: str) -> None:
     try:
-        store.queue_push(name, words)
+        store.queue_push(name, text)
     except RuntimeError as error:
         raise _no_answer(error) from error
 
 
-def _look(store: dist.Store, name: str) -> None:
+def _check_store(store: dist.Store, name: str) -> None:
     try:
         store.queue_len(name)
     except RuntimeError as error:
@@ -168,12 +169,12 @@ def _no_answer(error: RuntimeError) -> EngineError:
 
 
 def store_address() -> tuple[str, int]:
-    """(host, port) at which the job's ranks meet, as launchers set them."""
+    """Return (host, port) of the job's store, as launchers set them."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _own_address() -> str:
-    """The address of this machine in the network in which it reaches the job's first rank."""
+    """Return this machine's address in the network that leads to the job's first rank."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(store_address())  # sends nothing
         return probe.getsockname()[0]

@@ -1,4 +1,4 @@
-"""An engine's settings in sglang's own arguments and environment variables."""
+"""Translation of EngineSettings to sglang's arguments and environment variables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from respec_trainer.speculation.algorithms import algorithm_of, changes_depth, n
 
 
 def server_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """Keyword arguments of sglang 0.5.21's ServerArgs."""
+    """Return keyword arguments for the ServerArgs of sglang 0.5.21."""
     engine = settings.engine
     arguments: dict[str, Any] = {
         "model_path": settings.model_path,
@@ -37,15 +37,15 @@ def server_arguments(settings: EngineSettings) -> dict[str, Any]:
         "skip_tokenizer_init": not settings.tokenizer,
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
-        # The samples of a group read their prompt once. Every update of the weights empties the cache of prefixes.
+        # The samples of a group share the computation of their prompt. Every weight update empties the prefix cache.
         "disable_radix_cache": False,
-        # In the order given: looking for the best prefix among all that wait costs more than it finds.
+        # In the order given: searching the waiting requests for the best prefix costs more than it gains.
         "schedule_policy": "fcfs",
         "min_free_slots_delay": engine.min_free_slots,
-        # An idle engine must leave the cores to the trainer, and not poll.
+        # An idle engine must not poll, because the trainer needs the cores.
         "sleep_on_idle": True,
         "weight_version": settings.actor_version,
-        # sglang's own choice may be taken by any connection before the scheduler, seconds later, listens on it.
+        # sglang would choose a port seconds before its scheduler listens, and another connection could take it.
         "nccl_port": free_port(),
     }
     arguments |= _cpu_arguments() if settings.device == "cpu" else _gpu_arguments(engine)
@@ -59,23 +59,24 @@ def server_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 
 def step_environment(steps: DepthSettings | None) -> dict[str, str]:
-    """Variables of the engine's processes that have sglang call what `sglang_steps` hooks."""
+    """Return environment variables of the engine's processes, which make sglang call what `DraftDepth` hooks."""
     if steps is None:
         return {}
     environment = {"SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND": "1"}
     if steps.simulated_accept_length is not None:
-        environment["SGLANG_SIMULATE_ACC_LEN"] = "1"  # any length turns the hook on, which has its own
+        environment["SGLANG_SIMULATE_ACC_LEN"] = "1"  # any length enables the hook, which uses its own length
     return environment
 
 
 def _cpu_arguments() -> dict[str, Any]:
     return {
-        # The second name is what serves: sglang refuses it as the first without AMX, but not for the two phases.
+        # The backends of the two phases are used. sglang would refuse intel_amx as attention_backend without AMX.
         "attention_backend": "torch_native",
         "prefill_attention_backend": "intel_amx",
         "decode_attention_backend": "intel_amx",
         "disable_cuda_graph": True,
-        # Overlap hides the host behind the device; here they are one, and a finished batch would decode once more.
+        # Overlap hides the host's work behind the device's. On a CPU they are the same, and overlap would only make a
+        # finished batch decode once more.
         "disable_overlap_schedule": True,
     }
 
@@ -84,7 +85,7 @@ def _gpu_arguments(engine: EngineConfig) -> dict[str, Any]:
     return {
         "attention_backend": "triton",
         "enable_memory_saver": True,
-        # The memory saver cannot move what a prefill graph holds.
+        # The memory saver cannot move the memory that a prefill graph holds.
         "cuda_graph_backend_prefill": "disabled",
         "cuda_graph_max_bs_decode": engine.max_running_requests,
     }
@@ -94,7 +95,7 @@ def _speculation_arguments(settings: EngineSettings) -> dict[str, Any]:
     shape, algorithm = settings.speculation, algorithm_of(settings.speculation)
     arguments = {
         "speculative_num_draft_tokens": shape.draft_tokens,
-        # One means lossless; they are sglang's defaults, said here because the policy's law hangs on them.
+        # 1.0 is lossless. These are sglang's defaults, but the samples' distribution depends on them.
         "speculative_accept_threshold_single": shape.accept_threshold_single,
         "speculative_accept_threshold_acc": shape.accept_threshold_acc,
         "speculative_use_rejection_sampling": shape.rejection_sampling,
@@ -108,7 +109,7 @@ def _speculation_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 
 def _changing_arguments(settings: EngineSettings, steps: DepthSettings) -> dict[str, Any]:
-    """sglang prepares a state for 0 and every candidate, and starts in the largest, for which it sizes its buffers."""
+    """Return arguments that make sglang prepare 0 and every candidate, and size its buffers for the largest."""
     shape = settings.speculation
     if not changes_depth(shape):
         able = names_of("adapts")
@@ -118,11 +119,13 @@ def _changing_arguments(settings: EngineSettings, steps: DepthSettings) -> dict[
         )
     if shape.rejection_sampling:
         raise ConfigError(
-            "without speculation sglang keeps no draft to go on from that rejection sampling could verify: set "
+            "rejection sampling needs a draft that sglang does not keep while speculation is off: set "
             "speculation.rejection_sampling=false, or speculation.policy=fixed"
         )
     if settings.steps_by_batch:
-        raise ConfigError("draft steps change by a table (steps_by_batch) or by a choice of our own (steps), not both")
+        raise ConfigError(
+            "draft steps change by sglang's table (steps_by_batch) or by DepthSettings (steps), not both: leave one out"
+        )
     table = _table_arguments({"1": {"candidate_steps": sorted({0, *steps.candidates})}})
     return table | {"speculative_num_steps": steps.most, "speculative_num_draft_tokens": steps.most + 1}
 
@@ -132,7 +135,7 @@ def _switching_arguments(steps_by_batch: dict[int, int]) -> dict[str, Any]:
 
 
 def _table_arguments(table: dict[str, dict[str, list[int]]]) -> dict[str, Any]:
-    """sglang reads its table from a file, in this process and in its schedulers."""
+    """Write sglang's table to a file, from which this process and its schedulers read it, and return the arguments."""
     with tempfile.NamedTemporaryFile("w", prefix="respec_steps_", suffix=".json", delete=False) as file:
         json.dump(table, file)
     atexit.register(Path(file.name).unlink, missing_ok=True)

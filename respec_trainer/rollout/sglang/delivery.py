@@ -1,18 +1,18 @@
-"""Deliveries: what the engine has handed over of each request so far, finished or not, for when it dies.
+"""Deliveries: the tokens that an engine has delivered for each request, finished or not, in case it dies.
 
-sglang's scheduler sends the tokens of running requests along the way: all of a batch, in one message a pass. How often
-is a setting of its environment.
+sglang's scheduler sends the tokens of running requests while they run: those of a whole batch in one message. An
+environment variable sets after how many tokens.
 
-What may be kept of an engine that died? Only as much that what is discarded does not decide what is kept.
+The tokens of a dead engine may be kept only if the discarded tokens do not affect which tokens are kept.
 
-- If every pass's tokens are delivered (`rollout.engine.resume=tokens`), what is kept is a prefix of the passes, and a
-  pass is kept or lost for all requests alike, whatever it drew. The next token's law given the tokens so far is the
-  same for the new engine, so continuing is exact, as far as the moment of death does not hang on tokens that were
-  drawn and not delivered.
-- If tokens come late (`resume=start`), a finished response is here whole and a running one is not: to keep the former
-  and draw the latter again would favor short responses. Then everything that was asked of the engine is drawn again.
-  That is not exact either: a phase is kept if it ended before the death, which favors phases without long responses,
-  though only among those that a death met. With `rollout.sampling.seeded` the same responses are drawn again, and
+- If the tokens of every pass are delivered (`rollout.engine.resume=tokens`), the kept tokens are a prefix of the
+  passes, and a pass is kept or lost for all requests alike, whatever tokens it drew. The next token's distribution
+  given the tokens so far is the same on the new engine. So continuing is exact, provided that the moment of death does
+  not depend on tokens that were drawn and not delivered.
+- If tokens are delivered late (`resume=start`), a finished response is complete and a running one is not. Keeping the
+  first and drawing the second again would favor short responses, so all requests of the engine are drawn again. That
+  is not exact either: a phase is kept if it ended before the death, which favors phases without long responses, but
+  only among phases in which an engine died. With `rollout.sampling.seeded` the same responses are drawn again, so
   nothing is favored.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 LOST = {"type": "lost"}
-# Tokens of a running request between two messages. Every pass costs a very small model 6 to 9 %.
+# Tokens of a running request between two messages. A message for every token slows a very small model by 6 to 9 %.
 INTERVALS = {"tokens": 1, "start": 50}
 
 
@@ -36,7 +36,7 @@ def delivery_environment(resume: Literal["tokens", "start"]) -> dict[str, str]:
 class _Progress:
     state: Any  # sglang's record of the request; its lists only grow
     tokens: int
-    finish_reason: dict[str, Any] | None
+    finish_reason: dict[str, Any] | None  # None while the request runs
     verify_count: int
     accept_histogram: list[int]
     cached_tokens: int
@@ -44,14 +44,14 @@ class _Progress:
 
 
 class Deliveries:
-    """Filled by the engine's thread, message by message; read by others, who never see half of a message."""
+    """Progress of each request. The engine's thread writes it message by message; other threads read whole messages."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._progress: dict[str, _Progress] = {}
 
     def commit(self, states: Sequence[Any], message: Any) -> None:
-        """Note how far each request is, once sglang has taken in `message`; `states` are its records of them."""
+        """Record each request's progress once sglang has processed `message`; `states` are sglang's records."""
         progress = {}
         for i, (rid, state) in enumerate(zip(message.rids, states, strict=True)):
             if state is not None:
@@ -67,13 +67,13 @@ class Deliveries:
         with self._lock:
             self._progress |= progress
 
-    def forget(self, ids: Sequence[str]) -> None:
+    def remove(self, ids: Sequence[str]) -> None:
         with self._lock:
             for rid in ids:
                 self._progress.pop(rid, None)
 
     def output(self, rid: str) -> dict[str, Any]:
-        """What is there of a request, in the shape of sglang's output of a finished one."""
+        """Return the delivered part of a request, in the format of sglang's output for a finished one."""
         with self._lock:
             progress = self._progress.get(rid)
         if progress is None or (progress.finish_reason or LOST)["type"] == "abort":

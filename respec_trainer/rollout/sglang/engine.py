@@ -1,4 +1,4 @@
-"""SGLangEngine: the rollout engine, on sglang 0.5.21."""
+"""SGLangEngine: a RolloutEngine that runs sglang 0.5.21."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from respec_trainer.rollout.sglang.weights import WeightUpdater
 
 __all__ = ["EngineSettings", "SGLangEngine"]
 
-# Engines of a run count their seeds up from the run's; lives must not meet them.
+# Engine i of a run starts with seed run.seed + i. Later starts add this, so that no two starts have the same seed.
 SEEDS_BETWEEN_LIVES = 1_000_003
-# An engine may clear away a batch after its last answer, in which case it is not idle yet.
+# Time limit for an engine to become idle: it may still clean up a batch after its last answer.
 CLEARING_SECONDS = 10.0
 
 
 class SGLangEngine(RolloutEngine):
-    """One sglang engine: its scheduler in processes of its own, its request manager in a thread of this one."""
+    """An sglang engine: its schedulers run in processes of their own, its request manager in a thread of this one."""
 
     def __init__(self, settings: EngineSettings):
         self.settings = settings
@@ -42,11 +42,11 @@ class SGLangEngine(RolloutEngine):
         self._doubt: str | None = None
 
     def start(self) -> None:
-        """Launch the engine's processes and return once it answers; possible again after `shutdown`.
+        """Launch the engine's processes and return once it answers. It can start again after `shutdown`.
 
-        An engine starts with the weights of the folders: push the current ones before sampling from a later policy.
-        Each life draws with a seed of its own: from the same one it would draw the second half of a response with the
-        random numbers of the first half, and the two would not be independent.
+        An engine starts with the weights of the folders: push the current weights before sampling from a later policy.
+        Each start has a seed of its own. With the same seed, the second part of a response that was interrupted would
+        be drawn with the random numbers of the first part, and the two would not be independent.
         """
         if self._process is not None:
             raise EngineError("the rollout engine has been started already")
@@ -56,7 +56,7 @@ class SGLangEngine(RolloutEngine):
         self._process = SGLangProcess(replace(self.settings, seed=seed))
         self._updater = WeightUpdater(self._process, self.settings)
         self.versions = {"target": self.settings.actor_version, "draft": self.settings.drafter_version}
-        self.take_decode_log()  # or learn now that the engine cannot change its steps
+        self.take_decode_log()  # raises now if the engine cannot change its draft steps
 
     @property
     def failure(self) -> EngineError | None:
@@ -75,17 +75,17 @@ class SGLangEngine(RolloutEngine):
         return self._updater
 
     def submit(self, requests: Sequence[Request]) -> SGLangPending:
-        """Hand over requests, all in one message, and return at once."""
+        """Submit requests, all in one message, and return at once."""
         if self.weights.role is not None:
             raise EngineError(f"requests during an update of the {self.weights.role} weights: end the update first")
         if self._doubt is not None:
-            raise EngineError(f"no requests on weights in doubt: {self._doubt}; push both models whole first")
+            raise EngineError(f"no requests while the weights are in doubt: {self._doubt}; push both models completely")
         pending = SGLangPending(self, self.process, list(requests))
         self._pending = [other for other in self._pending if not other.future.done()] + [pending]
         return pending
 
     def sampling_parameters(self, params: SamplingParams) -> dict[str, Any]:
-        """sglang's sampling parameters of one request, all of them: some defaults come from the model's folder."""
+        """Return sglang's sampling parameters, all of them, because some defaults come from the model's folder."""
         if params.stop and not self.settings.tokenizer:
             raise EngineError(
                 f"stop strings {params.stop} need the tokenizer: start the engine with EngineSettings(tokenizer=True)"
@@ -161,15 +161,19 @@ class SGLangEngine(RolloutEngine):
             self._steps_message(state=state)
 
     def set_steps(self, steps: DepthSettings) -> None:
-        """Go on by other settings, with the candidates that the engine started with, while no request runs.
+        """Change the depth settings while no request runs; the candidates must be those at the engine's start.
 
-        What was learnt of acceptance is forgotten, and what was logged is thrown away.
+        The depth chooser starts again without its estimates of acceptance, and the log so far is discarded.
+        Raises EngineError if the engine cannot change to them.
         """
         started = self.process.settings.steps
         if started is None:
             raise EngineError("draft steps are fixed: start the engine with EngineSettings(steps=...)")
         if steps.simulated_accept_length is not None and started.simulated_accept_length is None:
-            raise EngineError("acceptance is simulated only by an engine that started so: give it a simulated length")
+            raise EngineError(
+                "acceptance is simulated only by an engine that started so: start it with DepthSettings("
+                "simulated_accept_length=...)"
+            )
         self._steps_message(settings=steps.to_json())
         self.settings = replace(self.settings, steps=steps)
 
@@ -179,7 +183,7 @@ class SGLangEngine(RolloutEngine):
             self._process = self._updater = None
 
     def _steps_message(self, **body: str) -> DecodeLog:
-        """Ask the hooks of `sglang_steps` for the log; with `settings` or `state`, have them go on by these."""
+        """Take the log from `DraftDepth` in the engine; with `settings` or `state`, change or restore its chooser."""
         from sglang.srt.managers.io_struct import DumperControlReqInput
 
         if body and any(not pending.future.done() for pending in self._pending):
@@ -188,17 +192,17 @@ class SGLangEngine(RolloutEngine):
         request = DumperControlReqInput(method=STEPS_MESSAGE, body=body)
         while True:
             asked = process.call(process.manager.dumper_control, request)
-            (answer,) = process.wait(asked, "asking for the draft steps")
+            (answer,) = process.wait(asked, "asking for the log of draft steps")
             if answer.success:
                 return DecodeLog.of_bytes(answer.response[0]["log"])
             if not answer.response[0]["busy"] or time.monotonic() > deadline:
-                raise EngineError(f"asking for the draft steps: {answer.error}")
+                raise EngineError(f"asking for the log of draft steps: {answer.error}")
             time.sleep(0.01)
 
     def _occupy(self, method: str, message: str, tags: list[str]) -> None:
         process = self.process
         if self.settings.device == "cpu" or not tags:
-            return  # on a CPU there is no second memory to make room in
+            return  # on a CPU there is no GPU memory to release
         from sglang.srt.managers import io_struct
 
         request = getattr(io_struct, message)(tags=tags)

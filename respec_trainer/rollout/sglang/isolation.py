@@ -1,4 +1,4 @@
-"""The trainer's process while it starts an engine: what the engine inherits, and what it must not leave changed."""
+"""Protection of the trainer's process while it starts an engine: the environment and global state are restored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def environment_of(changes: dict[str, str | None]) -> Iterator[None]:
-    """Environment variables as the engine's processes inherit them, and as they were afterwards, whoever set them."""
+    """Set environment variables for processes started within, and restore all variables afterwards."""
     before = dict(os.environ)
     for name, value in changes.items():
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
@@ -27,9 +27,9 @@ def environment_of(changes: dict[str, str | None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def side_effects_undone() -> Iterator[None]:
-    """Put back what starting an engine changes: logging, multiprocessing's start method, the policy of event loops.
+    """Restore what starting an engine changes: logging, multiprocessing's start method, the event loop policy.
 
-    `__main__` is hidden meanwhile: spawned processes would run the trainer's script again, imports and all.
+    `__main__` is hidden meanwhile, because spawned processes would run the trainer's script, with its imports, again.
     """
     root, main = logging.getLogger(), sys.modules["__main__"]
     level, handlers = root.level, list(root.handlers)

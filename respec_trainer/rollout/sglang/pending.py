@@ -23,11 +23,11 @@ POLL_SECONDS = 1.0
 
 
 class SGLangPending(Pending):
-    """Requests on their way. They run from the moment this is made."""
+    """Requests submitted to an sglang engine. They start when this is made."""
 
     def __init__(self, engine: SGLangEngine, process: SGLangProcess, requests: list[Request]):
         self.engine, self.process, self.requests = engine, process, requests
-        # Updates wait until no request runs, so what is in the engine now draws the whole response.
+        # No update starts while a request runs, so the current weights draw the whole response.
         self.versions = dict(engine.versions)
         self.ids = [uuid.uuid4().hex for _ in requests]
         self.order = spread_groups(requests)
@@ -51,7 +51,7 @@ class SGLangPending(Pending):
     def collect(self) -> list[Sample]:
         if self.samples is None:
             self.samples = self._gather(self._wait())
-            self.process.deliveries.forget(self.ids)
+            self.process.deliveries.remove(self.ids)
         return self.samples
 
     def delivered(self) -> list[Sample]:
@@ -63,7 +63,7 @@ class SGLangPending(Pending):
         return sum(rid not in self.process.manager.rid_to_state for rid in self.ids)
 
     def _wait(self) -> list[dict[str, Any]]:
-        """The engine's outputs. The time limit runs from the last sign of life, not from the start."""
+        """Wait for the engine's outputs. The time limit starts again with every message from the engine."""
         limit = self.engine.settings.engine.timeout
         while True:
             try:
@@ -78,7 +78,7 @@ class SGLangPending(Pending):
                 raise EngineError(f"the rollout engine refused a request: {error}") from error
 
     def _gather(self, outputs: list[dict[str, Any]]) -> list[Sample]:
-        """Samples in the order of the requests, out of outputs in the order of submission."""
+        """Return samples in the order of the requests, from outputs in the order of submission."""
         by_request = dict(zip(self.order, outputs, strict=True))
         return [self._sample(request, by_request[i]) for i, request in enumerate(self.requests)]
 
@@ -107,7 +107,7 @@ class SGLangPending(Pending):
 
 
 def spread_groups(requests: Sequence[Request]) -> list[int]:
-    """The requests' positions, the first of every prompt before the second of any.
+    """Return the requests' positions, the first request of every prompt before the second of any.
 
     Requests that start together each compute their prompt; one that starts later finds it in the engine's cache.
     """

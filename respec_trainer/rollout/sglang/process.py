@@ -1,8 +1,8 @@
-"""sglang's Engine inside this process: started without side effects on it, run by a thread of its own, ended for sure.
+"""SGLangProcess: sglang's Engine inside this process, started without side effects, on a thread of its own.
 
-sglang takes itself for the owner of its process: it sets environment variables and the logging configuration, installs
-signal handlers, and on any failure kills every child of the process and the process itself. Here its host is a trainer,
-so what it sets is put back, and what fails becomes an EngineError.
+sglang assumes that it owns its process: it sets environment variables and the logging configuration, installs signal
+handlers, and on any failure kills every child of the process and the process itself. Here the process is a trainer's,
+so the settings are restored afterwards, and every failure becomes an EngineError.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class SGLangProcess:
     """A running sglang Engine. `call` runs coroutines of its tokenizer manager on the thread that owns it."""
 
     def __init__(self, settings: EngineSettings):
-        """Start it; returns when it answers. Raises EngineError if it does not come up.
+        """Start the engine; return when it answers. Raises EngineError if it does not start.
 
-        sglang keeps its configuration in globals, so a process can hold one engine at a time.
+        sglang keeps its configuration in global variables, so a process can hold one engine at a time.
         """
         global _running
         if _running is not None:
-            raise EngineError("this process already runs an sglang engine and can hold only one: shut that down first")
+            raise EngineError("this process already runs an sglang engine and can hold only one: shut it down first")
         self.settings = settings
         self.failure: EngineError | None = None
         self.deliveries = Deliveries()
@@ -68,7 +68,7 @@ class SGLangProcess:
     def call(self, function: Callable[..., Awaitable], *args: Any) -> Future:
         """Run `function(*args)` on the engine's loop. If the engine dies meanwhile, the future raises EngineError."""
         answer: Future = Future()
-        answer.set_running_or_notify_cancel()  # nobody may cancel it but `fail`
+        answer.set_running_or_notify_cancel()  # only `fail` may end it early
         with self._lock:
             if self.failure is not None:
                 raise self.failure
@@ -78,7 +78,7 @@ class SGLangProcess:
         return answer
 
     def wait(self, answer: Future, doing: str) -> Any:
-        """The result of `answer`; an engine that does not give it within `rollout.engine.timeout` counts as dead."""
+        """Return the result of `answer`. An engine that gives none within `rollout.engine.timeout` counts as dead."""
         limit = self.settings.engine.timeout
         try:
             return answer.result(limit)
@@ -87,7 +87,7 @@ class SGLangProcess:
             raise self.failure from None
 
     def fail(self, reason: str) -> None:
-        """Declare the engine dead: whoever waits for it, and every later call, gets an EngineError."""
+        """Declare the engine dead: every waiting call and every later one raises EngineError."""
         with self._lock:
             if self.failure is None:
                 self.failure = EngineError(reason)
@@ -128,7 +128,7 @@ class SGLangProcess:
                 raise EngineError(f"the rollout engine did not start: {reason}; its own messages are above") from error
 
     def _run(self, ready: Future) -> None:
-        """The engine's thread: build it, then serve its loop. Off the main thread, sglang installs no handlers."""
+        """Build the engine and run its loop, on a thread of its own, where sglang installs no signal handlers."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -136,10 +136,10 @@ class SGLangProcess:
             self._loop = asyncio.new_event_loop()
             asyncio.set_event_loop(self._loop)
             engine = engine_class(**server_arguments(self.settings))
-        except BaseException as error:  # noqa: BLE001 - raised where the caller waits
+        except BaseException as error:  # noqa: BLE001 - the waiting caller raises it
             ready.set_exception(error)
             return
-        # These two would end the whole process, at exit and when a child dies. `_watch` and `shutdown` stand in.
+        # These two would end the whole process, at exit and when a child dies. `shutdown` and `_watch` replace them.
         atexit.unregister(engine.shutdown)
         engine.tokenizer_manager._subprocess_watchdog.stop()
         ready.set_result(engine)
@@ -158,7 +158,7 @@ class SGLangProcess:
     def _settle(self, answer: Future, running: Future) -> None:
         with self._lock:
             if answer not in self._waiting:
-                return  # `fail` was first
+                return  # `fail` has answered it
             self._waiting.discard(answer)
         if running.cancelled():
             answer.set_exception(EngineError("the rollout engine dropped a request"))
@@ -168,7 +168,7 @@ class SGLangProcess:
             answer.set_result(running.result())
 
     def _watch(self) -> None:
-        """Notice a dead child at once, whatever it died of."""
+        """Wait until a child process ends, and declare the engine dead."""
         children = {child.sentinel: child for child in self.children}
         dead = multiprocessing.connection.wait(list(children))
         if self._closing:
@@ -181,7 +181,7 @@ class SGLangProcess:
 
 
 def _engine_class(settings: EngineSettings, deliveries: Deliveries, fail: Callable[[str], None]) -> type:
-    """sglang's Engine with this package's processes, and without a detokenizer that would have nothing to do."""
+    """Return sglang's Engine class with this package's processes, and with a detokenizer only where one is needed."""
     from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
@@ -208,14 +208,14 @@ def _engine_class(settings: EngineSettings, deliveries: Deliveries, fail: Callab
         @classmethod
         def _launch_detokenizer_subprocesses(cls, server_args, port_args, run_detokenizer_process_func):
             if not settings.tokenizer:
-                return [], []  # the scheduler then sends its token ids straight back
+                return [], []  # the scheduler then sends its token ids directly
             return super()._launch_detokenizer_subprocesses(server_args, port_args, run_detokenizer_process_func)
 
     return TrainersEngine
 
 
 def _remove_sockets(port_args: Any) -> None:
-    """sglang leaves the files of its sockets behind."""
+    """Delete the files of sglang's sockets, which it leaves behind."""
     for value in vars(port_args).values():
         if isinstance(value, str) and value.startswith("ipc://"):
             Path(value.removeprefix("ipc://")).unlink(missing_ok=True)

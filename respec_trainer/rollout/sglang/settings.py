@@ -1,4 +1,4 @@
-"""EngineSettings: what one engine is."""
+"""EngineSettings: the settings of one engine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NO_SPECULATION = SpeculationConfig(algorithm=none.ALGORITHM.name)
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """One engine. `drafter_path` is for the speculation algorithms that have a drafter.
+    """Settings of one engine. `drafter_path` is for speculation algorithms with a drafter.
 
-    Raises ConfigError for speculation that its algorithm cannot work with.
+    Raises ConfigError if the speculation settings do not fit their algorithm.
     """
 
     model_path: str
@@ -29,19 +29,19 @@ class EngineSettings:
     speculation: SpeculationConfig = NO_SPECULATION
     seed: int = 0
     base_gpu_id: int = 0
-    # Stop strings are found in text, so they need the tokenizer, and one more process that runs it.
+    # Stop strings are found in text, so they need the tokenizer and one more process, which runs it.
     tokenizer: bool = False
-    # Requests may carry seeds; then every draw of the engine is a function of a seed and a position.
+    # Requests may have seeds; then every draw of the engine is a function of a seed and a position.
     seeded: bool = False
-    context_length: int | None = None  # default: the model's
-    # Weights at the start: the folder's, or random ones where only shapes matter.
+    context_length: int | None = None  # None: the model's
+    # Weights at the start: "auto" reads the folder's; "dummy" makes random ones, for when only shapes matter.
     load_format: Literal["auto", "dummy"] = "auto"
     actor_version: str = "initial"
     drafter_version: str = "initial"
 
-    # Draft steps from each batch size on, as sglang's own table switches them; None: always speculation.steps.
+    # Draft steps for batches of each size and more, by sglang's own table; None: always speculation.steps.
     steps_by_batch: dict[int, int] | None = None
-    # How draft steps change by this package's choice, and that they are logged; None: they do not.
+    # Settings of this package's choice of draft steps, with a log; None: they do not change, and there is no log.
     steps: DepthSettings | None = None
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class EngineSettings:
             engine=engine,
             speculation=config.speculation if speculative else NO_SPECULATION,
             seed=config.run.seed + index,
-            base_gpu_id=int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else 0,  # on a CPU: a NUMA node
+            base_gpu_id=int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else 0,  # on a CPU: NUMA node
             tokenizer=bool(sampling.stop),
             seeded=sampling.seeded,
         )
@@ -75,12 +75,12 @@ class EngineSettings:
 
 
 def tokens_of_full_batch(config: Config) -> int:
-    """KV cache rows that hold `max_running_requests` of the longest samples, and every prompt of a step.
+    """Return the KV cache rows for `max_running_requests` of the longest samples, and for every prompt of a step.
 
-    On a CPU the pool is made no larger: rows are reused in turn, so a larger one only spreads over more memory.
+    On a CPU the pool is no larger: rows are reused in turn, so a larger pool would only touch more memory.
     """
     longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
-    # Rows set aside ahead of verification: sglang reserves two rounds of drafts a request.
+    # sglang reserves two rounds of drafts for each request ahead of verification.
     drafts = 2 * config.speculation.draft_tokens * config.speculation.topk
     prompts = config.data.prompts_per_step * config.data.max_prompt_tokens
     return config.rollout.engine.max_running_requests * (longest + drafts + 1) + prompts

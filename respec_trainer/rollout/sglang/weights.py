@@ -1,7 +1,7 @@
 """Weight updates of a running sglang engine: one session, one model, every reply checked.
 
-sglang's own Engine methods leave out the selector, whose default writes the target's tensors into the drafter too. Here
-the messages are built with it, always "target" or "draft".
+sglang's own Engine methods omit the selector, whose default writes the target's tensors into the drafter too. Here all
+messages have a selector, "target" or "draft".
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from respec_trainer.rollout.sglang.settings import EngineSettings
 from respec_trainer.speculation.algorithms import algorithm_of
 from respec_trainer.weights.safetensors_io import MappedFile
 
-# The drafter's vocabulary maps are read once, at the start, and its embedding is the target's own, under either name.
+# sglang reads the drafter's vocabulary maps once, at the start, and uses the target's embedding, under either name.
 FIXED_IN_DRAFTER = (*FIXED, "model.embed_tokens.weight")
 
 
 class WeightUpdater:
-    """Speaks for one engine process. `role` is the model of the open update, None between updates."""
+    """Weight updates of one engine process. `role` is the model of the open update, None between updates."""
 
     def __init__(self, process: SGLangProcess, settings: EngineSettings):
         self.process, self.settings = process, settings
@@ -37,7 +37,7 @@ class WeightUpdater:
         self._groups: set[str] = set()
         self._shapes = {"target": weight_shapes(settings.model_path)}
         if (head := _tied_head(settings.model_path)) is not None:
-            self._shapes["target"].pop(head, None)  # some folders hold a copy of it
+            self._shapes["target"].pop(head, None)  # some folders contain a copy of it
         if algorithm_of(settings.speculation).pushes:
             self._shapes["draft"] = weight_shapes(settings.drafter_path)
 
@@ -64,7 +64,7 @@ class WeightUpdater:
         self.process.wait(self.send(doing, "destroy_weights_update_group", message, group_name=name), doing)
 
     def shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
-        """What an update must bring: tied heads, and what is fixed in a drafter, are left out."""
+        """Return the shapes that an update must contain, without tied heads and a drafter's fixed tensors."""
         known = self._shapes.get(role, {})
         return {name: shape for name, shape in known.items() if role == "target" or name not in FIXED_IN_DRAFTER}
 
@@ -88,7 +88,7 @@ class WeightUpdater:
             dtypes=[spec.dtype for spec in specs],
             shapes=[list(spec.shape) for spec in specs],
             group_name=group,
-            flush_cache=True,  # what earlier weights made of a prefix is not these weights' (cheap: no memory is freed)
+            flush_cache=True,  # cached prefixes are of the earlier weights (cheap: no memory is freed)
             selector=role,
         )
 
@@ -124,7 +124,7 @@ class WeightUpdater:
         self.role, self._missing = None, set()
 
     def digests(self, role: Role) -> dict[str, str]:
-        """Digests that `sglang_digest` makes inside the engine, by the names of sglang's modules."""
+        """Return digests of the weights, which `inside/digest.py` makes, by the names of sglang's modules."""
         from sglang.srt.managers.io_struct import CheckWeightsReqInput
 
         request = CheckWeightsReqInput(action="checksum", selector=role)
@@ -135,23 +135,25 @@ class WeightUpdater:
         return {key.removeprefix(f"{role}."): value for key, value in ranks[0]["checksums"].items()}
 
     def _check(self, shapes: dict[str, tuple[int, ...]], role: Role) -> None:
-        """Refuse what sglang would take without a word, drop without one, or die of."""
+        """Refuse tensors that sglang would drop silently, or that would crash it."""
         if self.role is None:
             raise EngineError(f"{role} weights outside of an update: call begin_weight_update({role!r}) first")
         if role != self.role:
             raise EngineError(f"{role} weights during an update of the {self.role} weights")
         fixed = [name for name in shapes if role == "draft" and name in FIXED_IN_DRAFTER]
         if fixed:
-            raise EngineError(f"the drafter's {', '.join(fixed)} cannot be updated while the engine runs: leave it out")
+            raise EngineError(
+                f"the drafter's {', '.join(fixed)} cannot be updated while the engine runs: leave it out of the update"
+            )
         known = self._shapes[role]
         for name, shape in shapes.items() if known else ():
             if name not in known:
-                raise EngineError(f"the {role} model has no {name}; sglang would drop it in silence")
+                raise EngineError(f"the {role} model has no {name}; sglang would drop it silently")
             if tuple(shape) != known[name]:
                 raise EngineError(f"{role} weight {name} has shape {tuple(shape)}, but the model's is {known[name]}")
 
     def send(self, doing: str, method: str, message: str, **fields: Any) -> Future:
-        """Send one message; the future gives None, or raises EngineError with the engine's own words."""
+        """Send one message. The future's result is None, or EngineError with the engine's own message."""
         from sglang.srt.managers import io_struct
 
         request = getattr(io_struct, message)(**fields)
@@ -159,14 +161,14 @@ class WeightUpdater:
 
 
 def _tied_head(folder: str) -> str | None:
-    """The name of the output layer's weight where the folder's config.json ties it to the embedding."""
+    """Return the name of the output layer's weight if the folder's config.json ties it to the embedding, else None."""
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     return family_named(config.get("model_type")).names.head_weight if config.get("tie_word_embeddings") else None
 
 
 def weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a folder's safetensors files, from their headers; empty if there are none."""
+    """Return the shapes of the tensors in a folder's safetensors files, from their headers; empty if there are none."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in Path(folder).glob("*.safetensors"):
         file = MappedFile(path)
@@ -175,9 +177,9 @@ def weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
 
 
 def flat_bucket(tensors: Sequence[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """Tensors as sglang's load format "flattened_bucket" has them: one buffer of bytes, and where in it each lies.
+    """Return tensors in sglang's load format "flattened_bucket": one buffer of bytes, and each tensor's offsets in it.
 
-    Tensors that lie one after the other in one piece of memory stay there; others are copied together.
+    Tensors that are adjacent in memory are not copied; others are copied into one buffer.
     """
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket, FlattenedTensorMetadata
 
@@ -195,7 +197,7 @@ def flat_bucket(tensors: Sequence[tuple[str, torch.Tensor]]) -> dict[str, Any]:
 
 
 def _common_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The bytes of `tensors`, if they lie one after the other in one piece of memory."""
+    """Return the bytes of `tensors` if they are adjacent in one piece of memory, else None."""
     expected = tensors[0].data_ptr()
     for tensor in tensors:
         if tensor.data_ptr() != expected or not tensor.is_contiguous():
@@ -205,17 +207,17 @@ def _common_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     first = tensors[0].data_ptr() - storage.data_ptr()
     size = expected - tensors[0].data_ptr()
     if first + size > storage.nbytes():
-        return None  # neighbors by chance
+        return None  # adjacent by chance, in different pieces of memory
     return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(storage, first, (size,))
 
 
 def serialize(content: dict[str, Any], tp: int) -> list[bytes]:
-    """One payload of handles for each rank of the engine, whose references end with its own load."""
+    """Return one payload of memory handles for each rank of the engine; each rank releases its own after loading."""
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
     if content["flattened_tensor"].is_cuda:
-        monkey_patch_torch_reductions()  # names devices by UUID: the engine may number them differently
+        monkey_patch_torch_reductions()  # identifies devices by UUID: the engine may number them differently
     return [MultiprocessingSerializer.serialize(content) for _ in range(tp)]
 
 

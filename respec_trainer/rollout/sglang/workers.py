@@ -1,8 +1,8 @@
-"""What runs first in each of sglang's processes, before any of sglang is imported there.
+"""Entry points of sglang's processes, which prepare them before any of sglang is imported there.
 
-sglang starts its scheduler and detokenizer through two attributes of its Engine class. Ours are objects of this module:
-a spawned process unpickles its target before the target's arguments, which are sglang's own classes, so unpickling one
-is the moment to prepare the process.
+sglang starts its scheduler and detokenizer through two attributes of its Engine class. They are set to objects of this
+module. A spawned process unpickles its target before the target's arguments, which are of sglang's own classes, so
+unpickling the target prepares the process in time.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 from respec_trainer.processes import collect_garbage_again, collect_no_garbage, parent_death_signal
 
-# sglang's children report failure by a signal to the trainer that would end it. They exit with this status instead, and
-# the trainer's watcher sees them gone.
+# sglang's children report failure by a signal that would end the trainer. They exit with this status instead, which the
+# trainer's watcher thread detects.
 FAILED = 70
 
-# How a launcher tells a process that it is a rank of a job; the engine's processes are not ranks of the trainer's.
+# Environment variables of a launcher's ranks. The engine's processes are not ranks of the trainer's job.
 LAUNCHER = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
     "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
@@ -30,7 +30,7 @@ LAUNCHER = (
 
 
 def engine_environment(device: str, threads: int, tp: int = 1) -> dict[str, str | None]:
-    """Environment of the engine's processes; None for what must not be there. On a CPU each rank has `threads`."""
+    """Return the environment of the engine's processes; None unsets a variable. On a CPU each rank has `threads`."""
     changes: dict[str, str | None] = dict.fromkeys(LAUNCHER)
     changes |= {
         "PYTHONWARNINGS": "ignore",
@@ -40,12 +40,13 @@ def engine_environment(device: str, threads: int, tp: int = 1) -> dict[str, str 
     }
     if device == "cpu":
         changes["OMP_NUM_THREADS"] = str(threads)
-        changes["TORCHDYNAMO_DISABLE"] = "1"  # its first compilation takes 25 s, for nothing
-        # By default sglang refuses more ranks than NUMA nodes. It wants cores for each, but only AMX kernels bind them.
+        changes["TORCHDYNAMO_DISABLE"] = "1"  # its first compilation takes 25 s and gains nothing
+        # By default sglang refuses more ranks than NUMA nodes. The setting lists each rank's cores, which only AMX
+        # kernels use.
         if tp > 1:
             changes["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(["all"] * tp)
     else:
-        # Expandable segments cannot be shared by CUDA IPC, nor released by the memory saver.
+        # CUDA IPC cannot share expandable segments, and the memory saver cannot release them.
         changes |= {"PYTORCH_CUDA_ALLOC_CONF": None, "PYTORCH_ALLOC_CONF": None}
     return changes
 
@@ -57,18 +58,18 @@ def prepare_process(device: str) -> None:
 
     require_version("sglang", "0.5.21", "respec_trainer.rollout")
     define_torchvision_operators()
-    # On a CPU it has to say, at import, that it found no CUDA.
+    # On a CPU sglang logs at import that it found no CUDA.
     logging.getLogger("sglang.kernels.jit.utils.arch").setLevel(logging.ERROR)
     if device == "cpu":
         from respec_trainer.rollout.sglang.inside.cpu import put_stand_in_on_path
 
         put_stand_in_on_path()
-        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # sglang looks once, at its first import
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # sglang reads it once, at its first import
 
 
 @dataclass
 class Worker:
-    """Target of one of sglang's processes."""
+    """Target of one of sglang's processes; unpickling it prepares the process."""
 
     device: str
     plugin_settings: str  # for inside/plugin.py, JSON
@@ -78,13 +79,13 @@ class Worker:
         collect_no_garbage()
         warnings.filterwarnings("ignore")
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the trainer, which ends the engine
-        parent_death_signal(signal.SIGKILL)()  # from the first moment, and not only once sglang asks for it
+        parent_death_signal(signal.SIGKILL)()  # from the start, not only once sglang sets it
         prepare_process(self.device)
         exit_instead_of_signalling()
 
 
 class SchedulerWorker(Worker):
-    """Runs sglang's scheduler once this package's plugin is active in it."""
+    """Runs sglang's scheduler after checking that this package's plugin is active."""
 
     def __call__(self, *args: Any) -> None:
         from respec_trainer.rollout.plugin_contract import SETTINGS
@@ -95,7 +96,7 @@ class SchedulerWorker(Worker):
         from sglang.srt.model_loader import weight_utils
         from sglang.srt.plugins import load_plugins
 
-        weight_utils.tqdm = weight_utils.DisabledTqdm  # its bars would run through the trainer's display
+        weight_utils.tqdm = weight_utils.DisabledTqdm  # its progress bars would disturb the trainer's display
         load_plugins()
         require_active()
         collect_garbage_again()
@@ -103,6 +104,8 @@ class SchedulerWorker(Worker):
 
 
 class DetokenizerWorker(Worker):
+    """Runs sglang's detokenizer."""
+
     def __call__(self, *args: Any) -> None:
         from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
@@ -111,7 +114,7 @@ class DetokenizerWorker(Worker):
 
 
 def exit_instead_of_signalling() -> None:
-    """From now on this process, where it would signal its parent that it failed, ends with status FAILED instead."""
+    """Make this process exit with status FAILED where it would signal its failure to its parent."""
     import psutil
 
     original = psutil.Process.send_signal

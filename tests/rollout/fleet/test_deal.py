@@ -1,4 +1,4 @@
-"""rollout/fleet/deal.py: shares of equal tokens, of what is expected."""
+"""rollout/fleet/deal.py: expected tokens, and shares of about equal tokens."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def tokens(shares):
 A, B, C = (1,), (2, 2), (3, 3, 3)
 
 
-def test_what_a_response_takes_is_learned_from_its_prompt_and_else_from_all():
+def test_expected_lengths_are_of_the_prompt_or_of_all_prompts():
     dealer = Dealer("group")
-    assert [u.tokens for u in dealer.units(requests(A, B), 2)] == [2, 4], "prompts alone, as nothing else is known"
+    assert [u.tokens for u in dealer.units(requests(A, B), 2)] == [2, 4], "prompts only: no response was observed"
     dealer.observe([sample(A, 10), sample(A, 20), sample(B, 60)])
     assert [u.tokens for u in dealer.units(requests(A, B, C), 2)] == [2 * (1 + 15), 2 * (2 + 60), 2 * (3 + 30)]
     dealer.observe([sample(A, 45)])
     assert [u.tokens for u in dealer.units(requests(A, C), 2)] == [2 * (1 + 30), 2 * (3 + 45)]
     assert [u.tokens for u in dealer.units(requests(B, C, most=8), 2)] == [2 * (2 + 8), 2 * (3 + 8)], (
-        "no more than may be"
+        "at most max_new_tokens"
     )
     again = Dealer("group")
     again.load_state_dict(dealer.state_dict())
     assert again.units(requests(A, B, C), 2) == dealer.units(requests(A, B, C), 2)
 
 
-def test_prompts_not_seen_for_longest_are_forgotten(monkeypatch):
+def test_prompts_seen_longest_ago_are_dropped(monkeypatch):
     monkeypatch.setattr("respec_trainer.rollout.fleet.deal.MOST", 2)
     dealer = Dealer("group")
     for prompt in (A, B, A, C):
@@ -58,7 +58,7 @@ def test_groups_stay_together_or_are_spread():
     assert Dealer("group").units([], 2) == []
 
 
-def test_shares_are_as_full_as_in_the_best_deal_or_a_third_more():
+def test_shares_are_at_most_a_third_larger_than_in_the_best_deal():
     draw = random.Random(0)
     for _ in range(50):
         costs = [draw.choice([1, 2, 5, 9, 30]) * draw.random() for _ in range(8)]
@@ -75,13 +75,13 @@ def _ways():
 
 
 @pytest.mark.parametrize("engines", [1, 2, 4])
-def test_what_is_alike_is_dealt_in_order(engines):
+def test_equal_units_are_dealt_in_order(engines):
     units = [Unit((i,), 3.0) for i in range(8)]
     each = 8 // engines
     assert deal(units, engines) == [units[i * each : (i + 1) * each] for i in range(engines)]
 
 
-def test_the_largest_begin():
+def test_the_largest_units_begin():
     share = [Unit((0, 1), 4.0), Unit((2, 3), 9.0), Unit((4, 5), 6.0)]
-    assert begin(share, 3) == (share[1:], share[:1]), "as long as there is room"
+    assert begin(share, 3) == (share[1:], share[:1]), "while there is room"
     assert begin(share, 5) == (share, []) and begin([], 3) == ([], [])

@@ -1,4 +1,4 @@
-"""rollout/fleet/feeder.py, and pending.py: what waits is drawn once, by whoever has room, whatever dies."""
+"""rollout/fleet/feeder.py and pending.py: each waiting unit is drawn once, even if engines die."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNITS = [Unit((i, i + 1), 2.0) for i in range(0, 40, 2)]
 
 
 class Engine:
-    """Each response takes `seconds`; `slots` run at a time. It dies once it has been given `life` requests."""
+    """An engine with `slots`, whose responses take `seconds`. It dies at the request after the first `life` ones."""
 
     def __init__(self, seconds, slots=4, life=10**6):
         self.seconds, self.slots, self.life = seconds, threading.Semaphore(slots), life
@@ -73,7 +73,7 @@ def start(engine, mine, queue, resume=True):
 
 
 def collect(*phases):
-    """What each rank's engine drew, by position; all at once, as ranks do."""
+    """Collect several phases at the same time, as ranks do; return each engine's samples with their positions."""
     with ThreadPoolExecutor() as threads:
         return [future.result() for future in [threads.submit(phase.collect_own) for phase in phases]]
 
@@ -99,8 +99,8 @@ def test_the_faster_engine_draws_what_the_slower_has_not_begun(store):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_what_a_dying_engine_took_stays_its_own(store, resume):
-    """It took more than it could submit; after its restart it draws just that, and what nobody has taken."""
+def test_a_dead_engine_keeps_the_units_that_it_took(store, resume):
+    """It took more than it could submit. After its restart it draws these units, and those that no engine has taken."""
     engine = Engine(0.01, life=10)
     phase = start(engine, UNITS[:2], Queue(UNITS[4:], store, "phase"), resume)
     with pytest.raises(EngineError, match="died"):
@@ -116,9 +116,9 @@ def test_what_a_dying_engine_took_stays_its_own(store, resume):
 
 
 def test_a_dead_engine_leaves_the_queue_to_the_others(store):
-    dying, well = Engine(0.01, life=6), Engine(0.02)
+    dying, healthy = Engine(0.01, life=6), Engine(0.02)
     phases = [
-        start(engine, UNITS[i : i + 2], Queue(UNITS[4:], store, "phase")) for engine, i in ((dying, 0), (well, 2))
+        start(engine, UNITS[i : i + 2], Queue(UNITS[4:], store, "phase")) for engine, i in ((dying, 0), (healthy, 2))
     ]
     with ThreadPoolExecutor() as threads:
         first, second = [threads.submit(phase.collect_own) for phase in phases]
@@ -127,7 +127,7 @@ def test_a_dead_engine_leaves_the_queue_to_the_others(store):
         others = second.result()
     dying.life, dying.failure = 10**6, None
     mine, same = phases[0].collect_own(), phases[1].collect_own()
-    assert [position for position, _ in same] == [position for position, _ in others], "it is not asked again"
+    assert [position for position, _ in same] == [position for position, _ in others], "nothing is drawn again"
     assert sorted(position for position, _ in [*mine, *same]) == list(range(40))
 
 

@@ -1,4 +1,4 @@
-"""rollout/fleet/fleet.py: whether an engine is still at work, and what all engines logged."""
+"""rollout/fleet/fleet.py: running engines, their logs, and their depth choosers' states."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def test_no_engine_and_one_that_refused_generate_nothing():
 
 
 class LoggingEngine:
-    """Logs a batch for each request, of as many sequences as the prompt has tokens; its policy may fail."""
+    """An engine that logs a batch for each request, with as many sequences as the prompt has tokens."""
 
     def __init__(self, index, logs=True):
         self.index, self.logs, self.failure = index, logs, None
-        self.log, self.failures, self.learnt = [], 0, ""
+        self.log, self.failures, self.state = [], 0, ""
 
     def start(self):
-        self.failure, self.learnt = None, "new"
+        self.failure, self.state = None, "new"
 
     def restore_depth_chooser(self, state):
-        self.learnt = state
+        self.state = state
 
     def shutdown(self):
         self.failure = EngineError("not running")
@@ -59,7 +59,7 @@ class LoggingEngine:
 
     def submit(self, requests):
         self.log += [len(request.prompt_ids) for request in requests]
-        self.learnt += f" {len(requests)}"
+        self.state += f" {len(requests)}"
         return SimpleNamespace(collect=lambda: [f"{self.index}:{request.key}" for request in requests])
 
     def take_decode_log(self):
@@ -67,7 +67,7 @@ class LoggingEngine:
             raise self.failure
         batches, self.log = self.log if self.logs else [], []
         columns = {"start": np.arange(float(len(batches))), "batch": np.array(batches)}
-        return DecodeLog(**columns, failures=self.failures, state=self.learnt)
+        return DecodeLog(**columns, failures=self.failures, state=self.state)
 
 
 def prompts(*lengths):
@@ -79,37 +79,37 @@ def as_lists(logs):
 
 
 def play(config, logs):
-    """What two ranks hear of two engines' batches, over a few phases."""
+    """Run a few phases on one of two ranks; return the answers of `ask_each` and the logs received."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
     fleet = RolloutFleet(config, lambda index: LoggingEngine(index, logs[index]), None, "cpu")
-    heard = []
+    received = []
     fleet.engine.submit(prompts(1, 2)[: fleet.index + 1])
-    heard.append(as_lists(fleet.take_decode_log()))
-    heard.append(as_lists(fleet.take_decode_log()))
+    received.append(as_lists(fleet.take_decode_log()))
+    received.append(as_lists(fleet.take_decode_log()))
     fleet.engine.submit(prompts(3))
-    asked = fleet.ask_each(prompts(9)[0])  # as the canary is, after a push that interrupted the phase
+    answers = fleet.ask_each(prompts(9)[0])  # like the canary, after a push that interrupted the phase
     fleet.engine.submit(prompts(4))
-    heard.append(as_lists(fleet.take_decode_log()))
+    received.append(as_lists(fleet.take_decode_log()))
     fleet.engine.failures = int(fleet.index == 1)
     fleet.ask_each(prompts(9)[0])
-    heard.append(as_lists(fleet.take_decode_log()))
-    return asked, heard
+    received.append(as_lists(fleet.take_decode_log()))
+    return answers, received
 
 
-def test_every_rank_hears_what_every_engine_s_batches_did(tmp_path):
-    (asked, heard), (asked_too, heard_too) = run_ranks(2, play, smallest_config(tmp_path), [True, True])
-    assert heard == heard_too and asked == asked_too == ["0:0", "1:0"]
-    assert heard[0] == [([1], 0), ([1, 2], 0)]
-    assert heard[1] == [], "taken once"
-    assert heard[2] == [([3], 0), ([4], 0)] * 2, "without what was asked aside, and in two stretches"
-    assert sum(failures for _, failures in heard[3]) >= 1, "a failure is told wherever it happened"
+def test_every_rank_receives_the_logs_of_all_engines(tmp_path):
+    (answers, received), (other_answers, other_received) = run_ranks(2, play, smallest_config(tmp_path), [True, True])
+    assert received == other_received and answers == other_answers == ["0:0", "1:0"]
+    assert received[0] == [([1], 0), ([1, 2], 0)]
+    assert received[1] == [], "taken once"
+    assert received[2] == [([3], 0), ([4], 0)] * 2, "without the batch of ask_each, and in two logs"
+    assert sum(failures for _, failures in received[3]) >= 1, "failures during ask_each are reported too"
 
 
 def test_engines_that_log_nothing_add_nothing(tmp_path):
-    (_, heard), _ = run_ranks(2, play, smallest_config(tmp_path), [False, True])
-    assert heard[0] == [([1, 2], 0)] and heard[2] == [([3], 0), ([4], 0)]
+    (_, received), _ = run_ranks(2, play, smallest_config(tmp_path), [False, True])
+    assert received[0] == [([1, 2], 0)] and received[2] == [([3], 0), ([4], 0)]
 
 
 def lose(config):
@@ -127,24 +127,24 @@ def lose(config):
     return None
 
 
-def test_an_engine_that_died_is_told_to_every_rank(tmp_path):
-    for told in run_ranks(2, lose, smallest_config(tmp_path)):
-        assert told == "engine of rank 1: died"
+def test_a_dead_engine_raises_on_every_rank(tmp_path):
+    for error in run_ranks(2, lose, smallest_config(tmp_path)):
+        assert error == "engine of rank 1: died"
 
 
 def remember(config):
-    """What each of two engines' policies had learnt when it was asked, through a restart and a resumption."""
+    """Return the chooser's state in one of two engines at each phase, through a restart and a resumed run."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    fleet, heard = RolloutFleet(config, LoggingEngine, None, "cpu"), []
+    fleet, states = RolloutFleet(config, LoggingEngine, None, "cpu"), []
 
     def phase():
         fleet.start(prompts(1, 1, 1))
-        learnt = fleet.engine.learnt
+        state = fleet.engine.state
         fleet.take_decode_log()
         fleet.ask_each(prompts(9)[0])
-        heard.append((learnt, fleet.state_dict()["depth"]))
+        states.append((state, fleet.state_dict()["depth"]))
 
     phase()
     if fleet.index == 1:
@@ -157,11 +157,11 @@ def remember(config):
     resumed.ask_each(prompts(9)[0])
     fleet = resumed
     phase()
-    return heard
+    return states
 
 
-def test_what_policies_have_learnt_outlives_their_engines(tmp_path):
-    """A canary sung between an engine's start and its first rollout leaves no trace in it: the state replaces that."""
+def test_the_choosers_state_survives_their_engines(tmp_path):
+    """The canary between an engine's start and its first rollout does not change the state, which replaces its own."""
     first, second = run_ranks(2, remember, smallest_config(tmp_path))
     assert first == [("new 2", "new 2 1"), ("new 2 1 1 2", "new 2 1 1 2 1"), ("new 2 1 1 2 1 2", "new 2 1 1 2 1 2 1")]
     assert second == [("new 1", "new 1 1"), ("new 1 1 1", "new 1 1 1 1"), ("new 1 1 1 1 1", "new 1 1 1 1 1 1")]
@@ -180,9 +180,9 @@ def test_at_the_end_engines_are_shut_down_and_released(tmp_path):
     assert run_ranks(2, end, smallest_config(tmp_path)) == [("not running", ["released"])] * 2
 
 
-def test_an_engine_that_learns_nothing_is_told_nothing(tmp_path):
-    engine = SimpleNamespace(take_decode_log=DecodeLog)  # which refuses restore_depth_chooser
-    fleet = SimpleNamespace(engine=engine, depth_state="", forgot=True)
+def test_an_engine_without_a_chooser_s_state_receives_none(tmp_path):
+    engine = SimpleNamespace(take_decode_log=DecodeLog)  # it has no restore_depth_chooser
+    fleet = SimpleNamespace(engine=engine, depth_state="", must_restore=True)
     RolloutFleet.restore_chooser(fleet)
     RolloutFleet.take_log(fleet)
-    assert (fleet.depth_state, fleet.forgot) == ("", False)
+    assert (fleet.depth_state, fleet.must_restore) == ("", False)

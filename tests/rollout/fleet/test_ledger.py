@@ -1,4 +1,4 @@
-"""rollout/fleet/ledger.py: every request is answered once, whatever dies in between."""
+"""rollout/fleet/ledger.py: every request is answered once, although engines die."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def drawn(key, tokens, reason="stop", version="actor-1", drafter="d0", prompt=(1
     return Sample(key, list(prompt), list(tokens), logprobs, reason, version, drafter, 1, [0, 1], origins)
 
 
-def test_unfinished_responses_go_on_from_their_tokens():
+def test_unfinished_responses_continue_after_their_tokens():
     ledger = Ledger(REQUESTS, resume=True)
     assert ledger.remaining() == REQUESTS
     ledger.add([drawn("a", [5, 6]), drawn("b", [7, 8, 9], "lost"), drawn("c", [], "lost")])
@@ -39,8 +39,8 @@ def test_unfinished_responses_go_on_from_their_tokens():
 
 
 @pytest.mark.parametrize("stop", [(), ("\n",)])
-def test_otherwise_all_is_drawn_again(stop):
-    """Also what has finished, and where a stop string could begin in one life and end in the next."""
+def test_without_resuming_all_is_drawn_again(stop):
+    """Finished responses too. A stop string prevents resuming, as it could begin before a restart and end after it."""
     requests = [replace(r, sampling=replace(SAMPLING, stop=stop)) for r in REQUESTS]
     ledger = Ledger(requests, resume=bool(stop))
     ledger.add([drawn("a", [5, 6]), drawn("b", [7], "lost"), drawn("c", [], "lost")])

@@ -1,4 +1,4 @@
-"""rollout/remote/engine.py and rollout/remote/host.py: an engine is the same from afar, and so are its failures."""
+"""rollout/remote/engine.py and rollout/remote/host.py: a remote engine and its failures are like a local one's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from respec_trainer.rollout.fleet.pending import FleetPending
 from respec_trainer.rollout.remote import host as engine_host
 from respec_trainer.rollout.remote.engine import RemoteEngine
 from respec_trainer.rollout.remote.host import EngineHost
-from respec_trainer.rollout.remote.link import HostAbsentError, LinkLostError, cut, hang_up, job_store, offer, reach
+from respec_trainer.rollout.remote.link import HostAbsentError, LinkLostError, close, cut, job_store, offer, reach
 from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang.settings import EngineSettings
 
@@ -35,7 +35,7 @@ SPEC = TensorSpec("weight", "float32", (2, 3))
 
 
 class Engine:
-    """Notes what it is asked. Its rollout ends when `finish` is set, its broadcasts when `arrived` is."""
+    """An engine that records its calls. Rollouts end when `finish` is set, broadcasts when `arrived` is resolved."""
 
     def __init__(self, settings):
         self.settings, self.log = settings, []
@@ -73,7 +73,7 @@ class Engine:
 
 
 class Host(threading.Thread):
-    """A host of engine 0: `error` is what it ends with."""
+    """A host of engine 0, in a thread. `error` is the exception that ended it."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ class Host(threading.Thread):
             self.error = error
 
     def ended(self):
-        """With which error; its engine has ended too."""
+        """Wait for the host and its engine to end; return `error`."""
         self.join(10)
         assert not self.is_alive()
         assert self.host.engine is None or str(self.host.engine.failure) == "not running"
@@ -106,7 +106,7 @@ def job(monkeypatch):
 
 @pytest.fixture
 def pair(job):
-    """(the engine, the same from afar)"""
+    """(the engine, its RemoteEngine)"""
     thread = Host()
     remote = RemoteEngine(EngineSettings("folder", seed=7), 0)
     remote.start()
@@ -143,13 +143,13 @@ def test_calls_arrive_as_they_were_made(pair):
     ]
 
 
-def test_what_takes_its_time_holds_nothing_up(pair):
+def test_slow_calls_do_not_block_others(pair):
     engine, remote = pair
     arrives = remote.receive_broadcast([SPEC], "target", "group")
     pending, samples = remote.submit(REQUESTS), []
     collecting = threading.Thread(target=lambda: samples.extend(pending.collect()))
     collecting.start()
-    assert pending.done() == 1 and remote.versions, "while it is being collected"
+    assert pending.done() == 1 and remote.versions, "during the collection"
     assert not arrives.done() and not samples
     engine.arrived.set_result(None)
     assert arrives.result(10) is None and engine.log == [([SPEC], "target", "group")]
@@ -159,7 +159,7 @@ def test_what_takes_its_time_holds_nothing_up(pair):
     assert pending.collect() == samples, "twice"
 
 
-def test_errors_come_back_as_they_are(pair):
+def test_errors_are_returned_with_their_types(pair):
     engine, remote = pair
     with pytest.raises(ProofError, match="no digests of draft"):
         remote.digests("draft")
@@ -173,7 +173,7 @@ def test_errors_come_back_as_they_are(pair):
         remote.receive_tensors([], "target")
 
 
-def test_an_engine_that_dies_can_be_asked_what_it_delivered_and_started_anew(pair):
+def test_a_dead_engine_returns_what_it_delivered_and_can_start_again(pair):
     engine, remote = pair
     pending = remote.submit(REQUESTS)
     engine.failure = EngineError("killed")
@@ -189,7 +189,7 @@ def test_an_engine_that_dies_can_be_asked_what_it_delivered_and_started_anew(pai
 def test_a_host_that_is_gone_is_a_dead_engine_until_another_takes_its_place(job):
     first, remote = Host(), impatient(5)
     remote.start()
-    remote.start()  # its second life, on this host
+    remote.start()  # its second start, on this host
     pending = remote.submit(REQUESTS)
     waits = remote.receive_broadcast([SPEC], "target", "group")
     cut(first.host.connection)
@@ -203,7 +203,7 @@ def test_a_host_that_is_gone_is_a_dead_engine_until_another_takes_its_place(job)
     remote.start()
     second.host.engine.finish.set()
     assert remote.failure is None and remote.submit(REQUESTS).collect() == ["0", "1", "2"]
-    assert second.host.engine.settings == replace(remote.settings, seed=7 + 2 * 1_000_003), "no life's seed comes again"
+    assert second.host.engine.settings == replace(remote.settings, seed=7 + 2 * 1_000_003), "no seed is used twice"
     remote.release()
     assert second.ended() is None
 
@@ -219,34 +219,34 @@ def test_a_host_that_does_not_return_is_named(job):
 
 
 def test_a_run_waits_once_for_a_host_that_does_not_return(job):
-    """And a lost engine generates nothing, so that whoever waits for its responses goes on to hear why."""
+    """A lost engine is not generating, so that callers stop waiting for its responses, and get its error."""
     host, remote = Host(), impatient(0.5)
     remote.start()
     fleet = RolloutFleet.__new__(RolloutFleet)
-    fleet.engine, fleet.index, fleet.owners, fleet.counts, fleet.forgot = remote, 0, [0], Counter(), False
+    fleet.engine, fleet.index, fleet.owners, fleet.counts, fleet.must_restore = remote, 0, [0], Counter(), False
     fleet.resume, fleet.shares_devices, fleet.agree = False, False, agree
     pending = FleetPending(fleet, REQUESTS, [Unit((0, 1, 2), 3.0)])
     assert pending.generating()
     cut(host.host.connection)
     host.ended()
     assert not pending.generating()
-    said = []
-    rollouts = Generation(fleet, SimpleNamespace(), SimpleNamespace(), 3, said.append)
+    notices = []
+    rollouts = Generation(fleet, SimpleNamespace(), SimpleNamespace(), 3, notices.append)
     with pytest.raises(HostAbsentError, match="none came within 0.5 s"):
         rollouts.push()
-    assert fleet.counts["restarts"] == 1 and said == ["engine of rank 0; restart 1 of 3 in this phase"]
+    assert fleet.counts["restarts"] == 1 and notices == ["engine of rank 0; restart 1 of 3 in this phase"]
 
 
 def agree(action):
-    """Of one rank, as all ranks of a job do it."""
+    """Stand-in for `RolloutFleet.agree` with one rank."""
     try:
         return [action()]
     except EngineError as error:
         raise EngineLostError("engine of rank 0") from error
 
 
-class Mute:
-    """A connection over which nothing is sent any more, as by a process that is stopped."""
+class SilentConnection:
+    """A connection that sends nothing, like that of a stopped process."""
 
     def __init__(self, connection):
         self.connection = connection
@@ -258,7 +258,7 @@ class Mute:
         pass
 
 
-def test_a_host_is_heard_while_its_engine_is_busy_and_missed_when_it_hangs(job, monkeypatch):
+def test_a_busy_host_counts_as_alive_and_one_that_hangs_as_lost(job, monkeypatch):
     host, remote = Host(), impatient(1.0)
     remote.start()
     monkeypatch.setattr(Engine, "weight_shapes", lambda self, role: time.sleep(1.5))
@@ -266,7 +266,7 @@ def test_a_host_is_heard_while_its_engine_is_busy_and_missed_when_it_hangs(job, 
     assert remote.failure is None
 
     def hang(engine, role):
-        host.host.connection = Mute(host.host.connection)
+        host.host.connection = SilentConnection(host.host.connection)
         engine.finish.wait(10)
 
     monkeypatch.setattr(Engine, "weight_shapes", hang)
@@ -276,7 +276,7 @@ def test_a_host_is_heard_while_its_engine_is_busy_and_missed_when_it_hangs(job, 
     host.join(10)
 
 
-def test_hosts_that_are_not_alike_are_refused(job, monkeypatch):
+def test_hosts_that_do_not_match_are_refused(job, monkeypatch):
     here = HostFacts.here()
     old = replace(here, host="node7", python="3.10.1", gpus=here.gpus + 8, ranks=8, code="abc")
     monkeypatch.setattr(engine_host, "HostFacts", SimpleNamespace(here=lambda: old))
@@ -285,9 +285,9 @@ def test_hosts_that_are_not_alike_are_refused(job, monkeypatch):
         remote.start()
     text = str(refusal.value)
     assert f"python: {here.python} on {here.host}, which trains, 3.10.1 on node7" in text and "abc on node7" in text
-    assert "the host of engine 0, node7 is not like" in text and "GPUs" not in text and "ranks of a host" not in text
+    assert "the host of engine 0, node7 does not match" in text and "GPUs" not in text and "ranks of a host" not in text
     refused = host.ended()
-    assert isinstance(refused, ConfigError) and str(refused) == text, "starting it again would not help"
+    assert isinstance(refused, ConfigError) and str(refused) == text, "starting the host again would not help"
     assert "not running" in str(remote.failure)
     monkeypatch.setattr(hosts, "code_digest", lambda: "new files, under a run that has loaded the old ones")
     monkeypatch.setattr(engine_host, "HostFacts", SimpleNamespace(here=lambda: here))
@@ -308,5 +308,5 @@ def test_before_it_is_started(tmp_path):
 
 def test_a_host_that_has_made_no_engine_ends_with_its_rank(job):
     host = Host()
-    hang_up(reach(job_store(5), 0, 5))
+    close(reach(job_store(5), 0, 5))
     assert isinstance(host.ended(), LinkLostError) and "rank 0, for which" in str(host.error)

@@ -1,4 +1,4 @@
-"""rollout/sglang/arguments.py: from the configuration to sglang's arguments."""
+"""rollout/sglang/arguments.py: translation of the configuration to sglang's arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.configs import smallest_config
 SPECULATIVE = ("speculation.algorithm=eagle3", "drafter.path=drafter")
 
 
-def test_settings_say_what_the_configuration_says(tmp_path):
+def test_settings_have_the_configuration_s_values(tmp_path):
     config = smallest_config(tmp_path, *SPECULATIVE, "model.dtype=fp32", "run.seed=7", "rollout.sampling.stop=['\\n']")
     settings = EngineSettings.from_config(config, "cpu", index=2)
     assert (settings.model_path, settings.drafter_path, settings.dtype) == ("actor", "drafter", "fp32")
@@ -37,10 +37,10 @@ def test_the_cpu_pool_holds_a_full_batch_of_the_longest_samples(tmp_path):
     config = smallest_config(tmp_path, "rollout.engine.max_total_tokens=999")
     assert server_arguments(EngineSettings.from_config(config, "cpu"))["max_total_tokens"] == 999
     on_gpu = EngineSettings.from_config(smallest_config(tmp_path), "cuda")
-    assert server_arguments(on_gpu)["max_total_tokens"] is None, "there it fills its share of the memory"
+    assert server_arguments(on_gpu)["max_total_tokens"] is None, "on a GPU it fills its share of the memory"
 
 
-def test_each_engine_meets_on_a_port_of_its_own(monkeypatch):
+def test_each_engine_has_a_port_of_its_own(monkeypatch):
     ports = iter((15001, 15002))
     monkeypatch.setattr(sglang_args, "free_port", lambda: next(ports))
     assert [server_arguments(EngineSettings("actor"))["nccl_port"] for _ in range(2)] == [15001, 15002]
@@ -106,7 +106,7 @@ def test_arguments_of_other_algorithms(tmp_path, algorithm):
         assert not {"speculative_draft_model_path", "speculative_num_steps"} & set(arguments)
 
 
-def test_what_bends_the_law_reaches_sglang_and_is_off_otherwise():
+def test_lossy_settings_reach_sglang_and_are_off_by_default():
     def given(**changes):
         arguments = server_arguments(EngineSettings("actor", "drafter", speculation=SpeculationConfig(**changes)))
         names = ("accept_threshold_single", "accept_threshold_acc", "use_rejection_sampling")
@@ -119,7 +119,7 @@ def test_what_bends_the_law_reaches_sglang_and_is_off_otherwise():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_sglang_knows_every_argument(device):
+def test_sglang_accepts_every_argument(device):
     from respec_trainer.rollout.sglang.workers import prepare_process
 
     prepare_process("cpu")

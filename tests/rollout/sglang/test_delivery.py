@@ -1,4 +1,4 @@
-"""rollout/sglang/delivery.py: readers see whole messages, and only what had been taken in by then."""
+"""rollout/sglang/delivery.py: readers get whole messages only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def message(rids, reasons, verified=True):
     )
 
 
-def test_what_came_after_the_last_whole_message_is_not_there():
+def test_tokens_after_the_last_whole_message_are_left_out():
     deliveries = Deliveries()
     running, finished = state(5, 6, origins=[0, 1]), state(7)
     deliveries.commit([running, finished, None], message(["a", "b", "gone"], [None, {"type": "stop"}, None]))
@@ -39,14 +39,14 @@ def test_what_came_after_the_last_whole_message_is_not_there():
     assert output["meta_info"]["spec_verify_ct"] == 3
     assert output["meta_info"]["spec_correct_drafts_histogram"] == [1, 2]
     assert deliveries.output("b")["meta_info"]["finish_reason"] == {"type": "stop"}
-    for rid in ("gone", "never heard of"):
+    for rid in ("gone", "unknown"):
         assert deliveries.output(rid)["output_ids"] == []
 
 
-def test_without_speculation_and_forgotten():
+def test_without_speculation_and_after_removal():
     deliveries = Deliveries()
     deliveries.commit([state(5), state(6)], message(["a", "b"], [None, {"type": "abort"}], verified=False))
     assert deliveries.output("a")["meta_info"]["spec_verify_ct"] == 0
-    assert deliveries.output("b")["output_ids"] == [], "what the engine gave up is drawn again"
-    deliveries.forget(["a", "never heard of"])
+    assert deliveries.output("b")["output_ids"] == [], "tokens of aborted requests are drawn again"
+    deliveries.remove(["a", "unknown"])
     assert deliveries.output("a")["output_ids"] == []

@@ -1,4 +1,4 @@
-"""rollout/sglang/pending.py, what needs no engine."""
+"""rollout/sglang/pending.py: the parts that need no engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rollout/sglang/weights.py: what is refused before sglang hears of it."""
+"""rollout/sglang/weights.py: updates that are refused before anything is sent to sglang."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from respec_trainer.rollout.sglang.weights import WeightUpdater, weight_shapes
 
 @pytest.fixture
 def updater(tmp_path):
-    """Of an engine that must not be asked: there is none."""
+    """A WeightUpdater without an engine, so that a sent message would fail."""
     for folder, name in (("target", "model.norm.weight"), ("drafter", "norm.weight")):
         (tmp_path / folder).mkdir()
         save_file({name: torch.ones(4), "d2t": torch.zeros(3)}, tmp_path / folder / "a.safetensors", {"format": "pt"})

@@ -1,4 +1,4 @@
-"""rollout/sglang/workers.py and inside/plugin.py: what happens in sglang's processes, and what must not elsewhere."""
+"""rollout/sglang/workers.py and inside/plugin.py: effects in sglang's processes, and none elsewhere."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.processes.forking import spawned
 
 @pytest.fixture(autouse=True)
 def workers_of_runs():
-    """Integration tests may have left others in their place."""
+    """Use the workers of runs, which integration tests may have replaced."""
     with spawned():
         yield
 
 
 def run(code: str, **environment: str | None) -> str:
-    """Standard output of Python code in a fresh process."""
+    """Run Python code in a new process; return its standard output."""
     changed = {name: value for name, value in (os.environ | environment).items() if value is not None}
     done = subprocess.run([sys.executable, "-c", code], env=changed, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -47,7 +47,7 @@ def test_ranks_of_an_engine_are_not_bound_to_numa_nodes():
 
 
 def test_a_process_is_prepared_while_its_worker_is_unpickled():
-    """Before the arguments that follow it, which are sglang's own classes."""
+    """A worker prepares its process before its arguments, which are of sglang's classes, are unpickled."""
     worker = pickle.dumps(sglang_workers.SchedulerWorker("cpu", "{}"))
     code = f"""
 import pickle, signal, sys
@@ -76,7 +76,7 @@ print("alive")
 
 
 def test_another_sglang_is_refused(monkeypatch):
-    sglang_workers.prepare_process("cpu")  # a refusal must not leave half an sglang to the tests that follow
+    sglang_workers.prepare_process("cpu")  # a refusal must not leave sglang half imported for later tests
     monkeypatch.setattr("respec_trainer.compat.versions.version", lambda _: "0.5.22")
     with pytest.raises(UnsupportedVersionError, match=r"sglang 0\.5\.22 is installed, but sglang==0\.5\.21"):
         sglang_workers.prepare_process("cpu")

@@ -1,12 +1,12 @@
-"""What the drafter has not read while speculation was off, and how it reads it when speculation goes on.
+"""Backlog of tokens that the drafter did not read while speculation was off, and the pass that reads them.
 
-A plain decoding step at position t reads token x[t], gives the target's features a[t] and draws x[t + 1]. The drafter's
-key and value at t come from just these two: the pair (x[t + 1], a[t]). Without speculation nobody needs them, so the
-pairs are only kept; before the next draft they go through the drafter in one pass, as a prompt's do. Its attention
-over them ends where reading every token at once would have, so drafts are the same.
+A plain decoding step at position t reads token x[t], computes the target's features a[t] and draws x[t + 1]. The
+drafter's key and value at t depend on the pair (x[t + 1], a[t]) only. While speculation is off they are not needed, so
+the pairs are only kept. Before the next draft they go through the drafter in one pass, like a prompt. The drafter's
+cache is then the same as if it had read every token at once, so the drafts are the same too.
 
-Requests carry their count of missed tokens themselves (`respec_missed`), which ends with them: a finished one is never
-asked for again, one that is retracted has its prompt read anew, drafter included, and is forgotten here (`forget`).
+Each request has its own count of missed tokens (`respec_missed`). A finished request does not come back. A retracted
+request has its prompt read again, by the drafter too, so its tokens are removed from the backlog (`remove`).
 
 Shapes: B sequences of a decode batch, H hidden size.
 """
@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Tokens of one of the drafter's passes. Attention over a backlog needs a mask of its tokens by their contexts on a CPU.
+# Tokens at most in one pass of the drafter. On a CPU the attention mask has a row for each of them, over their context.
 TOKENS_OF_PASS = 4096
 
 
 class Chunk(NamedTuple):
-    """What one decode step left to be read."""
+    """Tokens and features of one decode step that the drafter has not read."""
 
-    requests: list  # [B]; None for one that has been forgotten
+    requests: list  # [B]; None for a removed one
     tokens: torch.Tensor  # [B] drawn by the step
-    features: torch.Tensor  # [B, 3H] of the tokens before them
+    features: torch.Tensor  # [B, 3H] of the preceding tokens
 
     def of(self, running: set[int]) -> Chunk:
-        """What is in it of the requests with these ids; it holds on to requests, so an id means one of them."""
+        """Return the part of the requests with these `id()`s, which are unique while the chunk refers to them."""
         rows = [row for row, request in enumerate(self.requests) if id(request) in running]
         if len(rows) == len(self.requests):
             return self
@@ -40,18 +40,18 @@ class Chunk(NamedTuple):
 
 
 class Missed(NamedTuple):
-    """Part of a backlog, sequence after sequence, each in the order of its positions."""
+    """Part of a backlog, sequence by sequence, each in the order of its positions."""
 
-    counts: list[int]  # by sequence of the batch
+    counts: list[int]  # [B]
     tokens: torch.Tensor  # [sum of counts]
     features: torch.Tensor  # [sum of counts, 3H]
 
 
 class Backlog:
-    """Chunks in the order of their steps. Every request whose tokens are in some of them is in all later ones.
+    """Chunks in the order of their steps. A request with tokens in one chunk is in all later chunks, until it ends.
 
     Args:
-        most_bytes: of features, above which `full` says that they should be read.
+        most_bytes: size of the features above which `full` is true.
     """
 
     def __init__(self, most_bytes: int):
@@ -60,30 +60,30 @@ class Backlog:
         self.bytes = 0
 
     def add(self, requests: Sequence[Any], tokens: torch.Tensor, features: torch.Tensor) -> None:
-        """Keep a step's tokens [B] and features [B, 3H], which must stay as they are."""
+        """Keep a step's tokens [B] and features [B, 3H], which must not change later."""
         for request in requests:
             request.respec_missed = missed(request) + 1
         self.chunks.append(Chunk(list(requests), tokens, features))
         self.bytes += features.nbytes
 
-    def forget(self, requests: Sequence[Any]) -> None:
-        """The drafter reads these requests' tokens anew, with their prompts."""
-        gone = {id(request) for request in requests if missed(request)}
+    def remove(self, requests: Sequence[Any]) -> None:
+        """Remove requests whose tokens the drafter will read again with their prompts."""
+        removed = {id(request) for request in requests if missed(request)}
         for request in requests:
             request.respec_missed = 0
-        for chunk in self.chunks if gone else ():
-            chunk.requests[:] = [None if id(request) in gone else request for request in chunk.requests]
+        for chunk in self.chunks if removed else ():
+            chunk.requests[:] = [None if id(request) in removed else request for request in chunk.requests]
 
     def full(self, requests: Sequence[Any]) -> bool:
-        """Whether it holds more than it may, of `requests`: what others left, who have finished, is thrown away."""
+        """Return whether the tokens of `requests` take too much memory; discard those of finished requests first."""
         if self.bytes <= self.most_bytes:
             return False
         self._keep_only(requests)
-        # With less than half of it free, it would soon be full again, and be gone through for a few tokens.
+        # If discarding frees less than half, the backlog would soon be full again, and be searched for few tokens.
         return self.bytes > self.most_bytes // 2
 
     def pop(self, requests: Sequence[Any], most_tokens: int) -> Missed:
-        """Take the oldest chunks, with at most `most_tokens` of a batch's requests but at least one chunk."""
+        """Take the oldest chunks: at least one, and more while they have at most `most_tokens` tokens of `requests`."""
         running = {id(request) for request in requests}
         chunks, total = [], 0
         for chunk in self.chunks:
@@ -103,7 +103,7 @@ class Backlog:
         return Missed([len(rows) for rows in by_sequence], tokens[order], features[order])
 
     def clear(self) -> None:
-        """When no request runs."""
+        """Discard everything; call it when no request has missed tokens."""
         self.chunks, self.bytes = [], 0
 
     def _keep_only(self, requests: Sequence[Any]) -> None:
@@ -113,26 +113,26 @@ class Backlog:
 
 
 def missed(request: Any) -> int:
-    """Tokens of a request that the drafter has not read."""
+    """Return the number of the request's tokens that the drafter has not read."""
     return getattr(request, "respec_missed", 0)
 
 
 def _rows_of(requests: Sequence[Any], chunks: Sequence[Chunk]) -> list[list[int]]:
-    """By request, which rows of the joined chunks are its; the chunks hold no others."""
-    place = {id(request): i for i, request in enumerate(requests)}
+    """Return each request's rows in the joined chunks, which must contain no other requests."""
+    index = {id(request): i for i, request in enumerate(requests)}
     rows: list[list[int]] = [[] for _ in requests]
     for row, request in enumerate(request for chunk in chunks for request in chunk.requests):
-        rows[place[id(request)]].append(row)
+        rows[index[id(request)]].append(row)
     return rows
 
 
 def catch_up(worker: Any, batch: Any, backlog: Backlog, most_tokens: int | None = None) -> int:
-    """Have the drafter of an EAGLEWorkerV2 read what it missed of a decode batch; returns how many tokens.
+    """Let the drafter of an EAGLEWorkerV2 read its missed tokens of a decode batch; return how many it read.
 
-    most_tokens: about how many at most, the oldest first; None for all. With all read, the batch's input holds for
-    every sequence what the drafter would draft from had it never missed any.
+    most_tokens: read about this many at most, the oldest first; None for all. Once all are read, the batch's input
+    for the drafter is the same as if it had missed none.
     """
-    lengths = batch.seq_lens.tolist()  # on a GPU this waits for the batch before, once in a catch-up
+    lengths = batch.seq_lens.tolist()  # on a GPU this waits for the previous batch
     behind = [missed(request) for request in batch.reqs]
     todo = min(sum(behind), most_tokens or sum(behind))
     done = 0
@@ -148,9 +148,10 @@ def catch_up(worker: Any, batch: Any, backlog: Backlog, most_tokens: int | None 
 
 
 def _read(worker: Any, batch: Any, part: Missed, first: list[int]) -> None:
-    """One pass of the drafter over `part`, which starts at position `first` of each sequence; updates batch.spec_info.
+    """Run one pass of the drafter over `part`, from position `first` of each sequence on; update batch.spec_info.
 
-    It goes sglang's way for prompts, which shifts the tokens by one itself and takes each sequence's last apart.
+    It uses sglang's pass over prompts, which shifts the tokens by one itself and takes each sequence's last token as a
+    separate argument.
     """
     rows = [row for row, count in enumerate(part.counts) if count]
     counts = [part.counts[row] for row in rows]
@@ -166,9 +167,9 @@ def _read(worker: Any, batch: Any, part: Missed, first: list[int]) -> None:
 
 
 def _as_prompt(batch: Any, rows: list[int], first: list[int], counts: list[int]) -> Any:
-    """A copy of the ScheduleBatch in which sequences `rows` have their `counts` tokens from position `first` on read.
+    """Return a copy of the ScheduleBatch as a prompt batch: `counts` tokens from position `first` on of `rows`.
 
-    Their slots in the cache are those that the target's pass wrote.
+    Their cache slots are those that the target's pass wrote.
     """
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 

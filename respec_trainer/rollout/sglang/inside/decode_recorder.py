@@ -1,4 +1,4 @@
-"""StepRecorder: writes a DecodeLog inside the engine, at next to no cost. Plain Python, no engine."""
+"""DecodeRecorder: records a DecodeLog inside the engine, at almost no cost. Plain Python, without sglang."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 
 from respec_trainer.rollout.decode_log import DecodeLog
 
-MOST_ROWS = 200_000  # some 100 MB; a phase has thousands
+MOST_ROWS = 200_000  # about 100 MB; a phase has thousands
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One entry of a DecodeLog, by the names of its columns."""
+    """Row of a DecodeLog, with the names of its columns."""
 
     start: float
     prefill: bool
@@ -36,15 +36,16 @@ class Row:
     predicted: float = 0.0
 
 
-class StepRecorder:
-    """Rows in the order of their batches.
+class DecodeRecorder:
+    """Rows of a DecodeLog, in the order of their batches.
 
-    A batch's row opens when it starts. What its verification kept arrives later, with overlapped scheduling only after
-    the next batch has started: decode rows wait for it in a queue, and `take` hands out those before the first waiting.
+    A batch's row is made when the batch starts. The counts of kept drafts arrive later, with overlapped scheduling only
+    after the next batch has started. So decode rows wait for them in a queue, and `take` returns the rows before the
+    first waiting one.
 
     Args:
-        clock: seconds from any beginning.
-        wait: called before the clock is read at both ends of a part; to wait for a device, or nothing.
+        clock: returns seconds from an arbitrary zero.
+        wait: called before the clock is read at both ends of a part, to wait for a device; None: do not wait.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class StepRecorder:
         self._timing = False
 
     def begin(self, prefill: bool, batch: int, context: float, tokens: int = 0) -> Row:
-        """Open the row of a batch that starts now; `tokens` are known of a prefill."""
+        """Add the row of a batch that starts now. `tokens`: of a prefill batch, whose number is already known."""
         row = Row(self.clock(), prefill, batch, context, tokens=tokens)
         if len(self.rows) >= self.most_rows:
             old = self.most_rows // 2
@@ -73,7 +74,7 @@ class StepRecorder:
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
-        """Add the time within to column `part` of the latest row. Of nested parts the outermost counts."""
+        """Add the time spent inside to column `part` of the latest row. Of nested parts only the outermost counts."""
         if self._timing or not self.rows:
             yield
             return
@@ -85,20 +86,20 @@ class StepRecorder:
             setattr(row, part, getattr(row, part) + self._clock() - started)
 
     def settle(self, kept: Sequence[int]) -> Row:
-        """The oldest waiting batch kept so many drafts of each sequence; returns its row.
+        """Complete and return the oldest waiting row, with the number of `kept` drafts of each sequence.
 
-        Raises RuntimeError if no batch waits, or one of another size: rows and results would be out of step.
+        Raises RuntimeError if no row waits or the batch sizes differ: rows and results would no longer correspond.
         """
         if not self._unsettled or self._unsettled[0].batch != len(kept):
             waiting = [row.batch for row in self._unsettled]
-            raise RuntimeError(f"results of {len(kept)} sequences, but batches that wait for theirs have {waiting}")
+            raise RuntimeError(f"results of {len(kept)} sequences, but the batches without results have {waiting}")
         row = self._unsettled.popleft()
         row.tokens = len(kept) + sum(kept)
         row.survivors = survivors_of(kept, row.steps)
         return row
 
     def take(self, failures: int = 0) -> DecodeLog:
-        """The finished rows since the last call."""
+        """Return the finished rows since the last call, as a DecodeLog."""
         waiting = self._unsettled[0] if self._unsettled else None
         ready = next((i for i, row in enumerate(self.rows) if row is waiting), len(self.rows))
         taken, self.rows = self.rows[:ready], self.rows[ready:]
@@ -113,7 +114,7 @@ class StepRecorder:
 
 
 def survivors_of(kept: Sequence[int], steps: int) -> list[int]:
-    """[steps] how many sequences kept at least 1, 2, ... drafts."""
+    """Return, for depths 1 to `steps`, how many sequences kept at least that many drafts."""
     counts = [0] * (steps + 1)
     for drafts in kept:
         counts[drafts] += 1

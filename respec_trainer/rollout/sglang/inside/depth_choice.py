@@ -1,6 +1,6 @@
-"""DepthChooser: asks the policy for draft steps before every decode batch, and keeps the engine alive if it fails.
+"""DepthChooser: chooses the draft steps of every decode batch, by a depth policy, and handles the policy's errors.
 
-Plain Python, no engine. With tensor parallelism every rank asks its own copy: nothing here depends on a clock.
+Plain Python, without sglang. With tensor parallelism every rank has its own copy, so no choice depends on a clock.
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ from respec_trainer.rollout.decode_log import DepthSettings
 
 
 class DepthPolicy(Protocol):
-    """speculation.scheduler.DepthScheduler, or one like it.
+    """Interface of depth policies, such as speculation.scheduler.DepthScheduler.
 
-    One that learns has `state()`, which is JSON, and `load_state(state)` besides.
+    A policy that learns also has `state()`, which returns JSON values, and `load_state(state)`.
     """
 
     def choose(self, batch: int, context: float, missed: float) -> int:
-        """Draft steps for the next decode batch; `missed`: mean tokens of a sequence that the drafter has not read."""
+        """Return the draft steps of the next decode batch. `missed`: mean unread tokens of a sequence."""
 
     def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
-        """survivors[d] = sequences that kept at least d + 1 drafts; [] for steps=0."""
+        """Update estimates with a batch's result: survivors[d] sequences kept at least d + 1 drafts; [] for steps=0."""
 
     def predicted(self) -> float:
-        """Speed-up over plain decoding that it expects of the latest choice."""
+        """Return the expected speed-up of the latest choice over plain decoding."""
 
 
 class Choice(NamedTuple):
+    """Draft steps of one decode batch."""
+
     steps: int
-    warm: bool  # of steps=0: whether the drafter reads this step's tokens at once
+    warm: bool  # for steps=0: whether the drafter reads this step's tokens at once
 
 
 class DepthChooser:
-    """Chooses by `settings`. A policy's error never reaches the engine: it is counted, and speculation stays off."""
+    """Chooses by `settings`. A depth policy's error never ends the engine: it is counted, and speculation stays off."""
 
     def __init__(self, settings: DepthSettings):
         self.settings = settings
@@ -56,9 +58,9 @@ class DepthChooser:
         if self.failed:
             return Choice(0, warm=False)
         if self.settings.mode == "random":
-            # Both ways of being off are drawn: profiles have to know what each costs.
+            # Both values of `warm` are drawn, because profiles need the cost of each.
             return Choice(self._draws.choice(self.settings.candidates), warm=self._draws.random() < 0.5)
-        steps = self.settings.fixed if self.settings.mode == "fixed" else self._ask(batch, context, missed)
+        steps = self.settings.fixed if self.settings.mode == "fixed" else self._by_policy(batch, context, missed)
         return Choice(steps, warm=self.settings.off == "warm" and not self.failed)
 
     def predicted(self) -> float:
@@ -79,7 +81,7 @@ class DepthChooser:
             self.fail()
 
     def state(self) -> str:
-        """What the policy has learnt, as JSON; "" where it learns nothing, or failed."""
+        """Return the depth policy's state as JSON; "" if it has none or has failed."""
         if self.failed or not hasattr(self._policy, "state"):
             return ""
         try:
@@ -89,23 +91,23 @@ class DepthChooser:
             return ""
 
     def load_state(self, state: str) -> None:
-        """Let the policy go on from a `state`. Raises ValueError for one that learns nothing."""
+        """Restore the depth policy from `state`. Raises ValueError if there is no depth policy with a state."""
         if not hasattr(self._policy, "load_state"):
-            raise ValueError(f"steps of mode {self.settings.mode} have no policy that could go on from a state")
+            raise ValueError(f"draft steps of mode {self.settings.mode} have no depth policy with a state to restore")
         self._policy.load_state(json.loads(state))
 
     def fail(self) -> None:
-        """Count the error being handled; the first is shown."""
+        """Count the exception being handled, and print the first one."""
         self.failures += 1
         if self.failures == 1:
-            print("speculation goes off: the policy of its steps failed", file=sys.stderr)
+            print("speculation is off from now on, because the depth policy failed:", file=sys.stderr)
             traceback.print_exc(file=sys.stderr)
 
-    def _ask(self, batch: int, context: float, missed: float) -> int:
+    def _by_policy(self, batch: int, context: float, missed: float) -> int:
         try:
             steps = self._policy.choose(batch, context, missed)
             if steps not in self.states:
-                raise ValueError(f"{steps!r} is none of the candidate steps {sorted(self.states)}")
+                raise ValueError(f"{steps!r} is not one of the candidate steps {sorted(self.states)}")
             return steps
         except Exception:  # noqa: BLE001 - see the class
             self.fail()

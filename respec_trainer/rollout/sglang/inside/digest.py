@@ -1,8 +1,8 @@
-"""Digests of the weights an engine holds, one for each tensor as it was sent.
+"""Digests of an engine's weights, one for each tensor as it was sent.
 
-Runs inside sglang's scheduler, in place of its own checksums: those are of sglang's fused tensors, which nobody sends,
-and need CUDA. Here a fused tensor is taken apart into the rows that were sent by name, shards of several ranks are put
-together, and padding is left out.
+They are computed inside sglang's scheduler and replace its own checksums, which need CUDA and are of sglang's fused
+tensors, while weights are sent unfused. Here fused tensors are split into the rows that were sent by name, shards of
+several ranks are joined, and padding is removed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from respec_trainer.models.names import Names, leaf
 from respec_trainer.models.registry import family_of
 from respec_trainer.rollout.digest import digest
 
-DRAFTER = "LlamaForCausalLMEagle3"  # sglang's class of EAGLE-3 drafters: a Llama, whatever its config's model_type
+DRAFTER = "LlamaForCausalLMEagle3"  # sglang's class of EAGLE-3 drafters, whose weights have a Llama's names
 
 
 def digest_hooks() -> dict[str, tuple[Any, str]]:
-    """For the plugin: target -> (function, kind of hook)."""
+    """Return hooks for the plugin: target -> (function, kind of hook)."""
     return {"sglang.srt.utils.weight_checker.WeightChecker._compute_checksum": (_checksums, "REPLACE")}
 
 
 def named_parts(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of one of sglang's models under the names of unfused ones, whole.
+    """Yield the complete weights of one of sglang's models, unfused, with the names of the unfused weights.
 
-    With tensor parallelism every rank has to go through them, all in step: shards are gathered as they are reached.
+    With tensor parallelism all ranks must iterate together, because shards are gathered on the way.
     """
     family = _family(model)
     names, config = family.names, model.config
@@ -39,12 +39,12 @@ def named_parts(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             if last in family.fused:
                 parts = family.fused[last]
                 for part, rows in zip(parts, _split(module, parameter, len(parts)), strict=True):
-                    # Fewer key and value heads than ranks: neighbors hold the same one.
+                    # With fewer key and value heads than ranks, neighboring ranks hold the same head.
                     copies = getattr(module, "num_kv_head_replicas", 1) if part in _keys_and_values(names) else 1
                     whole = _whole(module, name, rows, copies)
                     yield f"{parent}.{part}.{name}", whole[: _true_size(part, names, config, module)]
             else:
-                rows = getattr(module, "org_vocab_size", None)  # a vocabulary is padded, at its end
+                rows = getattr(module, "org_vocab_size", None)  # a vocabulary has its padding at the end
                 whole = _whole(module, name, parameter)[:rows]
                 columns = _true_size(last, names, config, module) if whole.dim() == 2 else None
                 yield f"{path}.{name}", whole if columns is None else whole[:, :columns]
@@ -55,7 +55,7 @@ def _family(model: torch.nn.Module) -> Family:
 
 
 def _split(module: torch.nn.Module, parameter: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-    if hasattr(module, "q_proj_shard_size"):  # sglang's QKVParallelLinear, whatever the family calls its parts
+    if hasattr(module, "q_proj_shard_size"):  # sglang's QKVParallelLinear, under any family's names
         return parameter.split([module.q_proj_shard_size, module.kv_proj_shard_size, module.v_proj_shard_size])
     return parameter.chunk(parts)
 
@@ -65,7 +65,7 @@ def _keys_and_values(names: Names) -> tuple[str, ...]:
 
 
 def _true_size(part: str, names: Names, config: Any, module: torch.nn.Module) -> int | None:
-    """Without what sglang adds at the end on a CPU, so that its ranks have equal shares of heads and hidden units."""
+    """Return the size without sglang's padding on a CPU, which gives ranks equal shares of heads and hidden units."""
     if part in map(leaf, (names.gate, names.up, names.down)):
         return getattr(config, "original_intermediate_size", None)
     kind = "total_num_kv_heads" if part in _keys_and_values(names) else "num_attention_heads"
@@ -76,11 +76,11 @@ def _true_size(part: str, names: Names, config: Any, module: torch.nn.Module) ->
 
 
 def _whole(module: torch.nn.Module, name: str, shard: torch.Tensor, copies: int = 1) -> torch.Tensor:
-    """A weight of which every tensor-parallel rank holds a shard; `copies` neighboring ranks hold the same one."""
-    signs = ("output_size_per_partition", "input_is_parallel", "org_vocab_size")  # of sglang's parallel layers
-    if not any(hasattr(module, sign) for sign in signs) or getattr(module, "tp_size", 1) == 1:
+    """Gather a weight from the tensor-parallel ranks' shards; `copies` neighboring ranks hold the same shard."""
+    marks = ("output_size_per_partition", "input_is_parallel", "org_vocab_size")  # of sglang's parallel layers
+    if not any(hasattr(module, mark) for mark in marks) or getattr(module, "tp_size", 1) == 1:
         return shard
-    by_columns = hasattr(module, "input_is_parallel")  # sglang's RowParallelLinear, whose bias every rank holds whole
+    by_columns = hasattr(module, "input_is_parallel")  # sglang's RowParallelLinear; every rank holds its complete bias
     if by_columns and name == "bias":
         return shard
     from sglang.srt.distributed import get_tp_group

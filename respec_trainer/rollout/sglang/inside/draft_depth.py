@@ -1,9 +1,9 @@
-"""Draft steps that change while sglang runs: what decides them there, and what is written down of every batch.
+"""DraftDepth: draft steps that change while sglang runs, and the log of its batches.
 
-sglang switches a worker between prepared states, one for each number of steps, and asks a policy which one before each
-decode batch. Here that policy is a DepthChooser, asked with the batch at hand. Around it hooks keep what the drafter
-does not read while speculation is off, let it catch up, and take times. With overlapped scheduling a batch's results
-arrive after the next batch has started; StepRecorder puts them back together.
+sglang switches a worker between prepared states, one for each number of steps, and asks an object which one to use
+before each decode batch. That object is DraftDepth, which asks a DepthChooser. Its hooks also keep the tokens that the
+drafter does not read while speculation is off, let it catch up, and measure times. With overlapped scheduling a batch's
+results arrive after the next batch has started; DecodeRecorder assigns them to their batch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.decode_log import STEPS_MESSAGE, DepthSettings, RequestsRunningError
 from respec_trainer.rollout.sglang.inside.catch_up import Backlog, catch_up, missed
-from respec_trainer.rollout.sglang.inside.decode_recorder import StepRecorder
+from respec_trainer.rollout.sglang.inside.decode_recorder import DecodeRecorder
 from respec_trainer.rollout.sglang.inside.depth_choice import Choice, DepthChooser
 from respec_trainer.rollout.sglang.inside.simulated_acceptance import SimulatedAcceptance
 
 
 class DraftDepth:
-    """Of the one EAGLEWorkerV2 of a scheduler process; also the policy of sglang's AdaptiveController."""
+    """Draft steps of the one EAGLEWorkerV2 of a scheduler process; also `params` of sglang's AdaptiveController."""
 
     def __init__(self, settings: DepthSettings, device: str):
         self.device = device
@@ -36,28 +36,28 @@ class DraftDepth:
         self.apply(settings)
 
     def apply(self, settings: DepthSettings) -> None:
-        """Go on by other settings, from nothing: no request may be running."""
+        """Replace the settings, and start with a new chooser, backlog and log; no request may be running."""
         if sorted({0, *settings.candidates}) != self.candidate_steps:
             raise EngineError(
                 f"the engine started with the candidate steps {self.candidate_steps}, and cannot change to "
                 f"{list(settings.candidates)}: start it with these"
             )
-        self.settings, self.control = settings, DepthChooser(settings)
+        self.settings, self.chooser = settings, DepthChooser(settings)
         self.backlog = Backlog(settings.backlog_mb * 2**20)
         self.choice = Choice(0, warm=False)
         self.recorder = self._make_recorder()
         self.acceptance = SimulatedAcceptance(settings)
 
-    def _make_recorder(self) -> StepRecorder:
+    def _make_recorder(self) -> DecodeRecorder:
         if not self.settings.timed:
-            return StepRecorder()
+            return DecodeRecorder()
         if self.device == "cuda":
-            return StepRecorder(wait=torch.cuda.synchronize)
-        # The thread that computes, and no other: what else runs on the cores is in nobody's profile.
-        return StepRecorder(clock=time.thread_time)
+            return DecodeRecorder(wait=torch.cuda.synchronize)
+        # Only the computing thread's time: other work on the cores must not be in the profile.
+        return DecodeRecorder(clock=time.thread_time)
 
     def hooks(self) -> dict[str, tuple[Callable, str]]:
-        """For `sglang_plugin`: target -> (function, kind of hook)."""
+        """Return hooks for `plugin.py`: target -> (function, kind of hook)."""
         speculative = "sglang.srt.speculative"
         worker, drafter = (f"{speculative}.eagle_worker_v2.{name}" for name in ("EAGLEWorkerV2", "EagleDraftWorker"))
         parts = {
@@ -77,7 +77,7 @@ class DraftDepth:
             **{target: (functools.partial(self.time, part), "AROUND") for target, part in parts.items()},
         }
 
-    # What sglang's controller calls
+    # Methods that sglang's AdaptiveController calls
 
     def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
         self._graph_sizes = cuda_graph_bs
@@ -91,17 +91,17 @@ class DraftDepth:
     def on_verify_complete(self, kept: list[int], _batch_size: int) -> None:
         try:
             row = self.recorder.settle(kept)
-        except Exception:  # noqa: BLE001 - a count out of step must not end the engine
-            self.control.fail()
+        except Exception:  # noqa: BLE001 - an error of the log must not end the engine
+            self.chooser.fail()
             return
-        self.control.observe(row.steps, row.batch, row.survivors)
+        self.chooser.observe(row.steps, row.batch, row.survivors)
 
-    # The hooks
+    # Hooks
 
     def install(self, _result: None, worker: Any, *_args: Any, **_kwargs: Any) -> None:
-        """Raises EngineError if sglang has turned adaptive speculation off, for which it has no more than a warning."""
+        """Connect to `worker`. Raises EngineError if sglang has turned adaptive speculation off, which it only logs."""
         if worker.adaptive_controller is None:
-            raise EngineError("sglang turned adaptive speculation off, so steps cannot change; its log says why")
+            raise EngineError("sglang turned adaptive speculation off, so draft steps cannot change; see its log above")
         worker.adaptive_controller.params = self
         self.worker = worker
 
@@ -112,10 +112,10 @@ class DraftDepth:
         return original(worker, batch, *args, **kwargs)
 
     def skip_extend(self, _result: None, worker: Any, batch: Any, result: Any) -> None:
-        """After a step without speculation, for which sglang has let the drafter's pass out."""
+        """Read or keep the tokens of a step without speculation, for which sglang skips the drafter's pass."""
         if self.choice.warm:
             worker.draft_worker._draft_extend_for_decode(batch, result)
-        elif not self.control.failed:
+        elif not self.chooser.failed:
             features = result.logits_output.hidden_states
             # A graph writes its next output into the same memory.
             features = features.clone() if result.can_run_cuda_graph else features
@@ -125,7 +125,7 @@ class DraftDepth:
         return self.acceptance.draw(accept_index, num_correct_drafts, predict, candidates)
 
     def commit_states(self, original: Callable, target_worker: Any, *args: Any) -> None:
-        """sglang finds out anew after every pass whether the target has states to commit: a part of a small step."""
+        """Skip sglang's check for states to commit, which it repeats after every pass: its result is constant."""
         if self._has_states is None:
             from sglang.srt.configs.hybrid_arch import mambaish_config
 
@@ -138,7 +138,7 @@ class DraftDepth:
             return original(*args, **kwargs)
 
     def answer(self, original: Callable, scheduler: Any, request: Any) -> None:
-        """Serve a message of this package's, which came as one to sglang's dumper."""
+        """Answer a message of this package, which is sent as a message to sglang's dumper."""
         if request.method != STEPS_MESSAGE:
             return original(scheduler, request)
         from sglang.srt.managers.io_struct import DumperControlReqOutput
@@ -146,53 +146,53 @@ class DraftDepth:
         try:
             served = self.serve(scheduler.is_fully_idle(), **request.body)
             output = DumperControlReqOutput(success=True, response=[served])
-        except Exception as error:  # noqa: BLE001 - it would end the engine; the trainer raises it
+        except Exception as error:  # noqa: BLE001 - here it would end the engine, so the trainer raises it
             busy = isinstance(error, RequestsRunningError)
             output = DumperControlReqOutput(success=False, response=[{"busy": busy}], error=str(error))
         scheduler.ipc_channels.send_to_tokenizer.send_output(output, request)
         return None
 
     def serve(self, idle: bool, settings: str | None = None, state: str | None = None) -> dict[str, bytes]:
-        """Hand out the log; with `settings`, JSON of DepthSettings, go on by them; with a policy's `state`, from it."""
+        """Return the log. `settings`: DepthSettings as JSON, to apply; `state`: of the chooser, to restore."""
         if self.worker is None:
-            raise EngineError("the engine made no EAGLE worker whose steps could change")
+            raise EngineError("the engine made no EAGLE worker whose draft steps could change")
         if not (idle or settings is None and state is None):
             raise RequestsRunningError
-        recorder, control = self.recorder, self.control
+        recorder, chooser = self.recorder, self.chooser
         if settings is not None:
             self.apply(DepthSettings.of_json(settings))
         elif idle:
             self.backlog.clear()
         if state is not None:
-            self.control.load_state(state)
-        return {"log": replace(recorder.take(control.failures), state=control.state()).to_bytes()}
+            self.chooser.load_state(state)
+        return {"log": replace(recorder.take(chooser.failures), state=chooser.state()).to_bytes()}
 
     def _start_prefill(self, batch: Any) -> None:
-        self.backlog.forget(batch.reqs)
+        self.backlog.remove(batch.reqs)
         self.recorder.begin(True, len(batch.reqs), _mean_length(batch), batch.extend_num_tokens or 0)
 
     def _start_decode(self, batch: Any) -> None:
-        """Choose the steps of a decode batch, and let the drafter catch up where they need it."""
+        """Choose the steps of a decode batch, and let the drafter catch up if they need it."""
         count, behind = len(batch.reqs), sum(map(missed, batch.reqs))
         row = self.recorder.begin(False, count, _mean_length(batch))
         with self.recorder.timing("decide"):
-            choice = self.control.choose(count, row.context, behind / count)
-            row.predicted = self.control.predicted()
+            choice = self.chooser.choose(count, row.context, behind / count)
+            row.predicted = self.chooser.predicted()
         if behind:
             choice = self._after_catch_up(batch, choice, behind)
         elif self.backlog.chunks:
-            self.backlog.clear()  # those who left it have finished
+            self.backlog.clear()  # its requests have finished
         self.choice, row.steps = choice, choice.steps
 
     def _after_catch_up(self, batch: Any, choice: Choice, behind: int) -> Choice:
-        """Catch up if the drafter is needed now, or its backlog has grown too large; what can be done then."""
+        """Catch up if this batch needs the drafter or the backlog is full; return the choice that is then possible."""
         needed = choice.steps > 0 or choice.warm
-        full = not self.control.failed and self.backlog.full(batch.reqs)
+        full = not self.chooser.failed and self.backlog.full(batch.reqs)
         if not needed and not full:
             return choice
         most = self.settings.catch_up_tokens
         if most is not None:
-            most = max(most, 2 * len(batch.reqs))  # every step without speculation adds one a sequence
+            most = max(most, 2 * len(batch.reqs))  # every step without speculation adds one token a sequence
         with self.recorder.timing("catch_up"):
             done = catch_up(self.worker, batch, self.backlog, most)
         self.recorder.rows[-1].caught_up = done
@@ -200,7 +200,7 @@ class DraftDepth:
 
 
 def _mean_length(batch: Any) -> float:
-    """Tokens of a sequence so far. Where the host does not know them yet, those it knew a batch ago."""
+    """Return the mean tokens of a sequence so far; those before the last batch if the CPU has no newer count."""
     total = batch.seq_lens_sum
     if total is None:
         total = sum(len(request.origin_input_ids) + len(request.output_ids) for request in batch.reqs)

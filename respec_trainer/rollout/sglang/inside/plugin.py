@@ -1,16 +1,16 @@
-"""What this package changes inside sglang's scheduler, as a plugin of its entry-point group `sglang.srt.plugins`.
+"""Plugin that changes sglang's scheduler, of sglang's entry-point group `sglang.srt.plugins`.
 
-- On a CPU, stock sglang verifies drafts greedily at any temperature, which bends the policy in silence. Here
-  verification is greedy only where every request of the batch is.
-- On a CPU, dense decoders and their drafters take short forward passes (`sglang_cpu_models`, `sglang_cpu_drafting`).
-- Requests may carry seeds without sglang's deterministic mode, which CPU backends do not have.
-- N-gram trees are filled up with different tokens. sglang fills them with copies of token 0, and verification, which
-  adds up the mass of a node's children, would accept that token once for each copy, which bends the policy too.
-- Every response token brings back where it came from: an accepted draft, or a draw of the target's own.
-- Draft steps may change while the engine runs (`sglang_steps`).
+- On a CPU, stock sglang verifies drafts greedily at any temperature, which silently changes the distribution of the
+  samples. Here verification is greedy only if every request of the batch is.
+- On a CPU, dense decoders and their drafters use shorter forward passes (`cpu/forward.py`, `cpu/drafting.py`).
+- Requests may have seeds without sglang's deterministic mode, which CPU backends do not have.
+- N-gram trees are padded with different tokens. sglang pads them with copies of token 0. Verification adds up the
+  probabilities of a node's children, so it would accept that token once for each copy, which is too often.
+- Every response token is returned with its origin: an accepted draft, or a draw by the target.
+- Draft steps may change while the engine runs (`draft_depth.py`).
 
-sglang calls `activate` in every process that loads plugins, for anybody who has this package installed. It acts only in
-the schedulers of this package's own engine, which set SETTINGS.
+sglang calls `activate` in every process that loads plugins, wherever this package is installed. It has an effect only
+in the schedulers of this package's own engine, where SETTINGS is set.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.plugin_contract import ORIGINS, SETTINGS
 from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
 
-# What `activate` hooked; None until it is through. sglang only logs a plugin that failed and a hook that it could not
-# apply, so `require_active` looks.
+# Targets that `activate` hooked; None until it has finished. sglang only logs a plugin that failed and a hook that it
+# could not apply, so `require_active` checks both.
 hooked: list[str] | None = None
 
 
@@ -37,7 +37,7 @@ Hooks = dict[str, tuple[Callable, str]]  # target -> (function, kind of hook)
 
 
 def activate() -> None:
-    """Entry point: register this package's hooks, in this package's engine only."""
+    """Register this package's hooks, in this package's engine only; sglang's entry point."""
     global hooked
     if SETTINGS not in os.environ:
         return
@@ -80,7 +80,7 @@ def require_active() -> None:
 
 
 def outside(outer: Hooks, inner: Hooks) -> Hooks:
-    """Both; where they share a target, whose hooks must be AROUND, the outer function wraps the inner one."""
+    """Join hooks; where both have a target, whose hooks must be AROUND, the outer function wraps the inner one."""
     both = inner | outer
     for target in inner.keys() & outer.keys():
         (wrap, _), (wrapped, _) = outer[target], inner[target]
@@ -114,17 +114,17 @@ def _cpu_hooks() -> Hooks:
 
 
 def _target_models() -> list[str]:
-    """The classes of sglang's that a target may be of."""
+    """Return the classes of sglang that a target model may have."""
     return [model for name in FAMILIES for model in FAMILIES[name].engine_models]
 
 
 def verify_uses_greedy(*, is_all_greedy: bool, **_kwargs) -> bool:
-    """Whether a batch is verified greedily: where all of its requests are greedy, and on a CPU too nowhere else."""
+    """Return whether to verify a batch greedily: only if all of its requests are greedy, on a CPU too."""
     return is_all_greedy
 
 
 def _compute_position(extend_prefix_lens, extend_seq_lens):
-    """(position of every new token, first token of every request); sglang's own makes one tensor a request."""
+    """Return (position of every new token, first token of every request), without sglang's tensor for each request."""
     import torch
 
     start = extend_seq_lens.cumsum(0) - extend_seq_lens
@@ -134,13 +134,14 @@ def _compute_position(extend_prefix_lens, extend_seq_lens):
 
 
 def with_distinct_drafts(result, worker, _batch):
-    """(drafts [B * n], mask [B * n * n]) with no token twice below a root. Padding is below the root and last."""
+    """Return (drafts [B * n], mask [B * n * n]) with no token twice among a root's children, padding included."""
     import numpy as np
 
     drafts, mask = result
     n = worker.draft_token_num
     for tokens, tree in zip(drafts.reshape(-1, n), mask.reshape(-1, n, n), strict=True):
-        children = np.flatnonzero(tree.sum(1) == 2)  # they see the root and themselves
+        # Children of the root attend to the root and themselves. sglang's padding is the last of them.
+        children = np.flatnonzero(tree.sum(1) == 2)
         _, first = np.unique(tokens[children], return_index=True)
         copies = np.delete(children, first)
         unused = np.setdiff1d(np.arange(2 * n), tokens[children])
@@ -149,19 +150,19 @@ def with_distinct_drafts(result, worker, _batch):
 
 
 def with_origins(original, processor, result, batch):
-    """Note where each token of a verify pass came from; sglang sends such lists along with the tokens."""
+    """Record the origin of each token of a verify pass; sglang sends such lists together with the tokens."""
     runs = original(processor, result, batch)
     drafted = (result.speculative_output_stride or result.speculative_num_draft_tokens) > 1
     for request, run in zip(batch.reqs, runs, strict=True):
         if request.is_retracted or request.finished() or not run:
-            continue  # sglang throws these tokens away
+            continue  # sglang discards these tokens
         origins = _origins(request)  # the run is not among the request's tokens yet
         origins += [ACCEPTED] * (len(run) - 1) + [BONUS if drafted else UNDRAFTED]
     return runs
 
 
 def note_prefill(request, *_args, **_kwargs) -> None:
-    """A prompt's first token, and one after a retraction, come without a verify pass, and may be sent at once."""
+    """Record the first token of a prompt, or after a retraction: it has no verify pass and may be sent at once."""
     from sglang.srt.runtime_context import get_spec
 
     if get_spec().speculative_algorithm is not None:
@@ -169,7 +170,7 @@ def note_prefill(request, *_args, **_kwargs) -> None:
 
 
 def _origins(request) -> list[int]:
-    """The request's list, as long as its tokens are many: sglang sends the same part of both."""
+    """Return the request's list of origins, padded to the number of its tokens: sglang sends the same slice of both."""
     request.customized_info = request.customized_info or {}
     origins = request.customized_info.setdefault(ORIGINS, [])
     origins += [UNDRAFTED] * (len(request.output_ids) - len(origins))
@@ -177,7 +178,7 @@ def _origins(request) -> list[int]:
 
 
 def _with_seeds(info, _cls, batch, *_args, **_kwargs):
-    """Give the batch its requests' seeds; the engine puts one into every request."""
+    """Set the batch's seeds from its requests, which all have one."""
     import torch
 
     seeds = [request.sampling_params.sampling_seed for request in batch.reqs]

@@ -1,9 +1,9 @@
-"""SimulatedAcceptance: keeps drafts by a draw instead of by verification, for tests and benchmarks of speed.
+"""SimulatedAcceptance: keeps drafts at random instead of by verification, for tests and benchmarks of speed.
 
-A draft is kept with one probability a at every depth, given that those before it were: a chain of s drafts then gives
-1 + a + ... + a^s tokens a pass on average. a is such that the longest candidate chain gives the length asked for.
-sglang's own simulation keeps exactly that many of every sequence, however few or many were drafted; what is best then
-hangs on the rounding, and no sequence differs from another.
+A draft is kept with the same probability a at every depth, given that the drafts before it were kept. A chain of s
+drafts then gives 1 + a + ... + a^s tokens a pass on average. a is chosen so that the longest candidate chain gives the
+requested length. sglang's own simulation keeps the same number of every sequence, however many were drafted. The best
+number of steps would then depend on rounding, and all sequences would be alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from respec_trainer.rollout.decode_log import DepthSettings
 
 
 class SimulatedAcceptance:
-    """By `settings`, from a seed: tensor-parallel ranks draw alike."""
+    """Random acceptance by `settings`, with their seed, so that tensor-parallel ranks draw alike."""
 
     def __init__(self, settings: DepthSettings):
         self._on = settings.simulated_accept_length is not None
@@ -22,10 +22,10 @@ class SimulatedAcceptance:
         self._generator = torch.Generator().manual_seed(settings.seed)
 
     def draw(self, accept_index: torch.Tensor, kept: torch.Tensor, predict: torch.Tensor, drafts: torch.Tensor):
-        """Replace what verification found, in sglang's terms; returns the new accept_index [B, s + 1].
+        """Replace verification's result, in sglang's format; return the new accept_index [B, s + 1].
 
-        accept_index: global nodes of what is kept, -1 behind. kept [B] and predict [B * (s + 1)] are overwritten: the
-        tokens become the drafter's own, whatever the target thinks of them. drafts [B, s + 1]: the root and its chain.
+        accept_index: global indices of the kept nodes, then -1. kept [B] and predict [B * (s + 1)] are overwritten: the
+        drafter's tokens are kept without regard to the target's. drafts [B, s + 1]: the root and its chain.
         """
         batch, width = drafts.shape
         if not self._on or width == 1:
@@ -40,7 +40,7 @@ class SimulatedAcceptance:
 
 
 def kept_rate(length: float, steps: int) -> float:
-    """The a in [0, 1] of 1 + a + ... + a^steps = length, by bisection."""
+    """Return a in [0, 1] with 1 + a + ... + a^steps = length, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,6 +1,6 @@
-"""rollout/fleet/feeder.py with two live engines: responses move to the one that has room, and are the same there.
+"""rollout/fleet/feeder.py with two running engines: responses move to the engine that has room and are the same there.
 
-In float32 and greedy, so that a response does not hang on which engine draws it, or beside which others.
+Decoding is greedy and in float32, so that a response depends neither on its engine nor on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VOCAB = 128
 
 
 def ask(config):
-    """On one rank, of two phases: all samples, and requests and tokens of those that its own engine drew."""
+    """Run two phases on one rank; return all samples, and the numbers of requests and tokens that its engine drew."""
     import torch.distributed as dist
 
     from respec_trainer.rollout.fleet.fleet import RolloutFleet
@@ -25,14 +25,14 @@ def ask(config):
     from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 
     class Engine(SGLangEngine):
-        """Notes which requests it was given."""
+        """An engine that records the keys of its requests."""
 
         def start(self):
-            self.asked = []
+            self.keys = []
             super().start()
 
         def submit(self, requests):
-            self.asked += [request.key for request in requests]
+            self.keys += [request.key for request in requests]
             return super().submit(requests)
 
     def request(i):
@@ -48,7 +48,7 @@ def ask(config):
             requests = [request(i) for i in range(16)]
             pending = begin_second_first(fleet, requests) if hands_over else fleet.start(requests)
             samples = pending.collect()
-            drawn, fleet.engine.asked = fleet.engine.asked, []
+            drawn, fleet.engine.keys = fleet.engine.keys, []
             counts = len(drawn), sum(len(sample.response_ids) for sample in samples if sample.key in drawn)
             phases.append(([(s.key, s.response_ids) for s in samples], counts))
         return phases
@@ -57,22 +57,22 @@ def ask(config):
 
 
 def begin_second_first(fleet, requests):
-    """The first engine begins when the second has taken something over, however the machine shares out its time."""
+    """Start the first engine after the second has taken units over, so that the machine's load does not matter."""
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
         dist.barrier()
         return fleet.start(requests)
     pending = fleet.start(requests)
-    begun = pending.asked
-    while pending.asked == begun:
-        assert pending.generating(), "the second engine drew its own and took nothing"
+    begun = pending.submitted
+    while pending.submitted == begun:
+        assert pending.generating(), "the second engine drew its own share and took no more"
         time.sleep(0.01)
     dist.barrier()
     return pending
 
 
-def test_responses_go_where_there_is_room_and_then_where_they_fit(tmp_path):
+def test_responses_move_to_the_engine_with_room_and_are_then_dealt_by_length(tmp_path):
     target = save_tiny_model(tmp_path / "target", tiny_config("qwen3", vocab_size=VOCAB, layers=4))
     settings = [f"model.path={target}", "model.dtype=fp32", "rollout.engine.span=1"]
     settings += [f"rollout.engine.max_running_requests={SLOTS}", "rollout.engine.max_total_tokens=2048"]
@@ -82,7 +82,7 @@ def test_responses_go_where_there_is_room_and_then_where_they_fit(tmp_path):
     assert samples == again == second[0][0] == second[1][0]
     others, their_tokens = second[0][1]
     assert drawn + others == 16 and tokens + their_tokens == 8 * (LONG + SHORT)
-    # Nothing was known of lengths, so all long responses were dealt to the first engine; the second took some over.
+    # The lengths were unknown, so all long responses were dealt to the first engine; the second took some over.
     assert max(tokens, their_tokens) < 8 * LONG
-    # Now they are known.
+    # In the second phase the lengths are known.
     assert fitted == second[1][1] == (8, 4 * (LONG + SHORT))

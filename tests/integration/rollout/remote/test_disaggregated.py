@@ -1,7 +1,7 @@
-"""Engines on ranks of their own: whole runs that must be those of colocated engines, bit for bit.
+"""Engines on ranks of their own: whole runs whose results equal those of colocated engines, bit for bit.
 
-Two ranks train, a third holds the engine. In float32, with seeded draws and one engine, nothing that differs between
-the placements may reach a number: the same requests make the same batches on the same weights.
+Two ranks train, a third runs the engine. With float32, seeded draws and one engine, no result may depend on the
+placement: the same requests make the same batches on the same weights.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tests.support.tiny_runs import numbers, train
 
 REPOSITORY = Path(__file__).parents[4]
 APART = ["rollout.placement=disaggregated", "rollout.engine_ranks=1", "rollout.engine.span=1"]
-KILLED_AT = 4  # batches of an engine: the canary's, the first step's, the canary's, the second step's
-# An actor this young solves nothing, so no reward moves it; weight decay does.
+KILLED_AT = 4  # the fourth batch of an engine, after the canary's, the first step's and the canary's: the second step's
+# This untrained actor solves nothing, so rewards do not change it; weight decay does.
 SMALL = [
     "model.dtype=fp32", "run.device=cpu", "run.name=test", "telemetry.live='off'", "telemetry.samples_per_step=16",
     "telemetry.trackers=[jsonl]", "data.prompts_per_step=4", "rollout.samples_per_prompt=4", "resync.verify=full",
@@ -38,7 +38,7 @@ SMALL = [
 
 
 def take_part(config, deadly=0):
-    """One rank's part in a run, as launch/train.py does it; the engine dies of its `deadly`th batch of requests."""
+    """Run one rank as launch/train.py does; the engine dies at its `deadly`th batch of requests."""
     from respec_trainer.compat import prepare
 
     prepare("cpu")
@@ -53,7 +53,7 @@ def take_part(config, deadly=0):
 
 
 def train_beside(config, words, grave):
-    """A training rank's part; the first starts the last rank, an engine's host, as an operator does, and ends it."""
+    """Run a training rank. The first one starts the last rank, an engine's host, as an operator does, and ends it."""
     from respec_trainer.compat import prepare
 
     prepare("cpu")
@@ -70,10 +70,10 @@ def train_beside(config, words, grave):
 
 @contextlib.contextmanager
 def supervised_host(words, grave):
-    place = {"RANK": str(int(os.environ["WORLD_SIZE"]) - 1), "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    rank_variables = {"RANK": str(int(os.environ["WORLD_SIZE"]) - 1), "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     command = [sys.executable, str(REPOSITORY / "launch/supervise.py"), "--backoff", "0.1", "--", sys.executable]
     command += [str(REPOSITORY / "tests/support/processes/mortal_host.py"), str(grave), str(KILLED_AT), *words]
-    host = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | place)
+    host = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | rank_variables)
     try:
         yield host
     finally:
@@ -101,7 +101,7 @@ def dying_at(batch):
 
 @pytest.fixture(scope="module")
 def words(small_actor, small_drafter):
-    """What launch/train.py is given for a run in this folder."""
+    """A function that returns the arguments of launch/train.py for a run in a folder."""
 
     def words(folder: Path, *overrides: str) -> list[str]:
         own = [f"model.path={small_actor}", f"data.path={small_actor}/data/train.jsonl"]
@@ -112,7 +112,7 @@ def words(small_actor, small_drafter):
 
 
 def outcome(folder: Path) -> tuple[list[dict], list[dict]]:
-    """Metrics of every step of a run, and its samples."""
+    """Return the metrics of every step of a run, and its samples."""
     lines = (folder / "test/samples.jsonl").read_text().splitlines()
     return read_metrics(folder / "test"), [json.loads(line) for line in lines]
 
@@ -129,15 +129,15 @@ def run(words, tmp_path):
 
 @pytest.fixture(scope="module")
 def together(words, tmp_path_factory):
-    """Two steps of colocated engines, tensor parallel."""
+    """The outcome of two steps with colocated engines, tensor parallel."""
     folder = tmp_path_factory.mktemp("together")
     _, config, *changes = words(folder, "run.steps=2")
     run_ranks(2, take_part, load_config(config, changes), timeout=240)
     return outcome(folder)
 
 
-def test_the_run_is_that_of_colocated_engines(run, together):
-    """Tensor parallel."""
+def test_the_run_equals_that_of_colocated_engines(run, together):
+    """The actor is tensor parallel."""
     steps, samples = together
     apart_steps, apart_samples = run(3, "apart", *APART, "run.steps=2")
     assert len(steps) == 2 and {s["actor_version"] for s in samples} == {"actor-0", "actor-1"}
@@ -146,8 +146,8 @@ def test_the_run_is_that_of_colocated_engines(run, together):
 
 
 @pytest.mark.long
-def test_so_is_one_that_is_taken_up_again_and_whose_engine_dies(run):
-    """Data parallel. The first step's checkpoint begins the second, in which the engine dies after the canary."""
+def test_a_resumed_run_whose_engine_dies_does_too(run):
+    """The actor is data parallel. The second step resumes from the first one's checkpoint; then the engine dies."""
     shape = ["actor.parallel.tp=1"]
     steps, samples = run(2, "together", *shape, "run.steps=2")
     run(3, "apart", *shape, *APART, "run.steps=1")
@@ -161,18 +161,18 @@ def test_so_is_one_that_is_taken_up_again_and_whose_engine_dies(run):
     assert numbers(apart_steps) == numbers(steps)
 
 
-def test_so_is_one_whose_engine_host_is_killed_and_comes_back(words, together, tmp_path):
-    """Tensor parallel. The host dies in the middle of the second step's rollout, and its supervisor starts it again."""
-    asked = words(tmp_path, *APART, "run.steps=2", "rollout.engine.timeout=200")
-    config, grave = load_config(asked[1], asked[2:]), tmp_path / "grave"
-    (code, said), _ = run_ranks(2, train_beside, config, asked, grave, timeout=240)
+def test_a_run_whose_engine_host_is_killed_and_restarted_does_too(words, together, tmp_path):
+    """The actor is tensor parallel. The host dies in the second step's rollout, and its supervisor restarts it."""
+    arguments = words(tmp_path, *APART, "run.steps=2", "rollout.engine.timeout=200")
+    config, grave = load_config(arguments[1], arguments[2:]), tmp_path / "grave"
+    (code, output), _ = run_ranks(2, train_beside, config, arguments, grave, timeout=240)
     killed, answered, requests = map(int, grave.read_text().split())
-    assert answered < requests == 16 and not psutil.pid_exists(killed), "in the middle"
-    assert code == 0 and said.count("exit code -9; restart 1 of") == 1 and "error: " not in said, said
+    assert answered < requests == 16 and not psutil.pid_exists(killed), "it died during the rollout"
+    assert code == 0 and output.count("exit code -9; restart 1 of") == 1 and "error: " not in output, output
     (steps, samples), (calm_steps, calm_samples) = outcome(tmp_path), together
     assert samples == calm_samples
     assert [step["engine/restarts"] for step in steps] == [0, 1]
-    differ = {"engine/restarts", "resync/bytes"}  # whole models are pushed to the host that comes back
+    differ = {"engine/restarts", "resync/bytes"}  # whole models are pushed to the restarted host
     assert [{k: v for k, v in step.items() if k not in differ} for step in numbers(steps)] == [
         {k: v for k, v in step.items() if k not in differ} for step in numbers(calm_steps)
     ]

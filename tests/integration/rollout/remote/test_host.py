@@ -1,4 +1,4 @@
-"""An engine's host as launch/train.py runs it: what it says, and how it ends, when nobody wants it any more."""
+"""An engine's host, run by launch/train.py: its error message and exit code when its rank or the store is lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from respec_trainer.network import free_port
-from respec_trainer.rollout.remote.link import hang_up, job_store, reach
+from respec_trainer.rollout.remote.link import close, job_store, reach
 from tests.support.tiny_runs import REPOSITORY, tiny_run
 
 APART = ["rollout.placement=disaggregated", "rollout.engine_ranks=1", "rollout.engine.span=1", "actor.parallel.tp=1"]
@@ -18,28 +18,28 @@ APART = ["rollout.placement=disaggregated", "rollout.engine_ranks=1", "rollout.e
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    """(the second rank of two, the job's store); the first rank is this process, in which no watchdog runs."""
+    """(the second rank of two, the job's store). The first rank is this process, without a watchdog."""
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     store = [dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
     command = [sys.executable, str(REPOSITORY / "launch/train.py"), *tiny_run(tmp_path), *APART, "run.lost_after=1"]
-    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | place)
+    rank_variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | rank_variables)
     yield process, store
     process.kill()
     process.wait()
 
 
 def check_ends_with(process: subprocess.Popen, words: str) -> None:
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1, said
-    assert said.count("error: ") == 1 and words in said and "Traceback" not in said, said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert output.count("error: ") == 1 and words in output and "Traceback" not in output, output
 
 
-def test_it_says_so_when_its_rank_is_gone_and_nobody_says_why(host):
+def test_it_reports_a_lost_rank(host):
     process, _ = host
-    hang_up(reach(job_store(60), 0, 60))
+    close(reach(job_store(60), 0, 60))
     check_ends_with(process, "error: rank 0, for which this host holds an engine, or the link to it is gone")
 
 

@@ -1,4 +1,4 @@
-"""rollout/remote/link.py between two hosts: both sides notice a machine or cable that is gone."""
+"""rollout/remote/link.py between two hosts: both sides detect a lost machine or cable."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import os, socket, sys, time
 import torch.distributed as dist
 from respec_trainer.rollout.remote import link
 
-# Sooner than the 40 s of a run: silence is asked about after 1 s, and what was sent may be unconfirmed for 3 s.
-link.WATCH = {socket.TCP_KEEPIDLE: 1, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 2, socket.TCP_USER_TIMEOUT: 3000}
+# Less than the 40 s of a run: probe after 1 s of silence; sent data may stay unacknowledged for 3 s.
+link.KEEPALIVE = {socket.TCP_KEEPIDLE: 1, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 2, socket.TCP_USER_TIMEOUT: 3000}
 if sys.argv[1] == "trainer":
     store = dist.TCPStore(*link.store_address(), is_master=True, wait_for_workers=False)
     connection = link.reach(store, 0, 60)
@@ -27,10 +27,10 @@ else:
     connection = link.offer(link.job_store(60), 0)
     assert connection.recv() == "go on"
 print("met", flush=True)
-if sys.argv[2] == "talks":
-    while not os.path.exists(sys.argv[3]):  # the cable is out from then on
+if sys.argv[2] == "sends":
+    while not os.path.exists(sys.argv[3]):  # from then on the cable is cut
         time.sleep(0.1)
-    connection.send("into the void")
+    connection.send("not received")
 try:
     connection.recv()
 except OSError as error:
@@ -44,8 +44,8 @@ def start(host: Host, folder: Path, store: Host, *words: str) -> tuple[subproces
     return host.start([sys.executable, "-c", SIDE, *words], log, **where), log
 
 
-@pytest.mark.parametrize("trainer", ["listens", "talks"])
-def test_both_sides_miss_the_other(tmp_path, trainer):
+@pytest.mark.parametrize("trainer", ["listens", "sends"])
+def test_both_sides_detect_the_loss_of_the_other(tmp_path, trainer):
     with two_hosts() as hosts:
         out = tmp_path / "out"
         sides = [start(hosts[0], tmp_path, hosts[0], "trainer", trainer, str(out))]
@@ -55,7 +55,7 @@ def test_both_sides_miss_the_other(tmp_path, trainer):
         out.touch()
         for process, log in sides:
             assert process.wait(timeout=20) == 0, log.read_text()
-            # "No route to host" is what a kernel may say once it has stopped looking for the neighbor.
+            # A kernel may report "No route to host" once it has stopped searching for the neighbor.
             assert log.read_text().split("lost: ")[1].strip() in ("Connection timed out", "No route to host")
 
 

@@ -1,4 +1,4 @@
-"""Draft steps that change while a live engine runs: the same tokens, and drafts as good as if they never changed."""
+"""Draft steps that change while an engine runs: the same tokens, and drafts as good as with fixed steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARED = (5, 6, 7, 8, 9, 10, 11, 12)
 # More than there are slots, of unequal lengths, and some that begin alike.
 PROMPTS = (SHARED, (*SHARED, 40), (9,), (3, 100, 130, 17, 22, 64), (*SHARED[:5], 77), (20, 21), SHARED, (88, 99, 110))
 LENGTHS = (60, 35, 48, 20, 41, 12, 30, 26)
-# On, then off for longer, then on: with four slots, requests come in while others are behind.
+# Speculation is on, then off for longer, then on: with four slots, requests start while others have a backlog.
 ON_AND_OFF = (3, 3, *[0] * 9, 3, 3, 3, 0, 1, 0, 0, 3)
 
 
@@ -33,7 +33,7 @@ def scripted(*script: int, policy: str = "Scripted", **changes) -> DepthSettings
 
 
 def save_sensitive_drafter(folder, target):
-    """One whose drafts hang on all tokens before and on the target's features, so that a wrong cache shows."""
+    """Save a drafter whose drafts depend on all earlier tokens and features, so that a wrong cache changes them."""
     save_drafter(folder, target, DRAFT_IDS)
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,7 @@ def target(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def greedy(target) -> list[list[int]]:
-    """transformers' answers, which are plain decoding's."""
+    """The answers of transformers, by plain decoding."""
     reference = Reference(target)
     return [reference.greedy(prompt, length) for prompt, length in zip(PROMPTS, LENGTHS, strict=True)]
 
@@ -73,7 +73,7 @@ def engine(target):
 
 
 def roll_out(engine, steps: DepthSettings, temperature: float = 0.0):
-    """(responses, DecodeLog) of all requests."""
+    """Draw all responses with `steps`; return (responses, DecodeLog)."""
     engine.set_steps(steps)
     params = [SamplingParams(length, temperature=temperature, ignore_eos=True) for length in LENGTHS]
     requests = [Request(str(i), prompt, p) for i, (prompt, p) in enumerate(zip(PROMPTS, params, strict=True))]
@@ -82,7 +82,7 @@ def roll_out(engine, steps: DepthSettings, temperature: float = 0.0):
 
 
 def decoded(log):
-    """The decode rows' columns that do not hang on a clock."""
+    """Return the decode rows' columns that do not depend on a clock."""
     rows = ~log.prefill
     return [getattr(log, name)[rows].tolist() for name in ("batch", "steps", "tokens", "survivors")]
 
@@ -102,15 +102,15 @@ def test_fixed_steps_are_logged(engine, greedy):
     assert (log.extend[log.prefill] > 0).all() and not log.draft[log.prefill].any()
     inside = log.draft + log.verify + log.extend + log.catch_up + log.switch + log.decide
     assert (inside[:-1] <= log.period[:-1]).all()
-    assert len(engine.take_decode_log()) == 0, "they are taken once"
+    assert len(engine.take_decode_log()) == 0, "the log is returned once"
 
 
 @pytest.mark.parametrize("changes", [{}, {"backlog_mb": 0}, {"catch_up_tokens": 8}], ids=["all", "full", "sliced"])
 def test_after_catching_up_drafts_are_those_of_a_drafter_that_read_everything(engine, greedy, changes):
-    """Tokens and kept drafts are the same in every batch, as soon as drafts are made again."""
+    """The tokens and the kept drafts are the same in every batch."""
     responses, log = roll_out(engine, scripted(*ON_AND_OFF, **changes))
     decodes = ~log.prefill
-    # Read in slices, a backlog delays drafting: the other drafter takes the steps that were taken.
+    # A backlog that is read in slices delays drafting, so the second run uses the steps that the first one took.
     taken = log.steps[decodes].tolist()
     warm_responses, warm = roll_out(engine, scripted(*taken, off="warm"))
     assert responses == warm_responses == greedy
@@ -120,22 +120,22 @@ def test_after_catching_up_drafts_are_those_of_a_drafter_that_read_everything(en
     assert (log.catch_up[log.caught_up > 0] > 0).all()
     off = decodes & (log.steps == 0)
     assert not log.extend[off].any() and warm.extend[off].all()
-    asked = [ON_AND_OFF[i % len(ON_AND_OFF)] for i in range(len(taken))]
+    wanted = [ON_AND_OFF[i % len(ON_AND_OFF)] for i in range(len(taken))]
     if "catch_up_tokens" in changes:
         assert log.caught_up.max() < 8 + 4, "whole steps of the batch are read"
-        assert taken != asked, "some batch decoded plainly while the drafter was still behind"
+        assert taken != wanted, "some batch decoded plainly while the drafter was still behind"
     else:
-        assert taken == asked
+        assert taken == wanted
     assert log.caught_up[off].any() == bool(changes), "the drafter reads nothing while it is not needed"
 
 
-def test_random_steps_leave_the_tokens_alone(engine, greedy):
+def test_random_steps_do_not_change_the_tokens(engine, greedy):
     responses, log = roll_out(engine, replace(FIXED, mode="random", seed=3))
     assert responses == greedy
     rows = ~log.prefill
     assert set(log.steps[rows]) == set(CANDIDATES)
     off = rows & (log.steps == 0)
-    assert (log.extend[off] > 0).any() and (log.extend[off] == 0).any(), "both ways of being off are drawn"
+    assert (log.extend[off] > 0).any() and (log.extend[off] == 0).any(), "both values of warm are drawn"
     assert log.switch[rows].any() and log.caught_up.any()
 
 
@@ -155,14 +155,14 @@ def test_a_broken_policy_ends_speculation_and_nothing_else(engine, greedy):
     assert roll_out(engine, FIXED)[1].failures == 0
 
 
-def test_an_adaptive_policy_is_told_what_happens(engine, greedy):
+def test_an_adaptive_policy_chooses_and_observes(engine, greedy):
     responses, log = roll_out(engine, scripted(1, 0, 3))
     assert responses == greedy and log.failures == 0
     assert log.steps[~log.prefill].tolist() == [(1, 0, 3)[i % 3] for i in range((~log.prefill).sum())]
     assert set(log.predicted[~log.prefill]) == {1.5}
 
 
-def test_what_a_policy_has_learnt_leaves_the_engine_and_comes_back(engine):
+def test_a_policy_s_state_is_in_the_log_and_is_restored(engine):
     engine.set_steps(scripted(3, 0, 1, policy="Remembering"))
     engine.restore_depth_chooser('{"turn": 1}')
     pending = engine.submit([Request("k", PROMPTS[0], SamplingParams(20, temperature=0.0, ignore_eos=True))])
@@ -173,7 +173,7 @@ def test_what_a_policy_has_learnt_leaves_the_engine_and_comes_back(engine):
     chosen = log.steps[~log.prefill].tolist()
     assert chosen[:4] == [1, 3, 0, 1] and json.loads(log.state) == {"turn": 1 + len(chosen)}
     engine.set_steps(FIXED)
-    with pytest.raises(EngineError, match="no policy that could go on"):
+    with pytest.raises(EngineError, match="no depth policy with a state to restore"):
         engine.restore_depth_chooser(log.state)
 
 

@@ -1,4 +1,4 @@
-"""SGLangEngine in bf16 with a tokenizer: stop strings, and how it ends, by order and by accident."""
+"""SGLangEngine in bf16 with a tokenizer: stop strings, shutdown and failures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_bf16_logprobs_agree_with_transformers(engine, target):
 
 def test_stop_strings(engine):
     tokenizer = tiny_tokenizer(VOCAB)
-    ask(engine, GREEDY)  # from here on the prompt is cached: in bf16 other shapes of products may mean other tokens
+    ask(engine, GREEDY)  # caches the prompt: in bf16 products of other shapes may change tokens
     (whole,) = ask(engine, GREEDY)
     text = tokenizer.decode(whole.response_ids[6:8])
     (stopped,) = ask(engine, SamplingParams(24, temperature=0.0, ignore_eos=True, stop=(text,)))
@@ -67,7 +67,7 @@ def test_stop_strings(engine):
     assert tokenizer.decode(stopped.response_ids).endswith(text)
 
 
-def test_an_idle_engine_leaves_the_cores_alone(engine):
+def test_an_idle_engine_uses_little_cpu_time(engine):
     processes = [psutil.Process(child.pid) for child in engine.process.children]
     ask(engine, GREEDY)
     used = [sum(p.cpu_times()[:2]) for p in processes]
@@ -75,8 +75,8 @@ def test_an_idle_engine_leaves_the_cores_alone(engine):
     assert sum(sum(p.cpu_times()[:2]) for p in processes) - sum(used) < 0.4
 
 
-def test_a_killed_scheduler_is_noticed_and_so_is_a_silent_one(engine):
-    """The last test of this engine: it ends it, twice."""
+def test_a_killed_and_a_stopped_scheduler_are_detected(engine):
+    """This must be the last test of the engine, because it ends it twice."""
     children = engine.process.children
     assert len(children) == 2  # scheduler and detokenizer
     pending = engine.submit([Request("k", PROMPT, SamplingParams(200, temperature=1.0, ignore_eos=True))])
@@ -107,7 +107,7 @@ def test_a_killed_scheduler_is_noticed_and_so_is_a_silent_one(engine):
 
 
 def test_a_model_that_is_not_there(tmp_path):
-    before = set(multiprocessing.active_children())  # other tests keep ranks waiting
+    before = set(multiprocessing.active_children())  # other tests keep ranks running
     engine = SGLangEngine(EngineSettings(str(tmp_path / "nothing")))
     with pytest.raises(EngineError, match="did not start"):
         engine.start()

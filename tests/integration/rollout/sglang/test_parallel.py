@@ -1,4 +1,4 @@
-"""SGLangEngine of two tensor-parallel ranks on a CPU, plain and EAGLE-3: its tokens, and its weights put together."""
+"""SGLangEngine with two tensor-parallel ranks on a CPU, plain and EAGLE-3: tokens, and digests of joined weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def started(target, drafter=None) -> SGLangEngine:
 
 
 def test_plain_with_heads_that_ranks_cannot_share(tmp_path):
-    """Tokens are transformers', and digests are those of the folder's weights."""
+    """Tokens equal those of transformers, and digests those of the folder's weights."""
     target = save_tiny_model(tmp_path / "target", tiny_config("qwen2", num_key_value_heads=1))
     reference, engine = Reference(target), started(target)
     try:

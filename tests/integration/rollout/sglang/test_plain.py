@@ -24,12 +24,12 @@ from respec_trainer.rollout.sglang.workers import prepare_process
 from tests.support.rollout_models import Reference, save_target
 
 PROMPTS = ((5, 6, 7), (9,), (3, 100, 130, 17, 22, 64, 64, 65))
-# The launcher's, as a rank of a deepspeed run has them. An engine that takes itself for a rank waits for ever.
+# The launcher's variables of a rank. An engine that joined as a rank of the run would wait for ever.
 LAUNCHER = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 def state() -> tuple:
-    """What starting an engine must leave as it was."""
+    """Return the global state that starting an engine must not change."""
     root = logging.getLogger()
     policy, method = asyncio.get_event_loop_policy(), multiprocessing.get_start_method(allow_none=True)
     return dict(os.environ), root.level, list(root.handlers), policy, method, sys.modules["__main__"]
@@ -37,7 +37,7 @@ def state() -> tuple:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """Out of a checkpoint, as a trained actor comes to those who serve it; the reference reads the same folder."""
+    """A model folder converted from a checkpoint, like a trained actor; the reference reads the same folder."""
     folder = tmp_path_factory.mktemp("plain")
     source, checkpoint, out = (str(folder / name) for name in ("source", "checkpoint", "target"))
     save_target(Path(source), "qwen3")
@@ -137,12 +137,12 @@ def test_plain_sampling_follows_the_target(engine, reference):
     assert reference.p_value(PROMPTS[0], [s.response_ids for s in samples], 3, 0.8) > 1e-3
 
 
-def test_nothing_asked_is_nothing_answered(engine):
+def test_no_requests_give_no_samples(engine):
     assert engine.submit([]).collect() == []
 
 
 def test_a_group_reads_its_prompt_once_until_the_weights_change(engine, reference):
-    """Those that start later than a first of their group find its prompt read, but for the last token."""
+    """Requests that start after the first of their group find its prompt in the cache, except the last token."""
     group, slots = 50, engine.settings.engine.max_running_requests
     prompts = [tuple(range(10, 50)), tuple(range(60, 100))]
     requests = [Request("k", prompt, greedy(6)) for prompt in prompts for _ in range(group)]
@@ -159,7 +159,7 @@ def test_a_group_reads_its_prompt_once_until_the_weights_change(engine, referenc
     assert cached() < 2 * group * 39
 
 
-def test_what_cannot_be_served_is_refused(engine):
+def test_impossible_requests_are_refused(engine):
     with pytest.raises(EngineError, match="tokenizer=True"):
         ask(engine, SamplingParams(4, stop=("\n",)))
     with pytest.raises(EngineError, match="refused a request.*(context|maximum|longer)"):
@@ -168,11 +168,11 @@ def test_what_cannot_be_served_is_refused(engine):
         engine.start()
     with pytest.raises(EngineError, match="can hold only one"):
         SGLangEngine(engine.settings).start()
-    assert ask(engine, greedy(2))[0].finish_reason == "length"  # and the engine lives on
+    assert ask(engine, greedy(2))[0].finish_reason == "length"  # the engine still runs
 
 
 def changed(reference: Reference) -> dict[str, torch.Tensor]:
-    """The target's weights, another model's."""
+    """Return changed copies of the target's weights."""
     generator = torch.Generator().manual_seed(3)
     state = {name: weight.clone() for name, weight in reference.model.state_dict().items()}
     for name, weight in state.items():
@@ -182,9 +182,9 @@ def changed(reference: Reference) -> dict[str, torch.Tensor]:
 
 
 def test_weights_by_tensor_and_back_by_broadcast(engine, reference, target):
-    """Update, answer as the new model, and take the old weights back over gloo."""
+    """Update the weights, check the new model's answers, and restore the old weights over gloo."""
     old, new = reference.model.state_dict(), changed(reference)
-    push(engine, old, "initial")  # no prefix is cached before `before`, as none is before `restored`: equal shapes
+    push(engine, old, "initial")  # empties the prefix cache, as before `restored`, so that shapes are equal
     before = ask(engine, greedy(24))[0]
     names = list(new)
     engine.begin_weight_update("target")
@@ -204,7 +204,7 @@ def test_weights_by_tensor_and_back_by_broadcast(engine, reference, target):
 
 
 def push(engine, weights: dict[str, torch.Tensor], version: str) -> None:
-    """As every update, it makes the engine forget the prefixes that it holds."""
+    """Update the target's weights, which also empties the engine's prefix cache."""
     engine.begin_weight_update("target")
     engine.receive_tensors(list(weights.items()), "target").result(60)
     engine.end_weight_update("target", version)
@@ -237,7 +237,7 @@ def test_updates_that_would_go_wrong_are_refused(engine, reference):
         engine.receive_tensors([weight], "target").result(60)
     with pytest.raises(EngineError, match="no draft model"):
         engine.begin_weight_update("draft")
-    engine.leave_group("nobody")  # which it is not in: an engine started anew is in none
+    engine.leave_group("nobody")  # it is not a member: an engine that was restarted is in no group
     pending = engine.submit([Request("k", PROMPTS[0], greedy(200))])
     with pytest.raises(EngineError, match="1 submitted batches are still running"):
         engine.begin_weight_update("target")

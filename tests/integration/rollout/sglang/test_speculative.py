@@ -1,4 +1,4 @@
-"""SGLangEngine with EAGLE-3, chain and tree, in fp32: the same tokens, the same law, only sooner."""
+"""SGLangEngine with EAGLE-3, chain and tree, in fp32: the same tokens and distribution, in fewer passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
 from tests.support.rollout_models import VOCAB, Reference, drafter_weights, save_drafter, save_target
 
 PROMPTS = ((5, 6, 7), (9,), (3, 100, 130, 17, 22, 64, 64, 65))
-# Not every token can be drafted, so that the drafter's numbering is not the target's.
+# Not every token can be drafted, so the drafter's token numbers differ from the target's.
 DRAFT_IDS = torch.tensor([token for token in range(VOCAB) if token % 7 != 3])
 # (family, shape, whether the drafter is one that this package's own layers compute, its vocabulary)
 KINDS = {
@@ -61,7 +61,7 @@ def ask(engine, *params: SamplingParams, prompt=PROMPTS[0]):
 
 
 def check_origins(sample, accepted: int) -> None:
-    """The prompt's token, then runs of accepted drafts, each ended by the pass's own draw; the last may be cut off."""
+    """Check origins: the prompt's token, then passes of accepted drafts and a bonus token; the last may be cut off."""
     origins = sample.origins
     assert len(origins) == len(sample.response_ids)
     assert origins[0] == UNDRAFTED and set(origins[1:]) <= {ACCEPTED, BONUS}
@@ -77,12 +77,12 @@ def check_origins(sample, accepted: int) -> None:
 GREEDY = SamplingParams(24, temperature=0.0, ignore_eos=True)
 
 
-def test_greedy_tokens_equal_transformers_and_come_sooner(engine, reference):
+def test_greedy_tokens_equal_transformers_in_fewer_passes(engine, reference):
     samples = engine.submit([Request("k", prompt, GREEDY) for prompt in PROMPTS]).collect()
     assert [s.response_ids for s in samples] == [reference.greedy(prompt, 24) for prompt in PROMPTS]
     for sample in samples:
         assert sum(sample.accept_histogram) == sample.verify_count
-        # One token comes from the prompt; the last pass may have found more than were still asked for.
+        # One token comes from the prompt pass; the last pass may have accepted more tokens than were still needed.
         accepted = sum(depth * count for depth, count in enumerate(sample.accept_histogram))
         assert 23 <= sample.verify_count + accepted <= 23 + 3
         assert sample.accept_length == pytest.approx(1 + accepted / sample.verify_count)
@@ -101,7 +101,7 @@ def test_verification_samples_from_the_target(engine, reference):
 
 def test_seeds_fix_the_draws(engine, kind):
     if kind == "rejection":
-        return  # there the drafter draws too, without a seed: the configuration refuses it
+        return  # the drafter draws too, without a seed, so the configuration refuses seeds
 
     def draw(first_seed: int) -> list[list[int]]:
         settings = [SamplingParams(16, ignore_eos=True, seed=first_seed + i) for i in range(24)]
@@ -120,7 +120,7 @@ def test_logprobs_are_at_the_temperature(engine, reference, temperature):
         torch.testing.assert_close(torch.tensor(sample.sampler_logprobs), expected, atol=2e-5, rtol=0)  # fp32 sums
 
 
-def test_requests_of_one_batch_keep_their_own_law(engine, reference):
+def test_requests_of_one_batch_keep_their_own_parameters(engine, reference):
     expected = reference.greedy(PROMPTS[0], 24)
     stop = expected[6]
     samples = ask(
@@ -146,8 +146,8 @@ def push(engine, role, weights, version):
 
 
 def test_a_new_drafter_changes_the_speed_and_nothing_else(engine, reference, target, kind):
-    """And the target's weights never reach the drafter."""
-    push(engine, "target", reference.model.state_dict(), "initial")  # no prefix is cached, as none is after an update
+    """The target's weights never reach the drafter either."""
+    push(engine, "target", reference.model.state_dict(), "initial")  # empties the prefix cache, like every update
     before = ask(engine, GREEDY)[0]
     drafter = drafter_weights(target, KINDS[kind][3])
     if KINDS[kind][2]:
@@ -167,7 +167,7 @@ def test_a_new_drafter_changes_the_speed_and_nothing_else(engine, reference, tar
     assert (found.drafter_version, found.actor_version) == ("drafter-2", "actor-1")
 
 
-def test_what_the_drafter_shares_or_has_fixed_is_refused(engine):
+def test_shared_and_fixed_drafter_tensors_are_refused(engine):
     engine.begin_weight_update("draft")
     try:
         for name, tensor in (("d2t", DRAFT_IDS), ("embed_tokens.weight", torch.ones(VOCAB, 64))):

@@ -1,4 +1,4 @@
-"""inside/draft_depth.py and catch_up.py with stand-ins for sglang's objects, and what sglang is told."""
+"""inside/draft_depth.py and catch_up.py with stand-ins for sglang's objects, and the arguments for sglang."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def requests(count: int):
 
 
 def fill(backlog: Backlog, steps: list) -> None:
-    """One step a list of requests; a token tells its request and its turn, its features the same."""
+    """Add one step for each list of requests. A token encodes its request and its step, and so do its features."""
     for turn, running in enumerate(steps):
         tokens = torch.tensor([10 * request.name + turn for request in running])
         backlog.add(running, tokens, tokens[:, None].float().expand(-1, 6).clone())
@@ -58,7 +58,7 @@ def test_a_backlog_is_read_in_slices_oldest_first():
 
 
 def test_only_tokens_that_are_read_count():
-    """A pass over few tokens reads the drafter's weights as one over many does."""
+    """Passes should be full, because a pass over few tokens reads the drafter's weights like one over many."""
     a, b, c = requests(3)
     backlog = Backlog(2**20)
     fill(backlog, [[a, c], [a, b, c], [a, b, c], [a, b]])
@@ -67,11 +67,11 @@ def test_only_tokens_that_are_read_count():
     assert left.requests == [a, b] and backlog.bytes == left.features.nbytes
 
 
-def test_a_request_whose_prompt_is_read_anew_has_missed_nothing():
+def test_a_request_whose_prompt_is_read_again_has_missed_nothing():
     a, b = requests(2)
     backlog = Backlog(2**20)
     fill(backlog, [[a, b], [a, b]])
-    backlog.forget([a])
+    backlog.remove([a])
     assert missed(a) == 0
     fill(backlog, [[b, a]])
     part = backlog.pop([a, b], 100)
@@ -86,7 +86,7 @@ def test_a_backlog_is_full_of_what_running_requests_need():
     assert not backlog.full([a, b, c, d])
     fill(backlog, [[a, b, c, d]])
     assert backlog.full([a, b, c, d])
-    assert not backlog.full([a]), "three have finished, and what they left is thrown away"
+    assert not backlog.full([a]), "three have finished, and their tokens are discarded"
     assert backlog.bytes == 6 * row
     assert backlog.pop([a], 100).tokens.tolist() == [0, 1, 2, 3, 4, 0]
 
@@ -103,113 +103,113 @@ def batch_of(reqs, extend: bool = False):
     )
 
 
-def stepper_of(settings: DepthSettings) -> tuple[DraftDepth, SimpleNamespace]:
+def depth_of(settings: DepthSettings) -> tuple[DraftDepth, SimpleNamespace]:
     reads = []
     drafter = SimpleNamespace(_draft_extend_for_decode=lambda batch, result: reads.append(len(batch.reqs)))
     worker = SimpleNamespace(adaptive_controller=SimpleNamespace(params=None), draft_worker=drafter, reads=reads)
-    stepper = DraftDepth(settings, "cpu")
-    stepper.install(None, worker)
-    return stepper, worker
+    depth = DraftDepth(settings, "cpu")
+    depth.install(None, worker)
+    return depth, worker
 
 
-def decode(stepper: DraftDepth, worker, reqs, kept: int = 0) -> int:
-    """One decode batch; returns its steps."""
+def decode(depth: DraftDepth, worker, reqs, kept: int = 0) -> int:
+    """Run one decode batch; return its steps."""
     batch = batch_of(reqs)
-    steps = stepper.forward(lambda *_: stepper.get_steps_for_batch(len(reqs)), worker, batch)
+    steps = depth.forward(lambda *_: depth.get_steps_for_batch(len(reqs)), worker, batch)
     if steps == 0:
         output = SimpleNamespace(hidden_states=torch.zeros(len(reqs), 6))
         result = SimpleNamespace(logits_output=output, next_token_ids=torch.zeros(len(reqs)), can_run_cuda_graph=False)
-        stepper.skip_extend(None, worker, batch, result)
-    stepper.on_verify_complete([kept] * len(reqs), len(reqs))
+        depth.skip_extend(None, worker, batch, result)
+    depth.on_verify_complete([kept] * len(reqs), len(reqs))
     return steps
 
 
-def test_it_becomes_sglangs_policy_or_says_that_it_could_not():
-    stepper, worker = stepper_of(FIXED)
-    assert worker.adaptive_controller.params is stepper
-    assert stepper.candidate_steps == [0, 1, 3], "a policy that fails must find the state of no speculation"
-    stepper.set_cuda_graph_bs([1, 2])
-    assert stepper.cuda_graph_bs_for_step(3) == [1, 2]
+def test_it_is_installed_in_sglangs_controller_or_raises():
+    depth, worker = depth_of(FIXED)
+    assert worker.adaptive_controller.params is depth
+    assert depth.candidate_steps == [0, 1, 3], "a chooser that fails needs the state without speculation"
+    depth.set_cuda_graph_bs([1, 2])
+    assert depth.cuda_graph_bs_for_step(3) == [1, 2]
     with pytest.raises(EngineError, match="turned adaptive speculation off"):
         DraftDepth(FIXED, "cpu").install(None, SimpleNamespace(adaptive_controller=None))
 
 
 def test_batches_are_logged():
-    stepper, worker = stepper_of(FIXED)
+    depth, worker = depth_of(FIXED)
     reqs = requests(3)
-    stepper.forward(lambda *_: None, worker, batch_of(reqs, extend=True))
-    assert decode(stepper, worker, reqs, kept=2) == 3
-    log = stepper.recorder.take()
+    depth.forward(lambda *_: None, worker, batch_of(reqs, extend=True))
+    assert decode(depth, worker, reqs, kept=2) == 3
+    log = depth.recorder.take()
     assert log.prefill.tolist() == [True, False] and log.tokens.tolist() == [7, 9]
     assert log.context.tolist() == [5.0, 5.0] and log.survivors.tolist() == [[0, 0, 0], [3, 3, 0]]
 
 
 @pytest.mark.parametrize(("settings", "reads"), [(OFF, 0), (replace(OFF, off="warm"), 2)])
 def test_without_speculation_tokens_are_kept_or_read(settings, reads):
-    stepper, worker = stepper_of(settings)
+    depth, worker = depth_of(settings)
     reqs = requests(2)
     for _ in range(2):
-        assert decode(stepper, worker, reqs) == 0
+        assert decode(depth, worker, reqs) == 0
     assert len(worker.reads) == reads and [missed(r) for r in reqs] == [2 - reads] * 2
-    stepper.forward(lambda *_: None, worker, batch_of(reqs, extend=True))
+    depth.forward(lambda *_: None, worker, batch_of(reqs, extend=True))
     assert [missed(r) for r in reqs] == [0, 0]
-    decode(stepper, worker, requests(1))
-    assert len(stepper.backlog.chunks) == (1 if settings is OFF else 0), "of requests that are gone nothing is kept"
+    decode(depth, worker, requests(1))
+    assert len(depth.backlog.chunks) == (1 if settings is OFF else 0), "nothing is kept of finished requests"
 
 
 def test_after_a_failure_nothing_is_kept():
-    stepper, worker = stepper_of(BROKEN)
+    depth, worker = depth_of(BROKEN)
     reqs = requests(2)
     for _ in range(7):
-        assert decode(stepper, worker, reqs) == 0
-    assert stepper.control.failures == 1 and missed(reqs[0]) == 4
+        assert decode(depth, worker, reqs) == 0
+    assert depth.chooser.failures == 1 and missed(reqs[0]) == 4
 
 
-def test_results_out_of_step_count_as_a_failure():
-    stepper, worker = stepper_of(FIXED)
-    decode(stepper, worker, requests(2))
-    stepper.on_verify_complete([0, 0, 0], 3)
-    assert stepper.control.failures == 1 and decode(stepper, worker, requests(2)) == 0
+def test_results_of_another_batch_size_count_as_a_failure():
+    depth, worker = depth_of(FIXED)
+    decode(depth, worker, requests(2))
+    depth.on_verify_complete([0, 0, 0], 3)
+    assert depth.chooser.failures == 1 and decode(depth, worker, requests(2)) == 0
 
 
-def ask(stepper: DraftDepth, settings: DepthSettings | None, idle: bool = True):
-    return DecodeLog.of_bytes(stepper.serve(idle, settings and settings.to_json())["log"])
+def ask(depth: DraftDepth, settings: DepthSettings | None, idle: bool = True):
+    return DecodeLog.of_bytes(depth.serve(idle, settings and settings.to_json())["log"])
 
 
 def test_settings_change_between_rollouts_only():
-    stepper, worker = stepper_of(FIXED)
-    decode(stepper, worker, requests(2))
+    depth, worker = depth_of(FIXED)
+    decode(depth, worker, requests(2))
     with pytest.raises(EngineError, match="while requests run"):
-        ask(stepper, replace(FIXED, fixed=1), idle=False)
-    assert len(ask(stepper, replace(FIXED, fixed=1))) == 1
-    assert decode(stepper, worker, requests(2)) == 1
+        ask(depth, replace(FIXED, fixed=1), idle=False)
+    assert len(ask(depth, replace(FIXED, fixed=1))) == 1
+    assert decode(depth, worker, requests(2)) == 1
     with pytest.raises(EngineError, match=r"started with the candidate steps \[0, 1, 3\]"):
-        ask(stepper, replace(FIXED, candidates=(1, 2, 3)))
-    assert len(ask(stepper, None)) == 1 and len(ask(stepper, None)) == 0
+        ask(depth, replace(FIXED, candidates=(1, 2, 3)))
+    assert len(ask(depth, None)) == 1 and len(ask(depth, None)) == 0
     with pytest.raises(EngineError, match="no EAGLE worker"):
         ask(DraftDepth(FIXED, "cpu"), None)
 
 
 @pytest.mark.parametrize(("idle", "busy"), [(False, [{"busy": True}]), (True, [{"busy": False}])])
-def test_an_answer_tells_whether_asking_again_may_help(monkeypatch, idle, busy):
-    """Requests end; a policy that does not exist stays away."""
+def test_an_answer_reports_whether_the_engine_was_busy(monkeypatch, idle, busy):
+    """Asking again helps only if requests were running, not if there is no depth policy."""
     # sglang's module of messages takes seconds to import.
     messages = SimpleNamespace(DumperControlReqOutput=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", messages)
-    stepper, _ = stepper_of(FIXED)
+    depth, _ = depth_of(FIXED)
     sent = []
     channel = SimpleNamespace(send_output=lambda output, request: sent.append(output))
     scheduler = SimpleNamespace(is_fully_idle=lambda: idle, ipc_channels=SimpleNamespace(send_to_tokenizer=channel))
-    stepper.answer(None, scheduler, SimpleNamespace(method=STEPS_MESSAGE, body={"state": "{}"}))
+    depth.answer(None, scheduler, SimpleNamespace(method=STEPS_MESSAGE, body={"state": "{}"}))
     assert (sent[0].success, sent[0].response) == (False, busy)
 
 
-def test_what_a_policy_has_learnt_leaves_with_the_log_and_comes_back():
+def test_a_policy_s_state_is_in_the_log_and_is_restored():
     settings = replace(OFF, **chosen_by("Remembering", [3, 0, 0]))
-    stepper, worker = stepper_of(settings)
-    assert [decode(stepper, worker, requests(2)) for _ in range(2)] == [3, 0]
-    state = ask(stepper, None).state
-    other, worker = stepper_of(settings)
+    depth, worker = depth_of(settings)
+    assert [decode(depth, worker, requests(2)) for _ in range(2)] == [3, 0]
+    state = ask(depth, None).state
+    other, worker = depth_of(settings)
     with pytest.raises(EngineError, match="while requests run"):
         other.serve(False, state=state)
     assert DecodeLog.of_bytes(other.serve(True, state=state)["log"]).state == state

@@ -1,4 +1,4 @@
-"""rollout/sglang/inside/plugin.py: what the hooks do, with stand-ins for sglang's objects."""
+"""rollout/sglang/inside/plugin.py: its hooks, with stand-ins for sglang's objects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def request(tokens: int, origins=None, finished=False, retracted=False):
 
 
 def passed(requests, runs, width: int):
-    """The requests' lists after a pass of `width` tokens."""
+    """Return the requests' lists of origins after a pass of `width` tokens."""
     result = SimpleNamespace(speculative_output_stride=None, speculative_num_draft_tokens=width)
     assert with_origins(lambda *_: runs, None, result, SimpleNamespace(reqs=requests)) is runs
     return [request.customized_info and request.customized_info[ORIGINS] for request in requests]
@@ -35,14 +35,14 @@ def test_a_pass_without_drafts_is_no_speculation():
     assert passed([request(2, [0, 2]), request(1)], [[7], [7]], width=1) == [[0, 2, 0], [0, 0]]
 
 
-def test_tokens_that_sglang_throws_away_are_not_noted():
+def test_tokens_that_sglang_discards_are_not_recorded():
     requests = [request(2, [0, 2], finished=True), request(2, [0, 2], retracted=True), request(1)]
     assert passed(requests, [[7, 8], [7, 8], []], width=4) == [[0, 2], [0, 2], None]
 
 
 @pytest.mark.parametrize(("algorithm", "expected"), [("NGRAM", {ORIGINS: [0, 1, 2, 0]}), (None, None)])
-def test_a_token_without_a_verify_pass_is_noted_before_it_is_sent(monkeypatch, algorithm, expected):
-    """The first one, and the one that follows a retraction."""
+def test_a_token_without_a_verify_pass_is_recorded_before_it_is_sent(monkeypatch, algorithm, expected):
+    """Such tokens are the first one, and the one after a retraction."""
     context = ModuleType("sglang.srt.runtime_context")
     context.get_spec = lambda: SimpleNamespace(speculative_algorithm=algorithm)
     for name, module in (("sglang", None), ("sglang.srt", None), ("sglang.srt.runtime_context", context)):
@@ -53,7 +53,7 @@ def test_a_token_without_a_verify_pass_is_noted_before_it_is_sent(monkeypatch, a
 
 
 def test_padding_of_ngram_trees_becomes_different_tokens():
-    # Below the root: 9, with 0 below it, and three nodes of padding; in the second tree 0 was found, once.
+    # Children of the root: 9, whose child is 0, and three nodes of padding. In the second tree 0 is also a real draft.
     parents = [[-1, 0, 1, 0, 0, 0], [-1, 0, 0, 0, 0, 0]]
     drafts = np.array([7, 9, 0, 0, 0, 0, 7, 1, 0, 3, 0, 0])
     mask = np.zeros((2, 6, 6), dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Drafting a chain without a GPU: the drafter's passes, and nothing around them.
+"""Drafting of chains without a GPU, with little besides the drafter's passes.
 
-For each of them sglang makes a batch and takes it through its model runner and logits processor. For a one-layer
-drafter that is most of the time; here a pass is the layer, the head and an argmax. Trees go sglang's way.
+For each pass sglang makes a batch and sends it through its model runner and logits processor, which takes most of the
+time of a one-layer drafter. Here a pass is only the layer, the head and an argmax. Trees use sglang's own code.
 
 Shapes: B requests, n tokens verified a request, H hidden size.
 """
@@ -16,7 +16,7 @@ from respec_trainer.rollout.sglang.inside.cpu.forward import Context, drafter_st
 
 
 def draft_chain(original, worker, forward_batch):
-    """Stands for EagleDraftWorker.draft_forward: (parents, candidate numbers, draft tokens [B, steps], None)."""
+    """Replace EagleDraftWorker.draft_forward: return (parents, candidate numbers, draft tokens [B, steps], None)."""
     batch = forward_batch.batch_size
     if not is_simple(worker, forward_batch) or batch > len(worker._topk1_parents_prealloc):
         return original(worker, forward_batch)
@@ -24,7 +24,7 @@ def draft_chain(original, worker, forward_batch):
     tokens, features = spec.topk_index, spec.hidden_states
     chain = [tokens if worker.hot_token_id is None else worker.hot_token_id[tokens]]
     cache_locs = forward_batch.out_cache_loc.view(batch, worker.speculative_num_steps)
-    drafting = worker.draft_attn_backend  # None for one step, whose draft came with the features
+    drafting = worker.draft_attn_backend  # None for one step, whose draft comes with the features
     for step, backend in enumerate(drafting.attn_backends if drafting else ()):
         req_to_token, seq_lens, slots = backend.draft_decode_metadata
         plan = plan_decode(req_to_token, slots, seq_lens)
@@ -38,10 +38,10 @@ def draft_chain(original, worker, forward_batch):
 
 
 def read_prompts(original, worker, batch, features, next_tokens, mm_input_embeds=None):
-    """Stands for EagleDraftWorker._draft_extend_for_prefill: the drafter reads prompts, or what it has missed.
+    """Replace EagleDraftWorker._draft_extend_for_prefill: the drafter reads prompts, or its backlog.
 
-    Every token gets a key and a value, but only at the last of each request is anything else asked of the drafter: with
-    one layer nothing hangs on the rest.
+    Every token gets a key and a value, but the rest of the layer runs only for the last token of each request: with one
+    layer, no other token's output is used.
     """
     if mm_input_embeds is not None or not is_simple(worker, batch):
         return original(worker, batch, features, next_tokens, mm_input_embeds)
@@ -65,10 +65,10 @@ def read_prompts(original, worker, batch, features, next_tokens, mm_input_embeds
 
 
 def read_verified(original, worker, batch, result) -> None:
-    """Stands for EagleDraftWorker._draft_extend_for_decode: the drafter reads what was verified, as `read_prompts`."""
+    """Replace EagleDraftWorker._draft_extend_for_decode: the drafter reads verified tokens, as in `read_prompts`."""
     if not is_simple(worker, batch):
         return original(worker, batch, result)
-    n, count, lens = worker.speculative_num_draft_tokens, len(batch.seq_lens), batch.seq_lens  # before this round
+    n, count, lens = worker.speculative_num_draft_tokens, len(batch.seq_lens), batch.seq_lens  # before this pass
     wanted = torch.arange(0, count * n, n) + result.accept_lens - 1
     positions = (lens[:, None] + torch.arange(n)).flatten()
     tokens, features = result.next_token_ids.long(), result.logits_output.hidden_states
@@ -82,9 +82,10 @@ def read_verified(original, worker, batch, result) -> None:
 
 
 def _read(worker, batch, tokens, features, positions, ends, wanted) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pass over `tokens` [T] after the target's `features` [T, 3H]: the next draft [B, 1] and its features [B, H].
+    """Run the drafter over `tokens` [T] with the target's `features` [T, 3H] of the preceding tokens.
 
-    ends: [B] how many positions of each request the last of its tokens sees. wanted: [B] that token's place in T.
+    ends: [B] number of positions that each request's last token attends to. wanted: [B] that token's index in T.
+    Return the next draft [B, 1] and its features [B, H].
     """
     runner = worker.draft_runner
     plan = plan_decode(worker.req_to_token_pool.req_to_token, batch.req_pool_indices, ends)
@@ -94,6 +95,7 @@ def _read(worker, batch, tokens, features, positions, ends, wanted) -> tuple[tor
 
 
 def is_simple(worker, batch) -> bool:
+    """Return whether the functions above can serve the batch: greedy chains of a plain EAGLE-3 drafter."""
     from sglang.srt.runtime_context import get_spec
 
     if not worker.speculative_algorithm.is_eagle3():
@@ -103,7 +105,7 @@ def is_simple(worker, batch) -> bool:
 
 
 def _likeliest(worker, hidden) -> torch.Tensor:
-    """The drafter's choice [B, 1] after hidden [B, H], in its own vocabulary."""
+    """Return the drafter's most probable token [B, 1] after hidden [B, H], in its own vocabulary."""
     head = worker.draft_runner.model
     logits = F.linear(hidden, head.lm_head.weight)[:, : head.logits_processor.config.vocab_size]
     return logits.argmax(-1, keepdim=True)

@@ -1,10 +1,10 @@
-"""Forward passes of the decoder families without a GPU, with little between the matrix products.
+"""Forward passes of the decoder families without a GPU, with little besides the matrix products.
 
-sglang's layers are built for every model, device and parallelism, and that generality costs ten times the arithmetic of
-a small model: 0.5 ms a layer on one core. A plain dense decoder (the families of models/ and the EAGLE-3 drafter) needs
-none of it. These functions stand before sglang's own, use the same modules, parameters, caches and metadata, and hand
-everything that is not plain to sglang's. Rounding is that of transformers: the residual stream is kept in the model's
-dtype, and rotary factors are applied in it. Importable in the engine's processes only, where `sgl_kernel` is.
+sglang's layers support every model, device and parallelism, which costs ten times the arithmetic of a small model:
+0.5 ms a layer on one core. A plain dense decoder (the families of models/ and the EAGLE-3 drafter) needs none of it.
+These functions wrap sglang's own, use the same modules, parameters, caches and metadata, and call sglang's functions
+for everything that is not plain. They round as transformers does: the residual stream and the rotary factors are in the
+model's dtype. The module can be imported in the engine's processes only, because of `sgl_kernel`.
 
 Shapes: T new tokens of all requests, H hidden size, A query heads, K key heads, D head size.
 """
@@ -17,15 +17,15 @@ from sgl_kernel.attention import Plan, attend, plan_decode, plan_extend
 
 
 class Context:
-    """What the layers of one forward pass share: where to attend, and rotary factors [T, 1, D] of every position.
+    """Shared data of the layers of one forward pass: attention plan, cache, and rotary factors [T, 1, D].
 
     rotated = x * cos + (x with its halves swapped) * sin
     """
 
     def __init__(self, model, positions, plan: Plan, pool, cache_loc, wanted: torch.Tensor | None = None):
-        """New tokens at `positions` [T] go to rows `cache_loc` [T] of sglang's cache `pool`.
+        """New tokens at `positions` [T] are stored at rows `cache_loc` [T] of sglang's cache `pool`.
 
-        wanted: tokens [B] whose output is asked for, which `plan` is about; None for all of them.
+        wanted: indices [B] of the tokens whose output is needed, to which `plan` applies; None for all.
         """
         self.plan, self.pool, self.cache_loc, self.wanted = plan, pool, cache_loc, wanted
         table = model.layers[0].self_attn.rotary_emb.cos_sin_cache.index_select(0, positions)
@@ -33,11 +33,11 @@ class Context:
         self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def pick(self, x) -> torch.Tensor:
-        """The tokens of x [T, ...] whose output is asked for."""
+        """Return the rows of x [T, ...] whose output is needed."""
         return x if self.wanted is None else x.index_select(0, self.wanted)
 
     def attend(self, layer, q, k, v) -> torch.Tensor:
-        """Store k and v [T, K, D], attend the wanted of q [T, A, D]; `layer` is sglang's RadixAttention."""
+        """Store k and v [T, K, D]; return the wanted rows' attention of q [T, A, D] in sglang's RadixAttention."""
         keys, values = self.pool.get_kv_buffer(layer.layer_id)
         keys.index_copy_(0, self.cache_loc, k)
         values.index_copy_(0, self.cache_loc, v)
@@ -45,12 +45,12 @@ class Context:
 
 
 def current_context(model, positions, forward_batch) -> Context:
-    """Of the pass that sglang is running, by the metadata of its attention backend."""
+    """Return the Context of the pass that sglang is running, from the metadata of its attention backend."""
     from sglang.srt.model_executor.forward_context import get_attn_backend
 
     backend = get_attn_backend()
     slots, req_to_token = forward_batch.req_pool_indices, backend.req_to_token_pool.req_to_token
-    if backend.draft_decode_metadata is not None:  # a drafter's step: every branch is a request
+    if backend.draft_decode_metadata is not None:  # a drafting step: every branch counts as a request
         req_to_token, seq_lens, slots = backend.draft_decode_metadata
         plan = plan_decode(req_to_token, slots, seq_lens)
     elif backend.extend_metadata is None:
@@ -63,9 +63,9 @@ def current_context(model, positions, forward_batch) -> Context:
 
 
 def target_forward(original, model, input_ids, positions, forward_batch, input_embeds=None, pp_proxy_tensors=None):
-    """Stands for the forward of the families' `engine_models`: the final hidden states [T, H].
+    """Replace the forward of the families' `engine_models`: return the final hidden states [T, H].
 
-    With layers to capture for the drafter, also the list of their inputs.
+    If layers are captured for the drafter, also return the list of their inputs.
     """
     if not is_plain(model) or input_embeds is not None or input_ids.numel() == 0:
         return original(model, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
@@ -82,7 +82,7 @@ def target_forward(original, model, input_ids, positions, forward_batch, input_e
 
 
 def drafter_forward(original, model, input_ids, positions, forward_batch, input_embeds=None, pp_proxy_tensors=None):
-    """Stands for the forward of sglang's EAGLE-3 LlamaModel: (normed output, [features for its own next step])."""
+    """Replace the forward of sglang's EAGLE-3 LlamaModel: return (normed output, [features for its next step])."""
     if not is_plain(model) or input_embeds is not None or input_ids.numel() == 0:
         return original(model, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
     context = current_context(model, positions, forward_batch)
@@ -91,9 +91,9 @@ def drafter_forward(original, model, input_ids, positions, forward_batch, input_
 
 
 def drafter_step(model, input_ids, features, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass of the drafter: (normed output, features for its own next step), both [T, H] or [B, H] if so wanted.
+    """Run one pass of the drafter: return (normed output, features for its next step), [T, H], or [B, H] if `wanted`.
 
-    features: [T, H] its own of the step before, or [T, 3H] the target's captured layers.
+    features: [T, H] from its own previous step, or [T, 3H] from the target's captured layers.
     """
     embedded = F.embedding(input_ids, model.embed_tokens.weight)
     if features.shape[-1] != embedded.shape[-1]:
@@ -107,14 +107,14 @@ def drafter_step(model, input_ids, features, context: Context) -> tuple[torch.Te
 
 
 def is_plain(model) -> bool:
-    """Whether the functions above compute this model; looked at once."""
+    """Return whether the functions above can compute this model; checked once for each model."""
     if "respec_is_plain" not in vars(model):
         model.respec_is_plain = _looks_plain(model)
     return model.respec_is_plain
 
 
 def _attention(module, x, context: Context) -> torch.Tensor:
-    """[T, H] -> [T, H]. Queries and keys are normed and rotated as one tensor of A + K heads."""
+    """Attention layer, [T, H] -> [T, H]. Queries and keys are normed and rotated as one tensor of A + K heads."""
     tokens, dim, heads = x.shape[0], module.head_dim, module.num_heads
     joint, v = _linear(module.qkv_proj, x).split((module.q_size + module.kv_size, module.kv_size), -1)
     joint = joint.view(tokens, -1, dim)

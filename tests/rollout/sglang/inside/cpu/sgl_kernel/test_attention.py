@@ -1,4 +1,4 @@
-"""sgl_kernel/attention.py against softmax attention written out, request by request."""
+"""sgl_kernel/attention.py against plain softmax attention, request by request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REST = (0.0, False, 0, None, None)  # no capped logits, cross attention, window,
 
 
 class Case:
-    """Requests with random lengths, and a cache whose rows they hold in random order."""
+    """Requests of the given lengths, whose cache rows are in random order."""
 
     def __init__(self, lengths, new, kv_heads, group, seed, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)
@@ -34,7 +34,7 @@ class Case:
         self.group = group
 
     def expected(self, sees) -> torch.Tensor:
-        """sees(request, new token, position) -> bool."""
+        """Compute attention in float64. sees(request, new token, position) -> bool is the mask."""
         out, token = [], 0
         for request, (length, new) in enumerate(zip(self.lengths.tolist(), self.new.tolist(), strict=True)):
             rows = self.req_to_token[self.slots[request], :length].long()
@@ -58,7 +58,7 @@ def cases(draw, one_token=False, most=20):
     return Case(lengths, new, draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 99)))
 
 
-def close(actual, expected, atol=1e-5):  # float32 sums of at most 24 terms of size one
+def close(actual, expected, atol=1e-5):  # float32 sums of at most 24 terms of magnitude 1
     torch.testing.assert_close(actual.double(), expected, atol=atol, rtol=0)
 
 
@@ -112,15 +112,15 @@ def test_operators_store_and_write_in_place():
     close(out, case.expected(case.causal))
 
 
-def test_bfloat16_is_attended_in_float32():
+def test_bfloat16_attention_is_computed_in_float32():
     case = Case([30, 9], [4, 4], 2, 3, seed=3, dtype=torch.bfloat16)
     plan = attention.plan_extend(case.req_to_token, case.slots, case.lengths, case.new, case.group)
     actual = attention.attend(plan, case.q, case.k, case.v, SCALE)
     assert actual.dtype == torch.bfloat16
-    close(actual, case.expected(case.causal), atol=1e-2)  # the result's own rounding: 2^-9 of values up to 3
+    close(actual, case.expected(case.causal), atol=1e-2)  # rounding of the result: 2^-9 of values up to 3
 
 
-def test_what_it_does_not_serve_is_refused():
+def test_unsupported_arguments_are_refused():
     case = Case([3], [1], 1, 1, seed=0)
     plan = (case.req_to_token, case.slots, case.lengths)
     call = (case.q, case.k, case.v, 1.0, 1.0, case.q, None, None, None, None, *plan, SCALE)

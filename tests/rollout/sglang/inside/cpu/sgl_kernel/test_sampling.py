@@ -1,4 +1,4 @@
-"""sgl_kernel/sampling.py: the law of what comes out, by chi-square against the exact one."""
+"""sgl_kernel/sampling.py: the distribution of the output, by chi-square against the exact one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def depth(parents) -> int:
 
 
 def draw(parents, tokens, probs, draws=DRAWS, seed=0, **thresholds) -> Counter:
-    """How often each sequence of output tokens came, of `draws` requests with the same tree."""
+    """Count the output sequences of `draws` requests with the same tree."""
     n, width = len(parents), depth(parents) + 1
     generator = torch.Generator().manual_seed(seed)
     predicts = torch.zeros(draws * n, dtype=torch.int32)
@@ -55,10 +55,11 @@ def draw(parents, tokens, probs, draws=DRAWS, seed=0, **thresholds) -> Counter:
     count = torch.empty(draws, dtype=torch.int32)
     index = torch.arange(draws * n).view(draws, n)
     repeated = [x.expand(draws, n) for x in (torch.tensor(tokens), *links(parents))]
-    law = probs.expand(draws, n, VOCAB)
+    target_probs = probs.expand(draws, n, VOCAB)
     uniform = torch.rand(draws, n, generator=generator), torch.rand(draws, generator=generator)
     sampling.tree_speculative_sampling_target_only(
-        predicts, accept_index, count, repeated[0], index, *repeated[1:], *uniform, law, torch.zeros_like(law),
+        predicts, accept_index, count, repeated[0], index, *repeated[1:], *uniform, target_probs,
+        torch.zeros_like(target_probs),
         **thresholds,
     )  # fmt: skip
     assert torch.equal((accept_index >= 0).sum(1), count + 1)
@@ -67,20 +68,20 @@ def draw(parents, tokens, probs, draws=DRAWS, seed=0, **thresholds) -> Counter:
 
 
 def exact(parents, tokens, probs, node=0, prefix=(), mass=1.0) -> dict[tuple[int, ...], float]:
-    """Sampling plainly from the target, stopped at the first token that is no child of the node reached."""
-    law: dict[tuple[int, ...], float] = {}
+    """Return the distribution of plain sampling from the target, up to the first token that is no child in the tree."""
+    masses: dict[tuple[int, ...], float] = {}
     children = {tokens[j]: j for j in range(len(parents)) if parents[j] == node}
     for token in range(VOCAB):
         share = mass * float(probs[node, token])
         if token in children:
-            law |= exact(parents, tokens, probs, children[token], (*prefix, token), share)
+            masses |= exact(parents, tokens, probs, children[token], (*prefix, token), share)
         else:
-            law[(*prefix, token)] = share
-    return law
+            masses[(*prefix, token)] = share
+    return masses
 
 
-def p_value(counts: Counter, law: dict) -> float:
-    possible = {key: mass for key, mass in law.items() if mass > 0}
+def p_value(counts: Counter, masses: dict) -> float:
+    possible = {key: mass for key, mass in masses.items() if mass > 0}
     assert set(counts) <= set(possible), "an impossible sequence was drawn"
     observed = np.array([counts[key] for key in possible])
     expected = np.array(list(possible.values()))
@@ -93,26 +94,25 @@ def test_output_follows_the_target(shape, sparse):
     parents, tokens = TREES[shape]
     generator = torch.Generator().manual_seed(len(shape))
     probs = torch.rand(len(parents), VOCAB, generator=generator)
-    if sparse:  # as after top-k: drafts and others of no probability at all
+    if sparse:  # as after top-k: drafts and other tokens with probability 0
         probs *= torch.rand(probs.shape, generator=generator) < 0.7
         probs[:, 3] += 0.1
     probs /= probs.sum(-1, keepdim=True)
-    law = exact(parents, tokens, probs)
-    assert p_value(draw(parents, tokens, probs), law) > 1e-3
+    assert p_value(draw(parents, tokens, probs), exact(parents, tokens, probs)) > 1e-3
 
 
-def test_the_test_sees_a_bent_law():
+def test_the_test_detects_a_wrong_distribution():
     parents, tokens = TREES["tree"]
     probs = torch.full((len(parents), VOCAB), 1 / VOCAB)
     assert p_value(draw(parents, tokens, probs, threshold_acc=0.9), exact(parents, tokens, probs)) < 1e-6
 
 
-def test_one_point_laws_and_rounding():
+def test_certain_tokens_and_rounding():
     parents, tokens = TREES["star"]
     certain = torch.zeros(4, VOCAB)
     certain[:, 2] = 1
     assert draw(parents, tokens, certain, draws=50) == Counter({(2, 2): 50})
-    # The children hold everything but for rounding, and the uniform number lands beyond: still one of them comes out.
+    # The children have all the mass but for rounding. If the uniform number is above it, one of them is still drawn.
     probs = torch.tensor([[0.0, 0.3, 0.3, 0.0, 0.4 - 1e-7]] * 4)
     assert {key[0] for key in draw(parents, tokens, probs, draws=5000)} == {1, 2, 4}
 
@@ -128,14 +128,14 @@ def test_top_k(weights, k):
     actual = sampling.top_k_renorm_prob(probs, torch.full((len(probs),), k))
     for row, out in zip(probs.numpy(), actual.numpy(), strict=True):
         expected = np.zeros(6)
-        best = sorted(range(6), key=lambda i: (-row[i], i))[:k]  # of equals the first, as argmax takes them
+        best = sorted(range(6), key=lambda i: (-row[i], i))[:k]  # the first of equals, as argmax takes them
         expected[best] = row[best]
         np.testing.assert_allclose(out, expected / expected.sum(), atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows, st.sampled_from([0.153, 0.447, 0.713, 0.99, 1.0]))
-def test_top_p(weights, top_p):  # at limits that no sum of weights meets but for rounding
+def test_top_p(weights, top_p):  # no sum of weights is as close to these limits as rounding
     probs = torch.tensor(weights, dtype=torch.float32)
     probs /= probs.sum(-1, keepdim=True)
     actual = sampling.top_p_renorm_prob(probs, torch.full((len(probs),), top_p))
@@ -157,13 +157,13 @@ def test_limits_differ_from_row_to_row():
 
 def test_every_sequence_of_the_star_is_possible():
     parents, tokens = TREES["star"]
-    law = exact(parents, tokens, torch.full((4, VOCAB), 1 / VOCAB))
-    assert len(law) == 3 * VOCAB + 2 and abs(sum(law.values()) - 1) < 1e-6
-    assert set(law) == {(a, b) for a, b in product((1, 2, 4), range(VOCAB))} | {(0,), (3,)}
+    masses = exact(parents, tokens, torch.full((4, VOCAB), 1 / VOCAB))
+    assert len(masses) == 3 * VOCAB + 2 and abs(sum(masses.values()) - 1) < 1e-6
+    assert set(masses) == {(a, b) for a, b in product((1, 2, 4), range(VOCAB))} | {(0,), (3,)}
 
 
 def rejection(probs, proposals, draws=DRAWS, seed=0) -> Counter:
-    """How often each sequence came, of chains drawn from `proposals` [n - 1, V]; both laws depend on the depth only."""
+    """Count the output sequences for chains drawn from `proposals` [n - 1, V]; both depend on the depth only."""
     n, generator = len(probs), torch.Generator().manual_seed(seed)
     drawn = torch.multinomial(proposals, draws, True, generator=generator).T  # [draws, n - 1]
     candidates = torch.nn.functional.pad(drawn, (1, 0))
@@ -180,12 +180,12 @@ def rejection(probs, proposals, draws=DRAWS, seed=0) -> Counter:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rejection_sampling_keeps_the_law_whatever_is_proposed(seed):
+def test_rejection_sampling_keeps_the_distribution_for_any_proposal(seed):
     generator = torch.Generator().manual_seed(100 + seed)
     probs = torch.rand(3, VOCAB, generator=generator).softmax(-1)
     proposals = (4 * torch.rand(2, VOCAB, generator=generator)).softmax(-1)
     sequences = rejection(probs, proposals, seed=seed)
-    # A draw is accepted with the mass that both laws share.
+    # A draft is accepted with the mass that both distributions share.
     shared = torch.minimum(probs[:-1], proposals).sum(-1)
     accepted = [sum(c for s, c in sequences.items() if len(s) > depth) / DRAWS for depth in (1, 2)]
     np.testing.assert_allclose(accepted, shared.cumprod(0), atol=0.01)  # 40,000 draws

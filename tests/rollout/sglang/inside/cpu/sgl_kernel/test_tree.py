@@ -1,4 +1,4 @@
-"""rollout/sglang/inside/cpu/stand_in/sgl_kernel/tree.py against trees built and walked node by node."""
+"""sgl_kernel/tree.py against trees that are built and walked node by node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sgl_kernel import tree  # noqa: E402
 
 
 def random_draft(topk: int, steps: int, n: int, generator) -> tuple[list[int], list[int]]:
-    """(parents, selected candidates) as EAGLE makes them: scores multiply down the tree, the n - 1 best stay."""
+    """Return (parents, selected candidates) as EAGLE makes them: a path's scores multiply, and the n - 1 best stay."""
     scores = torch.rand(topk, generator=generator).sort(descending=True).values
     all_scores, frontier = [scores], scores
     candidates = torch.arange(topk)  # numbers of the frontier's nodes
@@ -34,7 +34,7 @@ def random_draft(topk: int, steps: int, n: int, generator) -> tuple[list[int], l
 
 
 def naive_parents(parents: list[int], selected: list[int], topk: int) -> list[int]:
-    """Parent node of every node; the root's is -1."""
+    """Return every node's parent node, -1 for the root."""
     nodes = [-1]
     for candidate in selected:
         expansion = candidate // topk
@@ -124,7 +124,7 @@ def test_greedy_verification(n, batch, chain, seed):
 
 
 @pytest.mark.parametrize("parents", [[[-1, 0, 0, 1, 1, 2], [-1, 0, 1, 2, 3, 4]], [[-1, 0, 0, 0, 0, 0]]])
-def test_a_tree_that_comes_as_a_mask(parents):
+def test_a_tree_given_as_a_mask(parents):
     from sgl_kernel.speculative import reconstruct_indices_from_tree_mask
 
     batch, n = len(parents), len(parents[0])

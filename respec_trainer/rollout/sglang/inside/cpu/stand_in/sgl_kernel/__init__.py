@@ -1,7 +1,7 @@
-"""Stand-in for sglang's kernel package on a CPU: what sglang 0.5.21 asks for to speculate, vectorized, in torch.
+"""Stand-in for sglang's kernel package on a CPU: the kernels that sglang 0.5.21 needs to speculate, in torch.
 
-Only names that sglang imports or looks up while `SGLANG_USE_CPU_ENGINE=1` are here. `convert_weight_packed` is left
-out on purpose: its absence tells sglang that no AMX kernels exist, so that every layer takes its native path.
+It has only the names that sglang imports or looks up with `SGLANG_USE_CPU_ENGINE=1`. `convert_weight_packed` is left
+out on purpose: sglang checks for it to see whether AMX kernels exist, and without it every layer uses its native path.
 
 Shapes: B requests, T tokens of all requests, n draft tokens a request (the root included), V vocabulary.
 """
@@ -42,14 +42,14 @@ __all__ = [
 
 
 def rotate_input_ids_cpu(*_args, **_kwargs):
-    raise NotImplementedError("the CPU stand-in of sgl_kernel does not serve multi-layer EAGLE drafters")
+    raise NotImplementedError("the CPU stand-in of sgl_kernel does not support multi-layer EAGLE drafters")
 
 
-# sglang looks these up in torch.ops. Attributes of the namespace do, and spare each call the dispatcher.
+# sglang looks these up in torch.ops. Plain attributes of the namespace suffice, and calls then skip the dispatcher.
 torch.ops.sgl_kernel.decode_attention_cpu = decode_attention_cpu
 torch.ops.sgl_kernel.extend_attention_cpu = extend_attention_cpu
 
-# This one is asked for by its overload, so it has to be an operator.
+# sglang looks this one up by its overload, so it has to be an operator.
 _library = torch.library.Library("sgl_kernel", "FRAGMENT")
 _library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
 _library.impl("murmur_hash32_cpu", murmur_hash32_cpu, "CPU")

@@ -10,8 +10,8 @@ LOW = 0xFFFFFFFF
 def murmur_hash32_cpu(seed: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Hash (seed, position, column) to uint32 [rows, columns].
 
-    seed, positions: [rows]; the seed's 64 bits are two blocks of the message, position and column one each. Computed
-    in int64: a product's low 32 bits are right even where the product overflows.
+    seed, positions: [rows]. The seed's 64 bits are two blocks of the message; position and column are one each. The
+    computation is in int64, where a product's low 32 bits are correct even if the product overflows.
     """
     seed = seed.to(torch.int64)
     state = torch.zeros_like(seed)

@@ -1,4 +1,4 @@
-"""Trees that come as masks, as n-gram drafts do."""
+"""Draft trees that are given as masks, such as n-gram drafts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def reconstruct_indices_from_tree_mask(
     tree_mask, verified_seq_len, positions, retrive_index, retrive_next_token, retrive_next_sibling, batch_size,
     draft_token_num,
 ) -> None:  # fmt: skip
-    """Fill positions and links [B, n] of the trees of tree_mask, bool [B * n * n]: True at a node and its ancestors.
+    """Write positions and links [B, n] of the trees in tree_mask, bool [B * n * n]: True at a node and its ancestors.
 
-    Parents come before children.
+    Parents must come before children.
     """
     batch, n = batch_size, draft_token_num
     node = torch.arange(n)
