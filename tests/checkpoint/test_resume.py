@@ -46,7 +46,7 @@ def test_logs_end_where_they_did(tmp_path):
         folder.mkdir()
     log = run / "metrics.jsonl"
     log.write_text("one\ntwo\nthr")
-    with log.open("a") as writer:  # as the run's own recorder has it open
+    with log.open("a") as writer:  # the run's own recorder has it open too
         assert restore_logs(run, run, {"metrics.jsonl": 4, "samples.jsonl": 0}) == []
         writer.write("2\n")
     assert log.read_text() == "one\n2\n"
