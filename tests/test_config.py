@@ -184,7 +184,7 @@ def test_steps_that_adapt(write):
         (ADAPTIVE[1:], "profile and candidates are for policy=adaptive"),
         (["speculation.candidates=[0, 1]"], "profile and candidates are for policy=adaptive"),
         ([*ADAPTIVE, "speculation.candidates=[1, 0]"], r"candidates=\[1, 0\] must rise"),
-        ([*ADAPTIVE, "speculation.candidates=[0]"], "not be 0 alone"),
+        ([*ADAPTIVE, "speculation.candidates=[0]"], "not be only 0"),
         ([*ADAPTIVE, "speculation.candidates=[0, 4]"], "set steps=4 and draft_tokens=5"),
         ([*ADAPTIVE, "speculation.explore=0.2"], "speculation.explore"),
     ],

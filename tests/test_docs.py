@@ -1,4 +1,4 @@
-"""The documents name files that exist, their links have targets, and long pages begin with a summary."""
+"""The documents name files that exist, their links lead somewhere, and long pages begin with a summary."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LONG = 150  # lines; a page with more begins with a summary
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A Python file, or anything below a folder of the repository; a * stands for any part of a name.
 FILE = re.compile(r"(?<![\w/.-])((?:[\w*.-]+/)*[\w*-]+\.py\b|(?:configs|docs|launch|tests|tools)/[\w*./-]*[\w*])")
-EXAMPLES = {"path/to/file.py"}  # names that a reader may use
-NEW = re.compile(r"`\S+`\s\(new\)")  # a file that the reader writes
+EXAMPLES = {"path/to/file.py"}  # of what a reader may write
+NEW = re.compile(r"`\S+`\s\(new\)")  # a file that the reader is asked to write
 
 FILES = [
     path for top in ("respec_trainer", "launch", "tools", "benchmarks", "tests") for path in ROOT.glob(f"{top}/**/*.py")
@@ -55,20 +55,20 @@ def test_the_checks_find_what_is_wrong(tmp_path):
 
 
 def leads(page: Path, target: str) -> bool:
-    """Return whether the file of a link of `page` exists, and has the heading."""
+    """Whether a link of `page` has its file, and its heading there."""
     name, _, anchor = target.partition("#")
     other = (page.parent / name).resolve() if name else page
     return other.exists() and (not anchor or anchor in anchors(other.read_text()))
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them."""
+    """Anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def exists(name: str) -> bool:
-    """Return whether a file exists: below the repository or the package, or anywhere if named without a folder."""
+    """Whether a file is there: below the repository or the package, or, named without its folder, anywhere."""
     if any(next(folder.glob(name), None) for folder in (ROOT, ROOT / "respec_trainer")):
         return True
     return "/" not in name and any(path.match(name) for path in FILES)

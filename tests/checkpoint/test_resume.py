@@ -53,5 +53,5 @@ def test_logs_end_where_they_did(tmp_path):
     assert restore_logs(other, run, {"metrics.jsonl": 4, "samples.jsonl": 9}) == ["samples.jsonl"]
     assert (other / "metrics.jsonl").read_text() == "one\n"
     assert log.read_text() == "one\n2\n"
-    with pytest.raises(ConfigError, match="samples.jsonl holds 0 bytes, but 9"):
+    with pytest.raises(ConfigError, match="samples.jsonl holds 0 bytes, but held 9"):
         restore_logs(run, run, {"samples.jsonl": 9})
