@@ -1,6 +1,6 @@
-"""All tests: files run in the order of their durations, and a test that takes long by nature is marked `long`.
+"""All tests: files run in the order of their durations, and slow tests are marked `long`.
 
-`make test` hands whole files to its workers. With the longest files first, the short ones at the end let all workers
+`make test` gives whole files to its workers. With the longest files first, the short ones at the end let all workers
 finish together.
 """
 
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # With workers, the process that has them gets the reports of all.
+    # With workers, the main process gets the reports of all of them.
     if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(durations.Stopwatch())
 

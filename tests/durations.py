@@ -1,9 +1,9 @@
-"""Seconds that each file of tests takes, which `make test` needs to order them: see tests/conftest.py.
+"""The seconds of each test file, by which `make test` orders them: see tests/conftest.py.
 
-The table, durations.json, is made anew from a run of the tests:
+The table, durations.json, is written by a run of the tests:
 
     make test ARGS=--write-durations
-    make test-long ARGS=--write-durations        # adds the files that only this one runs
+    make test-long ARGS=--write-durations        # adds the files that only this command runs
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("durations.json")
-UNKNOWN = 5.0  # seconds: a new file runs before those that are known to be short
+UNKNOWN = 5.0  # seconds; a new file runs before files that are known to be short
 
 
 def file_of(nodeid: str) -> str:
-    """The file of a test, from tests/ on."""
+    """Return the file of a test, relative to tests/."""
     return nodeid.partition("::")[0].removeprefix("tests/")
 
 
 def longest_first(nodeids: Iterable[str], seconds: Mapping[str, float]) -> list[int]:
-    """Positions of the tests, so that files come by their seconds, longest first, and tests of a file stay in order."""
+    """Return the order of the tests: files by their seconds, longest first; tests of a file in their order."""
     files = [file_of(nodeid) for nodeid in nodeids]
     return sorted(range(len(files)), key=lambda i: (-seconds.get(files[i], UNKNOWN), files[i]))
 
@@ -33,14 +33,14 @@ def load() -> dict[str, float]:
 
 
 def save(measured: Mapping[str, float]) -> None:
-    """Put measured files into the table; drop those that are not there any more."""
+    """Put measured files into the table; remove files that do not exist any more."""
     known = load() | {name: round(seconds, 1) for name, seconds in measured.items()}
     there = {name: known[name] for name in sorted(known) if (TABLE.parent / name).is_file()}
     TABLE.write_text(json.dumps(there, indent=1) + "\n")
 
 
 class Stopwatch:
-    """A pytest plugin that adds up what the phases of the tests take, and writes the table at the end."""
+    """A pytest plugin that adds up the seconds of each test's phases, and writes the table at the end."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()

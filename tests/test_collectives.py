@@ -1,4 +1,4 @@
-"""collectives.py, on two ranks and without a group: what one rank knows, or what befalls it, reaches all alike."""
+"""collectives.py, on two ranks and without a group: values and errors of one rank reach all ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from respec_trainer.errors import ConfigError, EngineError, EngineLostError, Res
 
 @pytest.fixture
 def on_two_ranks(tmp_path):
-    """Call it with a function of the rank: what the function returned on each."""
+    """Return a function that runs a function of the rank on two ranks, and returns the result of each."""
 
     def run(function: Callable[[int], Any]) -> list[Any]:
-        with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:  # each is held up until both run
+        with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:  # each task waits until both run
             calls = [pool.submit(call_in_group, f"file://{tmp_path}/store", rank, function) for rank in range(2)]
             return [call.result(60) for call in calls]
 
@@ -36,7 +36,7 @@ def call_in_group(place: str, rank: int, function: Callable[[int], Any]) -> Any:
 
 
 class Engine:
-    """An engine that is dead, or not."""
+    """A stand-in for an engine, dead or not."""
 
     def __init__(self, failure: EngineError | None = None):
         self.failure, self.ended = failure, False
@@ -50,7 +50,7 @@ def told(rank: int) -> tuple:
     return gather(mine), broadcast(mine, 1), from_first(lambda: mine)
 
 
-def test_every_rank_has_what_the_others_said(on_two_ranks):
+def test_every_rank_has_the_values_of_the_others(on_two_ranks):
     everyone = [{"rank": 0}, {"rank": 1}]
     assert on_two_ranks(told) == [(everyone, everyone[1], everyone[0])] * 2
 
@@ -98,7 +98,7 @@ def refuse(error: Exception) -> None:
 
 
 def failing(rank: int, error: Exception, engine: Engine, **options) -> tuple[type, str, bool]:
-    """What rank 1's `error` becomes on this rank, and whether its engine was ended for it."""
+    """Return the error on this rank after `error` on rank 1, and whether this rank's engine was ended."""
     with pytest.raises((EngineError, ResyncError)) as raised:
         agree((lambda: refuse(error)) if rank == 1 else None, engine, None, **options)
     return raised.type, str(raised.value), engine.ended
@@ -120,7 +120,7 @@ def test_what_an_engine_refuses_stops_all_and_ends_none(on_two_ranks):
     assert on_two_ranks(refusal) == [(EngineError, "rank 1: too long", False)] * 2
 
 
-def test_a_dead_engine_is_ended_and_every_rank_knows(on_two_ranks):
+def test_a_dead_engine_is_ended_and_every_rank_raises(on_two_ranks):
     lost = EngineLostError, "engine of rank 1: gone"
     assert on_two_ranks(death) == [(*lost, False), (*lost, True)]
 

@@ -1,4 +1,4 @@
-"""command_line.py: what a user types is read, and what is wrong is told once, by the first rank."""
+"""command_line.py: options are read, and errors are printed once, by the first rank."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_options_that_cannot_work_are_refused(words, message, capsys):
 def test_what_the_user_set_in_the_environment_stays(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     for name in ("TOKENIZERS_PARALLELISM", "TORCH_CPP_LOG_LEVEL"):
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # so that the test restores it
         monkeypatch.delenv(name)
     level = logging.getLogger("sglang").level
     try:
@@ -68,7 +68,7 @@ def test_the_first_rank_tells_an_error_before_the_others(rank, waits, monkeypatc
     assert slept == waits and capsys.readouterr().err == "\nerror: run.steps=0: must be positive\n"
 
 
-def test_only_an_unexpected_error_is_told_with_its_traceback(capsys):
+def test_only_an_unexpected_error_is_printed_with_its_traceback(capsys):
     print_error(ConfigError("no folder actor"))
     assert "Traceback" not in capsys.readouterr().err
     try:

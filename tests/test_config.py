@@ -1,4 +1,4 @@
-"""config.py: what loads, what is refused, and that each refusal names the key and the remedy."""
+"""config.py: valid files load, others are refused, and each refusal names the key and the remedy."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_seeds_and_a_drafter_that_draws_are_refused(write):
     assert "seeded does not seed the draws of the drafter" in refused(write(), *both)
 
 
-def test_an_audit_knows_one_law(write):
+def test_an_audit_has_one_distribution(write):
     filters = ["rollout.sampling.top_k=5", "rollout.sampling.top_p=0.9"]
     assert load_config(write(), filters).rollout.audit_every == 0
     assert load_config(write(), ["rollout.audit_every=1", filters[0]]).rollout.audit_every == 1
@@ -184,7 +184,7 @@ def test_steps_that_adapt(write):
         (ADAPTIVE[1:], "profile and candidates are for policy=adaptive"),
         (["speculation.candidates=[0, 1]"], "profile and candidates are for policy=adaptive"),
         ([*ADAPTIVE, "speculation.candidates=[1, 0]"], r"candidates=\[1, 0\] must rise"),
-        ([*ADAPTIVE, "speculation.candidates=[0]"], "not be 0 alone"),
+        ([*ADAPTIVE, "speculation.candidates=[0]"], "not be only 0"),
         ([*ADAPTIVE, "speculation.candidates=[0, 4]"], "set steps=4 and draft_tokens=5"),
         ([*ADAPTIVE, "speculation.explore=0.2"], "speculation.explore"),
     ],

@@ -1,4 +1,4 @@
-"""tests/durations.py: the longest files come first, their tests stay in order, and the table is made by a run."""
+"""tests/durations.py: the longest files come first, their tests stay in order, and a run writes the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""export.py: the drafter at the end of a run, learned or not."""
+"""export.py: the drafter at the end of a run, trained or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""generation.py: in which order engines and actor hand over the GPU's memory, and what a failed proof leads to."""
+"""generation.py: the order in which engines and actor use the GPU's memory, and the effect of a failed proof."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from respec_trainer.rollout.sample import Sample
 
 
 class Recorder:
-    """A part whose every method is noted, with its arguments; `results` says what some of them return or raise."""
+    """A stand-in that logs every method call with its arguments; `results`: what some methods return or raise."""
 
     def __init__(self, name, log, **results):
         self._name, self._log, self._results = name, log, results

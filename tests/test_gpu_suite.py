@@ -1,4 +1,4 @@
-"""tests/gpu without a GPU: the tests are all there, say in one line why they do not run, and results read well."""
+"""tests/gpu without a GPU: all tests are found, one line states why they do not run, and results are readable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ASKED = (
 
 @pytest.fixture(scope="module")
 def skipped(tmp_path_factory) -> tuple[str, dict]:
-    """(pytest's output, the results) of the whole suite where CUDA shows no device."""
+    """Return pytest's output and the results of the whole suite when CUDA shows no device."""
     out = tmp_path_factory.mktemp("suite") / "results.json"
     hidden = {"CUDA_VISIBLE_DEVICES": "", "RESPEC_GPU_RESULTS": str(out), "RESPEC_GPU_TESTS": "cuda"}
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
@@ -78,7 +78,7 @@ def test_the_page_has_the_marks():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_the_drafter_of_the_gpu_models_is_mostly_right(tmp_path):
-    """Its greedy drafts are the target's own choice, by transformers and this package's drafter, without an engine."""
+    """Greedy drafts equal the target's own tokens, by transformers and this package's drafter, without an engine."""
     from respec_trainer.actor.loading import load_hf_config
     from respec_trainer.drafter.format import load_drafter
     from tests.gpu.models import SMALL, prompts, save_pair, shortfall

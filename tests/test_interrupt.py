@@ -57,7 +57,7 @@ def test_signal_ends_a_stuck_rank_and_its_children(number):
 def test_rank_lives_on_when_the_engine_hides_its_environment(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     launcher = Launcher.of_this_process()
-    monkeypatch.delenv("RANK")  # as while the engine's processes start
+    monkeypatch.delenv("RANK")  # like when the engine's processes start
     assert not launcher.is_gone()
 
 

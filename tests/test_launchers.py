@@ -1,4 +1,4 @@
-"""launchers.py: what OpenMPI and Slurm say becomes what torch reads."""
+"""launchers.py: the variables of OpenMPI and Slurm become those that torch reads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_place_is_adopted(told):
 
 
 @pytest.mark.parametrize("told", [OPENMPI, SLURM])
-def test_somebody_must_say_where_to_meet(told):
+def test_the_address_must_be_set(told):
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set.*deepspeed_env"):
         adopt_place(dict(told))
 

@@ -1,7 +1,7 @@
-"""Packages import only what is below them. ALLOWED says what that is; docs/design.md shows it.
+"""Packages import only packages below them. The table ALLOWED lists these; docs/design.md shows it.
 
-After a change of the table, `python -m tests.test_layering` writes it into docs/design.md, and lists what it allows and
-nothing uses.
+After a change of the table, `python -m tests.test_layering` writes it into docs/design.md, and lists allowed imports
+that no package uses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support.layer_picture import shown, with_section
 
 ROOT = Path(__file__).parents[1]
 DESIGN = ROOT / "docs/design.md"
-EVERYTHING = "*"  # all packages of the layers below, and those of its own layer that stand before it
+EVERYTHING = "*"  # all packages of the layers below, and earlier ones of its own layer
 
 # From the bottom up. A package may import those named after it. Folders and files of respec_trainer/ by dotted path; a
 # folder inside a package counts as a package of its own.
@@ -95,7 +95,7 @@ LAYERS: dict[str, dict[str, str]] = {
 
 
 def allowed() -> dict[str, set[str]]:
-    """Every package, from the bottom up, and the packages that it may import."""
+    """Return all packages, from the bottom up, and the packages that each may import."""
     table: dict[str, set[str]] = {}
     for layer in LAYERS.values():
         for package, names in layer.items():
@@ -131,7 +131,7 @@ def test_every_package_has_a_line_in_the_table(sources):
 
 
 def test_the_table_allows_only_what_stands_before_in_it():
-    """So it has no cycles, and no arrow goes up."""
+    """The order excludes cycles, and no arrow goes up."""
     order = list(ALLOWED)
     wrong = [(a, b) for a, names in ALLOWED.items() for b in names if b not in order[: order.index(a)]]
     assert not wrong
@@ -145,14 +145,14 @@ def test_only_the_loop_and_its_builder_know_everything():
 
 
 def test_our_side_of_an_engine_touches_the_inside_only_where_its_processes_start(imports):
-    """What both sides share is in `rollout`; workers.py is what runs first inside sglang's processes."""
+    """Code of both sides is in `rollout`; workers.py runs first inside sglang's processes."""
     inside = [one for one in imports if one.imported.startswith("rollout.sglang.inside")]
     outside = [one for one in inside if not one.importer.startswith("rollout.sglang.inside")]
     assert {one.file for one in outside} == {"respec_trainer/rollout/sglang/workers.py"}
 
 
 def test_the_package_imports_nothing_of_the_folders_around_it(sources):
-    """Scripts, benchmarks and tests use the package and not the other way round."""
+    """Scripts, benchmarks and tests import the package; it never imports them."""
     around = {"launch", "tools", "benchmarks", "tests"}
     wrong = []
     for path in sources.files.values():
@@ -169,7 +169,7 @@ def test_the_design_document_shows_this_table():
 
 
 def test_the_picture_leaves_out_only_arrows_that_others_imply():
-    """Every arrow drawn is allowed, and along them every package reaches what it may import above the foundation."""
+    """Every arrow drawn is allowed, and the arrows reach every package that may be imported above the foundation."""
     nodes = {name.replace(".", "_"): name for name in ALLOWED}
     drawn: dict[str, set[str]] = {name: set() for name in ALLOWED}
     for line in shown(LAYERS, ALLOWED).splitlines():
@@ -185,7 +185,7 @@ def test_the_picture_leaves_out_only_arrows_that_others_imply():
 
 
 def unused(sources: Sources) -> list[str]:
-    """What the table allows and nothing does: packages that are not there, and arrows that no import follows."""
+    """Return entries of the table without use: packages that do not exist, and arrows without an import."""
     used = {(one.importer, one.imported) for one in sources.imports()}
     gone = [f"there is no {name}" for name in ALLOWED if name not in sources.packages()]
     listed = [name for name, names in ALLOWED.items() if name not in ("job", "trainer") and name in sources.packages()]

@@ -1,4 +1,4 @@
-"""ruff's verdict on this repository is the same before and after a run has left a folder runs/ in it."""
+"""ruff finds the same in this repository with and without a folder runs/ of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """The folder in which a name is shared with a run's, and ruff's settings; beside them, a run."""
+    """Copy the folder that has the same name as a run's, and ruff's settings; make a run beside them."""
     shutil.copytree(REPOSITORY / "benchmarks", tmp_path / "benchmarks")
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     (tmp_path / "runs/quickstart").mkdir(parents=True)
@@ -33,7 +33,7 @@ def test_a_run_s_folder_does_not_change_what_ruff_says(copy):
 
 
 def test_it_would_if_folders_decided_what_is_first_party(copy):
-    """Otherwise the test above would prove nothing."""
+    """The test above needs this to prove anything."""
     settings = copy / "pyproject.toml"
     text = settings.read_text()
     assert "\nsrc = []\n" in text

@@ -13,7 +13,7 @@ from respec_trainer.network import FIRST, MOST_HELD, free_port, is_free
 
 @pytest.fixture
 def system_takes(monkeypatch, tmp_path):
-    """Call it with the first port of the system's own range."""
+    """Return a function that sets the first port of the system's own range."""
     monkeypatch.setattr(network, "LINUX_RANGE", tmp_path / "range")
     return lambda first: (tmp_path / "range").write_text(f"{first}\t60999\n")
 
@@ -49,7 +49,7 @@ def test_one_that_is_taken_is_passed_over(system_takes, monkeypatch):
 
 
 def is_held(port: int) -> bool:
-    """Whether a second bind without SO_REUSEADDR, as the function itself tries ports, fails."""
+    """Return whether a second bind without SO_REUSEADDR fails, which is how the function tries ports."""
     with socket.socket() as other:
         try:
             other.bind(("", port))

@@ -1,4 +1,4 @@
-"""placement.py: who trains, who holds an engine and who answers for it; and what cannot be dealt out."""
+"""placement.py: the ranks that train, hold engines and own them; and refused placements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_colocated_engines_belong_to_the_first_rank_of_their_span(tmp_path):
     ("world", "ranks", "span", "hosts", "owners"),
     [
         (16, 8, 1, [8, 9, 10, 11, 12, 13, 14, 15], [0, 1, 2, 3, 4, 5, 6, 7]),
-        (16, 8, 4, [8, 12], [0, 4]),  # the work of answering is spread over the hosts
+        (16, 8, 4, [8, 12], [0, 4]),  # the owners are spread over the hosts
         (3, 1, 1, [2], [0]),
         (7, 2, 1, [5, 6], [0, 2]),
     ],

@@ -1,4 +1,4 @@
-"""processes.py: nothing is left of what is ended, children end with their parents, garbage is collected when asked."""
+"""processes.py: all descendants are ended, children end with their parents, garbage collection is controlled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from respec_trainer.processes import (
     parent_death_signal,
 )
 
-FAMILY = "sleep 300 & echo $!; exec sleep 300"  # tells of its child
+FAMILY = "sleep 300 & echo $!; exec sleep 300"  # prints the number of its child
 PARENT = """
 import signal, subprocess, time
 from respec_trainer.processes import parent_death_signal
@@ -46,7 +46,7 @@ def gone(pid: int, within: float = 10.0) -> bool:
 
 @pytest.fixture
 def family():
-    """A process that has one child, and the child's number."""
+    """Start a process with one child; return it and the child's number."""
     process = subprocess.Popen(["bash", "-c", FAMILY], stdout=subprocess.PIPE, text=True)
     child = int(process.stdout.readline())
     yield process, child
@@ -87,7 +87,7 @@ def test_after_waiting_children_and_theirs_are_gone():
     kill_and_wait([child], 10.0)
     assert child.exitcode == -signal.SIGKILL
     assert gone(grandchild, within=0)
-    kill_and_wait([child], 10.0)  # once more is no error
+    kill_and_wait([child], 10.0)  # a second call is no error
 
 
 def test_a_process_gets_its_signal_when_its_parent_is_killed():
@@ -101,7 +101,7 @@ def test_a_process_gets_its_signal_when_its_parent_is_killed():
 
 
 def test_a_process_whose_parent_was_dead_before_ends_at_once():
-    """The parent it is to have is not the one it has, as after the death of the first."""
+    """The expected parent is not the real one, as after the death of the first parent."""
     ask = parent_death_signal(signal.SIGTERM, parent=os.getppid())
     assert subprocess.Popen(["sleep", "300"], preexec_fn=ask).wait(timeout=10) == 1
     ask = parent_death_signal(signal.SIGTERM, parent=os.getpid())
@@ -145,7 +145,7 @@ def test_the_ranks_of_a_host_are_those_that_the_launcher_says(monkeypatch, varia
 
 
 def test_importing_it_takes_little():
-    """It stands before the settings that must be made before torch is imported."""
+    """The module is imported before the settings that must precede the import of torch."""
     code = "import sys, respec_trainer.processes; print([name for name in ('torch', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

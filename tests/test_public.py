@@ -1,4 +1,4 @@
-"""Tests use what packages make public: one that reaches for a private name breaks when a file is put in order."""
+"""Tests use only public names of packages, because private names may change at any time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-# Of other people's modules, where there is no other way.
+# Private names of other libraries, without an alternative.
 FOREIGN = {"os._exit", "shutil._ntuple_diskusage", "HookRegistry._hooks"}
 OWN = {"self", "cls"}
 PATCHES = {"setattr", "delattr", "object", "getattr"}
@@ -18,7 +18,7 @@ def is_private(name: object) -> bool:
 
 
 def private_names(source: str) -> Iterator[tuple[int, str]]:
-    """(line, name) of every private attribute that is read, set or patched on another object, and of every import."""
+    """Return (line, name) of every private name that is imported, or used or patched on another object."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             owner = ast.unparse(node.value)

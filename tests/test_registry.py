@@ -1,4 +1,4 @@
-"""registry.py: names lead to entries, and a wrong name to the nearest one."""
+"""registry.py: names select entries, and the error for a wrong name offers the nearest one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launch/supervise.py with commands that fail as they are told: how often they live, and what is left of them."""
+"""launch/supervise.py with commands that fail as planned: how often they run, and that no process is left."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-# Adds a line to argv[1] for each life, leaves a process of its own session behind, and ends with the codes of argv[2],
-# one a life; "wait" sleeps.
+# Adds a line to argv[1] for each run, leaves a process of its own session behind, and ends with the codes of argv[2],
+# one for each run; "wait" sleeps.
 COMMAND = """
 import pathlib, subprocess, sys, time
 lives, codes = pathlib.Path(sys.argv[1]), sys.argv[2].split(",")
@@ -44,7 +44,7 @@ def supervise(tmp_path):
 
 
 def lives(folder: Path) -> list[tuple[int, float]]:
-    """Child and start of each life."""
+    """Return the child and the start time of each run."""
     file = folder / "lives"
     rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
     return [(int(pid), float(began)) for pid, began in rows]
@@ -120,10 +120,10 @@ def test_the_command_ends_with_a_killed_supervisor(supervise, tmp_path):
     process.kill()
     process.wait()
     assert gone(command)
-    os.kill(lives(tmp_path)[0][0], signal.SIGKILL)  # what it had started needs an eye on its parent, as ranks have
+    os.kill(lives(tmp_path)[0][0], signal.SIGKILL)  # its children must watch their parent themselves, as ranks do
 
 
-def test_what_cannot_be_started_is_said():
+def test_a_command_that_cannot_be_started_is_reported():
     tool = [sys.executable, str(REPOSITORY / "launch/supervise.py"), "--", "/no/such/command"]
     result = subprocess.run(tool, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "/no/such/command cannot be started" in result.stderr

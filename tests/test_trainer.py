@@ -31,7 +31,7 @@ class Tokenizer:
 
 
 class Actor:
-    """Raises for the updates listed in `bad`, otherwise reports a loss."""
+    """A stand-in that raises for the updates listed in `bad`, and otherwise returns a loss."""
 
     def __init__(self, bad):
         self.bad, self.calls = bad, 0
@@ -149,7 +149,7 @@ def test_a_step_of_which_nothing_was_scored_is_refused(make):
         trainer.train(1, *arguments)
 
 
-def test_a_refused_step_is_saved_and_said(make):
+def test_a_refused_step_is_saved_and_reported(make):
     trainer = make(bad=[1])
     zeros = torch.zeros(2, 3)
     assert trainer.update(0, "batch", zeros, zeros[:, 0]) == {"policy/refused": 1}
@@ -159,7 +159,7 @@ def test_a_refused_step_is_saved_and_said(make):
 
 
 def test_refused_steps_in_a_row_stop_the_run(make):
-    trainer = make(bad=[1, 3, 4])  # the good one between them starts the count anew
+    trainer = make(bad=[1, 3, 4])  # the good update between them resets the count
     zeros = torch.zeros(2, 3)
     for step in range(3):
         trainer.update(step, "batch", zeros, zeros[:, 0])

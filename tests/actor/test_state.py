@@ -1,4 +1,4 @@
-"""Reading tensors whose memory was moved to the host. On an engine: tests/integration/test_checkpoint_actor.py."""
+"""Reading tensors whose memory was moved to the host. With an engine: tests/integration/checkpoint/test_actor.py."""
 
 from __future__ import annotations
 

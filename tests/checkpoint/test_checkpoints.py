@@ -1,4 +1,4 @@
-"""Checkpoints: a run goes on as if it had not stopped, however it stopped; and what cannot go on is refused."""
+"""Checkpoints: a run resumes as if it had not stopped, after any kind of stop; a run that cannot resume is refused."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_where_none_is_valid_nothing_begins_anew_in_silence(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tp0_dp0.safetensors", "rank0.safetensors"])
-def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, name):
+def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(tmp_path, name):
     run = start(tmp_path)
     run.work(1)
     run.checkpoints.wait()
@@ -127,7 +127,7 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, name):
     assert start(tmp_path).done == 1
 
 
-def test_a_disk_that_is_full_before_anything_is_written_is_told_too(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_before_anything_is_written_is_reported_too(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "step_1")
 
@@ -192,7 +192,7 @@ def test_metrics_that_were_lost_are_not_passed_over(tmp_path):
 
 
 def live(tmp_path: Path, changes: dict, pipe) -> None:
-    """A run, in a process of its own, until it is killed."""
+    """Run in a separate process, until it is killed."""
     run = start(tmp_path, changes)
     pipe.send(run.done)
     for _ in range(10**6):
@@ -201,7 +201,7 @@ def live(tmp_path: Path, changes: dict, pipe) -> None:
 
 
 def test_killed_at_any_instant_it_goes_on_without_a_step_missing_or_repeated(tmp_path):
-    """SIGKILL at ten instants, most of them in a save: it saves after every step and drops old checkpoints as often."""
+    """SIGKILL at ten moments, most of them in a save: the run saves and removes checkpoints after every step."""
     context, draws, reached = multiprocessing.get_context("fork"), random.Random(4), 0
     changes = {"run.steps": 10**6, "checkpoint.keep": 2, "checkpoint.keep_best": 1}
     for _ in range(10):
@@ -211,7 +211,7 @@ def test_killed_at_any_instant_it_goes_on_without_a_step_missing_or_repeated(tmp
         theirs.close()
         began = ours.recv()
         assert began >= reached
-        while ours.recv() < began + 2:  # then at least one checkpoint more is whole, and `began` rises
+        while ours.recv() < began + 2:  # then one more checkpoint is complete, and `began` rises
             pass
         time.sleep(draws.random() / 20)
         process.kill()

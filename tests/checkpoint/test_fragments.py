@@ -1,4 +1,4 @@
-"""FragmentIndex: entries of a shard are found in whatever files and fragments hold them, and no others are read."""
+"""FragmentIndex: entries of a shard are found in any files and fragments, and only those are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = ["actor/tp1_dp0.safetensors", "actor/tp1_dp1.safetensors"]
 
 
 def save(folder: Path, *files: dict[str, torch.Tensor]) -> FragmentIndex:
-    """An index of files of tensor-parallel rank 1, one a data-parallel rank."""
+    """Return an index of files of tensor-parallel rank 1, one file for each data-parallel rank."""
     (folder / "actor").mkdir()
     for file, tensors in zip(FILES, files, strict=False):
         save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / file)
@@ -27,7 +27,7 @@ def save(folder: Path, *files: dict[str, torch.Tensor]) -> FragmentIndex:
 
 @pytest.fixture
 def index(tmp_path) -> FragmentIndex:
-    """Entries 0 to 40 in one file, 40 to 70 and 70 to 100 in another; an empty fragment at a place of its own."""
+    """Entries 0 to 40 in one file, 40 to 70 and 70 to 100 in another; and an empty fragment elsewhere."""
     first = {f"master/{NAME}/0": WHOLE[:40], f"master/{NAME}/70": WHOLE[70:]}
     return save(tmp_path, first, {f"master/{NAME}/40": WHOLE[40:70], f"exp_avg/{NAME}/0": -WHOLE, "weight/n/7": WHOLE})
 

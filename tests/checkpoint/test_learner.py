@@ -1,4 +1,4 @@
-"""The learner through a file: weights, moments, replay buffer and cadence come back as they were."""
+"""The learner saved and loaded: weights, moments, replay buffer and cadence are restored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_a_learner_saved_while_it_goes_on_goes_on_alike_later(tmp_path):
         iterate(learner, model, step)
     copied = copy_tree({"learner": learner.state_dict()}, immutable=("learner/buffer",))
     first = [iterate(learner, model, step) for step in range(3, 5)]
-    save_tree(tmp_path / "rank0.safetensors", copied)  # as the thread does, later
+    save_tree(tmp_path / "rank0.safetensors", copied)  # later, like the thread does
     other = make_learner(folder, retention="reservoir", matrix_lr=1e-2, compare_frozen=True)
     other.load_state_dict(load_tree(tmp_path / "rank0.safetensors")["learner"])
     second = [iterate(other, model, step) for step in range(3, 5)]

@@ -1,4 +1,4 @@
-"""meta.json: what it says of the other files holds, or the first file that differs is named with both facts."""
+"""meta.json: the first file that differs from it is named, with both facts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ META = {"step": 3, "tp": 1, "dp": 1, "dtype": "fp32", "optimizer": True, "model"
 
 @pytest.fixture
 def files(tmp_path) -> dict:
-    """Two files, and what they were when they were written."""
+    """Write two files; return their facts."""
     (tmp_path / "first").write_text("first content")
     (tmp_path / "second").write_text("second content")
     return {name: facts_of(tmp_path / name) for name in ("first", "second")}

@@ -50,7 +50,7 @@ def test_leftovers_go_but_not_a_living_process_folder(tmp_path):
 
 
 def test_a_folder_that_another_process_takes_for_a_leftover_is_made_once_more(tmp_path, monkeypatch):
-    """In the moment between making and locking it."""
+    """Another process removes the folder between making and locking it."""
     flock, taken = fcntl.flock, []
 
     def late(handle, operation):
@@ -77,7 +77,7 @@ def test_leftovers_that_fill_the_disk_do_not_stand_in_the_way(tmp_path, monkeypa
         check_place(tmp_path / "out", 500)
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     with pytest.raises(RespecError, match="out is full"), new_folder(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())

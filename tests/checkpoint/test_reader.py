@@ -1,4 +1,4 @@
-"""FragmentReader: any stretch of any shard, from whatever layout it was saved at, against the Hugging Face weights."""
+"""FragmentReader: any range of any shard, saved at any layout, against the Hugging Face weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAMILIES = [("qwen2", True), ("qwen3", False), ("llama", False)]
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=["qwen2-tied", "qwen3", "llama"])
 def model(request):
-    """The config of a tiny model and a reader of its weights."""
+    """Return the config of a tiny model and a reader of its weights."""
     family, tied = request.param
     config = tiny_config(family, tied)
     weights = {name: weight.detach() for name, weight in tiny_model(config).named_parameters()}
@@ -28,7 +28,7 @@ def model(request):
 
 
 def save(folder: Path, model, tp: int, dp: int, seed: int = 0) -> dict:
-    """Every shard, cut at random places over `dp` files; returns the part of meta.json that a reader needs."""
+    """Write every shard, cut at random positions over `dp` files; return the part of meta.json that a reader needs."""
     config, read = model
     draws = random.Random(seed)
     (folder / "actor").mkdir()

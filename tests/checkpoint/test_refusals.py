@@ -1,4 +1,4 @@
-"""Input that no conversion may accept: each fault is named before anything is written."""
+"""Invalid input of conversions: each fault is named before anything is written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def checkpoint(tmp_path, hf) -> Path:
 
 
 def refused(hf, out: Path, message: str, tp: int = 1) -> str:
-    """The error of a conversion to Megatron, which leaves nothing behind."""
+    """Check the error of a conversion to Megatron, which leaves no files."""
     before = set(out.parent.iterdir())
     with pytest.raises(ConfigError, match=message) as error:
         to_megatron(*hf, out, tp, None, QUIET)
@@ -119,7 +119,7 @@ def test_an_empty_output_folder_is_filled(tmp_path, hf):
     MegatronFolder(tmp_path / "out").check_digests(QUIET)
 
 
-def test_a_disk_without_room_is_told_before(tmp_path, hf, monkeypatch):
+def test_a_disk_without_room_is_reported_before(tmp_path, hf, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     refused(hf, tmp_path / "out", "GB are free there; make room")
 
@@ -131,14 +131,14 @@ def flip(path: Path, place: int, bit: int = 1) -> None:
 
 
 def command_refused(words: list, folder: Path, capsys) -> str:
-    """What the converter says when it makes nothing out of a checkpoint; nothing is there but its source."""
+    """Check the error of a conversion of a checkpoint, which leaves no files."""
     before = set(folder.iterdir())
     assert main([str(word) for word in words]) == 2
     assert set(folder.iterdir()) == before
     return capsys.readouterr().err
 
 
-# A number of the header's length, one of its letters, and numbers of the tensors.
+# A byte of the header's length, a letter of the header, and bytes of the tensors.
 PLACES = [1, 30, 2000, -5, -1000]
 
 
@@ -174,7 +174,7 @@ def test_a_flipped_bit_in_a_drafter_is_found(tmp_path, capsys, place):
 
 
 def test_nothing_appears_before_the_last_file_was_checked(tmp_path, hf, checkpoint, monkeypatch):
-    """However long the check takes, and whenever it finds the damage."""
+    """The check may end before or after the conversion."""
     seen, check = [], MegatronFolder.check_digests
 
     def slow(self, progress, within=""):
@@ -222,7 +222,7 @@ def test_a_meta_that_does_not_fit_is_refused(hf, checkpoint, change, message):
     checkpoint_refused(checkpoint, hf[1], message)
 
 
-def test_a_flipped_bit_in_meta_is_told_from_what_was_written(hf, checkpoint):
+def test_a_flipped_bit_in_meta_is_found(hf, checkpoint):
     path = checkpoint / "meta.json"
     text = path.read_text()
     path.write_text(text.replace('"bytes": 1', '"bytes": 3', 1))
@@ -231,7 +231,7 @@ def test_a_flipped_bit_in_meta_is_told_from_what_was_written(hf, checkpoint):
 
 
 def rewrite(checkpoint: Path, file: str, edit) -> None:
-    """Change the tensors of a file, and what meta.json says of it."""
+    """Change the tensors of a file, and its facts in meta.json."""
     tensors = load_file(checkpoint / file)
     edit(tensors)
     save_file(tensors, checkpoint / file)

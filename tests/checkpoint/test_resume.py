@@ -56,12 +56,12 @@ def test_logs_end_where_they_did(tmp_path):
         folder.mkdir()
     log = run / "metrics.jsonl"
     log.write_text("one\ntwo\nthr")
-    with log.open("a") as writer:  # as the run's own recorder has it open
+    with log.open("a") as writer:  # the run's own recorder has it open too
         assert restore_logs(run, run, {"metrics.jsonl": 4, "samples.jsonl": 0}) == []
         writer.write("2\n")
     assert log.read_text() == "one\n2\n"
     assert restore_logs(other, run, {"metrics.jsonl": 4, "samples.jsonl": 9}) == ["samples.jsonl"]
     assert (other / "metrics.jsonl").read_text() == "one\n"
     assert log.read_text() == "one\n2\n"
-    with pytest.raises(ConfigError, match="samples.jsonl holds 0 bytes, but 9"):
+    with pytest.raises(ConfigError, match="samples.jsonl holds 0 bytes, but held 9"):
         restore_logs(run, run, {"samples.jsonl": 9})

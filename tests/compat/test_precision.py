@@ -1,4 +1,4 @@
-"""compat/precision.py: who asks for bf16 where it is emulated is told."""
+"""compat/precision.py: the user is notified if bf16 is emulated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_bf16_is_quick_where_the_processor_has_instructions_for_it(features):
     assert bf16_is_quick() == any(name.endswith("bf16") for name in features)
 
 
-def test_who_would_wait_is_told(features):
+def test_slow_bf16_is_reported(features):
     told = slow_dtype("bf16", "cpu")
     assert (told is None) == bf16_is_quick()
     assert told is None or "model.dtype=fp32" in told

@@ -1,4 +1,4 @@
-"""The command line of the converter: every subcommand, its statuses and its refusals."""
+"""The command line of the converter: every subcommand, its exit statuses and its refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""convert/convert.py: what goes there comes back, from any layout, and nothing half done is left."""
+"""convert/convert.py: conversion there and back is exact for any layout, and leaves no incomplete output."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_mixed_dtypes_need_a_choice(tmp_path):
 
 
 class KilledAfter(Silent):
-    """Kills this process, as kill -9 does, when so many tensors are done."""
+    """Progress that kills this process with SIGKILL after a number of tensors."""
 
     def __init__(self, count: int):
         self.left = count
@@ -188,7 +188,7 @@ def test_killed_on_the_way_it_leaves_nothing_that_looks_done(tmp_path, hf, count
     assert not list(tmp_path.glob(".out.partial-*"))
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, hf, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, hf, monkeypatch):
     source, config = hf
 
     class Full(conversion.SafetensorsWriter):

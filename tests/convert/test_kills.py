@@ -1,4 +1,4 @@
-"""A conversion that is killed: what was to be made is there or not, its source is as it was, and the next one works."""
+"""A conversion that is killed: its output is complete or absent, its source unchanged, and the next one works."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.support.drafters import target_config, tiny_drafter
 from tests.support.models import save_tiny_model
 from tests.support.saved_models import random_state, save_checkpoint
 
-KILLS = 4  # of each command
-WIDER = {"vocab_size": 16_000, "hidden_size": 256}  # 35 MB of weights in float32: long enough to be hit
+KILLS = 4  # for each command
+WIDER = {"vocab_size": 16_000, "hidden_size": 256}  # 35 MB of weights in float32: long enough to be killed in time
 COMMANDS = {
     "to-megatron": ("--hf", "hf", "--tp", "2"),
     "to-hf": ("--checkpoint", "step_40", "--dtype", "fp32", "--shard-gb", "0.01"),
@@ -30,7 +30,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A folder with hf and step_40 in it, whose drafter can draft every token."""
+    """Make a folder with hf and step_40, whose drafter can draft every token."""
     root = tmp_path_factory.mktemp("kills")
     target = target_config("qwen3", **WIDER)
     save_tiny_model(root / "hf", target, shards=3)
@@ -52,7 +52,7 @@ def seconds_of_writing(words: list[str], out: Path) -> float:
     return time.monotonic() - began
 
 
-# One command stands for all, which write by the same code; the others take their time.
+# One command represents all: they write with the same code, and the others take longer.
 EVERY = [pytest.param(name, marks=[] if name == "to-megatron" else pytest.mark.long) for name in COMMANDS]
 
 

@@ -1,4 +1,4 @@
-"""convert/verify.py: every difference shows, and logits are transformers' own."""
+"""convert/verify.py: every difference is found, and logits equal those of transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @pytest.fixture
 def two(tmp_path):
-    """Two folders of the same weights, and a function that changes the second's and compares."""
+    """Return two folders of the same weights, and a function that changes the second and compares."""
     folders = [save_hf(tmp_path / name, shards=1)[0] for name in ("first", "second")]
 
     def compared(edit):
@@ -74,7 +74,7 @@ def test_what_cannot_be_compared_is_within_no_tolerance(two, edit, what):
     assert not comparison.within(math.inf)
 
 
-def test_dtypes_are_told_apart_though_values_agree(two):
+def test_dtypes_differ_though_values_agree(two):
     comparison = two(lambda weights: weights.update({NORM: weights[NORM].double()}))
     (difference,) = comparison.differences
     assert difference.what == "dtype: float32 and float64"

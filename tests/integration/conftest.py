@@ -1,4 +1,4 @@
-"""The small actor and a drafter for it, made once for all tests that run whole jobs: briefly taught, but real."""
+"""A small actor and a drafter for it, made once for all tests that run whole jobs: briefly trained, but real."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def forked_engines() -> None:
 
 @pytest.fixture(scope="session")
 def small_actor(tmp_path_factory) -> Path:
-    """The quickstart's actor after a few teaching steps: it has the tokenizer and the shape, not yet the skill."""
+    """Make the quickstart's actor with a few training steps: tokenizer and shape are right, quality is not."""
     from respec_trainer.config_file import load_config
     from respec_trainer.recipes.small_actor import ActorRecipe, make_actor
 
@@ -31,13 +31,13 @@ def small_actor(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def random_pair(tmp_path_factory) -> tuple[Path, Path]:
-    """Folders of a tiny random target and of a random drafter of its shape."""
+    """Make folders of a tiny random target and of a random drafter of its shape."""
     return save_random_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="session")
 def small_drafter(small_actor) -> Path:
-    """A random drafter for it: nearly every draft is refused, so every path of verification is taken."""
+    """Make a random drafter: nearly every draft is rejected, so every path of verification runs."""
     import torch
 
     from respec_trainer.actor.loading import load_hf_config

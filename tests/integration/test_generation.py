@@ -1,6 +1,6 @@
 """generation.py and rollout/fleet/fleet.py on two ranks, each with an engine that dies on command.
 
-Who hears of it, who is asked again, and when it is enough.
+Tests that all ranks get the error, which engine draws again, and when the run ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ REQUESTS = [Request(str(i), (i, i), SamplingParams(max_new_tokens=4)) for i in r
 
 
 class FakeEngine:
-    """Draws token 10 * its index + its life, four times. `deaths` names what kills it, once each."""
+    """Draws token 10 * its index + the number of its start, four times. Each call in `deaths` kills it once."""
 
     def __init__(self, index, deaths):
         self.index, self.deaths = index, list(deaths)
@@ -53,7 +53,7 @@ class FakePending:
         return [self.draw(r, r.sampling.max_new_tokens, "length") for r in self.requests]
 
     def delivered(self):
-        """The first is finished, the second has one token, the others none."""
+        """Return partial samples: the first is finished, the second has one token, the others none."""
         reasons = ["length", "lost"] + ["lost"] * len(self.requests)
         counts = [self.requests[0].sampling.max_new_tokens, 1] + [0] * len(self.requests)
         return [self.draw(r, n, why) for r, n, why in zip(self.requests, counts, reasons, strict=False)]
@@ -92,7 +92,7 @@ class FakeActor:
 
 
 def play(config, deaths, max_restarts):
-    """One phase on one rank; what it got, what its engine was asked, and what was pushed."""
+    """Run one phase on one rank; return its samples, the requests to its engine, and the pushes."""
     import torch.distributed as dist
 
     from respec_trainer.generation import Generation
@@ -151,7 +151,7 @@ def test_without_resuming_all_its_requests_are_drawn_again(tmp_path):
 @pytest.mark.parametrize("when", ["submit", "push"])
 def test_death_outside_of_generation(tmp_path, when):
     first, second = run(tmp_path, [[when], []])
-    lives = [2, 2] if when == "push" else [2, 1]  # a push that failed leaves no engine whole
+    lives = [2, 2] if when == "push" else [2, 1]  # a failed push ends all engines
     got = [[s.response_ids[0] for s in rank[0]] for rank in (first, second)]
     assert got[0] == got[1] == [lives[0]] * 3 + [10 + lives[1]] * 3
     assert {s.actor_version for s in first[0]} == {"actor-7"}

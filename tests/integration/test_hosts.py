@@ -1,4 +1,4 @@
-"""Runs over two hosts with a cable between: the numbers of one host, and an end on both when one is cut off or dies."""
+"""Runs over two hosts with a cable: the same numbers as on one host, and an end on both if one is cut off or dies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 TRAIN = str(REPOSITORY / "launch/train.py")
 PORT = "29500"  # nothing else runs on these hosts
-LOST_AFTER = 12  # seconds: above what a busy machine may keep a thread from running
+LOST_AFTER = 12  # seconds; longer than a busy machine may delay a thread
 CPU = {"DS_ACCELERATOR": "cpu"}
 
 
@@ -33,7 +33,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def start_on_both(hosts, folder: Path, words: list[str]) -> list[subprocess.Popen]:
-    """One launcher a host, as on a cluster without ssh."""
+    """Start one launcher on each host, as on a cluster without ssh."""
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{host.name} slots=1\n" for host in hosts))
     return [start_on(index, hosts, folder, words) for index in range(len(hosts))]
@@ -87,7 +87,7 @@ def test_both_sides_end_when_a_host_is_gone(hosts, tmp_path, fault):
 
 
 def test_a_run_outlives_the_host_of_its_engine(hosts, tmp_path):
-    """Whose power fails, which says nothing to anybody; it comes back, and somebody starts its rank again."""
+    """The host's power fails, without a message; it returns, and its rank is started again."""
     apart = ["rollout.placement=disaggregated", "rollout.engine_ranks=1", "rollout.engine.span=1"]
     words = [*tiny_run(tmp_path), *apart, "actor.parallel.tp=1", "run.steps=60", "checkpoint.every=10"]
     trainer, host = start_on_both(hosts, tmp_path, words)

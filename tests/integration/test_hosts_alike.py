@@ -1,4 +1,4 @@
-"""respec_trainer/hosts.py: hosts that are not alike, and folders that are not shared, are named on every rank."""
+"""respec_trainer/hosts.py: hosts that differ, and folders that are not shared, are named on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other ways to start launch/train.py than `deepspeed --num_gpus 2`: torchrun, and one launcher a host without ssh."""
+"""Other ways to start launch/train.py than `deepspeed --num_gpus 2`: torchrun, or one launcher on each host."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_check_is_printed_once(launcher, tmp_path):
 
 @pytest.mark.long
 def test_two_launchers_without_ssh_make_one_run(tmp_path):
-    """On one host, which needs no rights; over two hosts: test_hosts.py."""
+    """Both launchers run on one host, which needs no privileges; test_hosts.py uses two hosts."""
     hosts, words = tmp_path / "hostfile", tiny_run(tmp_path)
     hosts.write_text("node0 slots=1\nnode1 slots=1\n")
     port = str(free_port())

@@ -1,7 +1,7 @@
-"""The same seed and global batch give the same run on 1, 2 and 4 ranks, however they share the work.
+"""The same seed and global batch give the same run on 1, 2 and 4 ranks, however they divide the work.
 
-In float32 with seeded draws. Layouts add in another order, which moves a loss by rounding only, as long as no draw
-falls on the other side: with a tiny vocabulary and a few hundred draws none does, and the same tokens are trained on.
+The runs use float32 and seeded draws. Layouts add in different orders, which changes a loss only by rounding, unless it
+changes a draw: with a tiny vocabulary and a few hundred draws none changes, and the same tokens are trained.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ LAYOUTS = {
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     _, path, *overrides = tiny_run(folder)
-    # Rewards that differ within a group move the actor; every response has one, by its length and first letter.
+    # Only rewards that differ within a group change the actor; these depend on length and first letter.
     (folder / "reward.py").write_text(
         "def reward(text, answer):\n    return (len(text) + ord((text or 'a')[0])) % 5 / 4\n"
     )
     overrides += ["reward.kind=function", f"reward.function={folder / 'reward.py'}:reward", f"run.steps={STEPS}"]
-    # Adam divides by a gradient's size: with a small eps it makes steps of rounding, where a gradient is nearly zero.
+    # Adam divides by a gradient's size: with a small eps, rounding would make steps where a gradient is nearly zero.
     overrides += ["actor.optim.eps=1e-3", "telemetry.samples_per_step=16", "rollout.samples_per_prompt=4"]
-    # Long enough that some end early: with equal lengths advantages cancel, and the loss is 0.
+    # Long enough that some responses end early: with equal lengths advantages cancel, and the loss is 0.
     overrides += ["rollout.sampling.max_new_tokens=32"]
 
     def run(name: str, ranks: int, *layout: str) -> tuple[list[dict], list[dict]]:
-        """Metrics of every step, and its samples."""
+        """Return the metrics of every step, and its samples."""
         config = load_config(path, [*overrides, f"run.name={name}", *layout])
         run_ranks(ranks, train, config, timeout=300)
         where = folder / "runs" / name

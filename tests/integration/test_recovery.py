@@ -1,7 +1,7 @@
-"""Live engines that are killed, and that hang, in the middle of generating: what comes back is as if nothing happened.
+"""Live engines that are killed, or hang, while they generate: the responses are as if nothing happened.
 
-In float32 and greedy, so that a response drawn by two lives must equal an undisturbed one. When restarts are enough is
-tested in test_generation.py, by engines that die on command.
+The runs are in float32 and greedy, so a response drawn by two engine processes must equal an undisturbed one.
+test_generation.py tests the limit of restarts, with engines that die on command.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tests.support.processes.ranks import run_ranks
 from tests.support.resyncs import live, step
 
 NEW_TOKENS = 48
-TIMEOUT = 20  # seconds; a restart must fit in it, on a busy machine too
+TIMEOUT = 20  # seconds; a restart must take less, also on a busy machine
 PROMPTS = [[5 + i, 9, 33 + i] for i in range(6)]
 
 
 def survive(config, disturbances):
-    """On one rank: what engines answer undisturbed; of each disturbance what they answer, counts, words, seconds."""
+    """Return the undisturbed responses; and for each disturbance responses, counts, messages and seconds."""
     with live(config) as setup:
         rollouts, outcomes = setup.rollouts, {}
         rollouts.max_restarts = config.rollout.engine.max_restarts
@@ -52,7 +52,7 @@ def ask(rollouts, meanwhile=lambda: None):
 
 
 def while_generating(rollouts, number, kills, victim=0):
-    """Signal the scheduler of rank `victim`'s engine once it has begun, in `kills` of its lives one after the other."""
+    """Signal the scheduler of rank `victim`'s engine when it has begun, `kills` times, after each restart."""
     if torch.distributed.get_rank() != victim:
         return ask(rollouts)
     watch = threading.Thread(target=_signal, args=(rollouts, number, kills), daemon=True)
@@ -60,7 +60,7 @@ def while_generating(rollouts, number, kills, victim=0):
 
 
 def while_pushing(rollouts, number, victim=0):
-    """Push the same weights again, and signal the scheduler of rank `victim`'s engine once the update has begun."""
+    """Push the same weights again, and signal the scheduler of rank `victim`'s engine when the update has begun."""
     transport, sends = rollouts.resync.transport, []
     original = transport.start
 
@@ -81,11 +81,11 @@ def while_pushing(rollouts, number, victim=0):
 
 
 def _signal(rollouts, number, kills, after=12):
-    """Once every response that is not finished has `after` tokens of this life of the engine."""
+    """Wait until every unfinished response has `after` tokens from this process of the engine."""
     struck, engine = set(), rollouts.fleet.engine
     while len(struck) < kills:
         time.sleep(0.001)
-        with contextlib.suppress(EngineError):  # between two lives
+        with contextlib.suppress(EngineError):  # between two processes
             process = engine.process
             if process in struck or engine.failure is not None:
                 continue
@@ -107,7 +107,7 @@ def check_whole(calm, disturbed):
 
 
 def play(folder, pair, disturbances, *overrides):
-    """(rank 0's, rank 1's) outcome of `survive`."""
+    """Return the results of `survive` on rank 0 and rank 1."""
     target, drafter = pair
     shape = ["actor.parallel.tp=2", "actor.optim.lr=0.01", "resync.bucket_mb=2", "rollout.engine.resume=tokens"]
     paths = [f"model.path={target}", "model.dtype=fp32", f"drafter.path={drafter}", "speculation.algorithm=eagle3"]
@@ -116,7 +116,7 @@ def play(folder, pair, disturbances, *overrides):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, random_pair):
-    """Of one engine that both ranks use."""
+    """Disturb one engine that both ranks use."""
     disturbances = {"killed": (while_generating, signal.SIGKILL, 2), "hung": (while_generating, signal.SIGSTOP, 1)}
     limits = ["rollout.engine.span=2", f"rollout.engine.timeout={TIMEOUT}"]
     return play(tmp_path_factory.mktemp("shared"), random_pair, disturbances, *limits)
@@ -124,7 +124,7 @@ def shared(tmp_path_factory, random_pair):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory, random_pair):
-    """Of an engine on each rank; it is always the second that is struck."""
+    """Disturb the second of two engines, one on each rank."""
     disturbances = {
         "killed": (while_generating, signal.SIGKILL, 1, 1),
         "killed in a push": (while_pushing, signal.SIGKILL, 1),

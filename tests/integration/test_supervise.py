@@ -1,4 +1,4 @@
-"""A real run under launch/supervise.py: its first rank, which owns the engine and judges the others, is killed once."""
+"""A real run under launch/supervise.py: its first rank, which owns the engine and watches the others, is killed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from respec_trainer.network import free_port
 from respec_trainer.telemetry.recorder import read_metrics
 from tests.support.tiny_runs import REPOSITORY, tiny_run, wait_for
 
-STEPS = 6  # so many that the first rank is killed before they are done
+STEPS = 6  # enough that the first rank is killed before they are done
 
 
 def rank_process(process: subprocess.Popen, rank: int) -> psutil.Process:
-    """The trainer's process of that rank."""
+    """Return the trainer's process of that rank."""
     for child in psutil.Process(process.pid).children(recursive=True):
         if "launch/train.py" in " ".join(child.cmdline()) and child.environ().get("RANK") == str(rank):
             return child

@@ -53,7 +53,7 @@ def test_two_iterations_on_gsm8k(small_actor, small_drafter, tmp_path):
     with (GSM8K / "train.jsonl").open() as file:
         prompts.write_text("".join(islice(file, 64)))
     shape = ["data.prompts_per_step=32", "rollout.samples_per_prompt=2", "rollout.sampling.max_new_tokens=24"]
-    # An actor this young solves nothing, so no reward moves it; weight decay does.
+    # This untrained actor solves nothing, so no reward changes it; weight decay does.
     moving = ["actor.optim.weight_decay=10", "actor.optim.lr=0.01"]
     room = ["data.max_prompt_tokens=400", "rollout.engine.max_total_tokens=null", "run.steps=2"]
     options = [*shape, *room, *moving, f"data.path={prompts}", "rollout.audit_every=1"]
@@ -79,7 +79,7 @@ def test_two_iterations_on_gsm8k(small_actor, small_drafter, tmp_path):
 
 
 def check_export(folder: Path, source: Path) -> None:
-    """transformers loads it, and training has changed it."""
+    """transformers loads the exported actor, and training has changed it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trained, before = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (folder, source))
@@ -100,7 +100,7 @@ def test_ctrl_c_ends_every_process_and_the_run_goes_on_where_it_was(small_actor,
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         assert len(family) >= 5, "launcher, its node launcher, two ranks and the engine's scheduler"
         began = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(process.pid, signal.SIGINT)  # like a terminal
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive, f"still running {time.monotonic() - began:.0f} s after Ctrl-C: {alive}"
     finally:
@@ -120,7 +120,7 @@ def test_ctrl_c_ends_every_process_and_the_run_goes_on_where_it_was(small_actor,
 
 
 def check_exported_drafter(folder: Path, checkpoint: Path, source: Path) -> None:
-    """It is what the learner holds, in the engines' dtype, and not what the run began with."""
+    """The exported drafter is the learner's, in the engines' dtype, and not the initial one."""
     config = load_hf_config(checkpoint / "hf")
     exported, learner_s, before = (
         load_drafter(place, config, torch.float32)[0].state_dict() for place in (folder, checkpoint / "drafter", source)

@@ -1,4 +1,4 @@
-"""launch/train.py as users start it: a mistake is answered by one clear error and a non-zero exit, quickly."""
+"""launch/train.py as users start it: a mistake quickly gives one clear error and a non-zero exit status."""
 
 from __future__ import annotations
 

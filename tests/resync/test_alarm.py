@@ -1,4 +1,4 @@
-"""resync/alarm.py: a fall is told once, with the cause that the facts leave."""
+"""resync/alarm.py: a fall is reported once, with the likely cause."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from respec_trainer.resync.alarm import AcceptAlarm
 
 
-def test_a_fall_beyond_the_share_is_told_once():
+def test_a_fall_beyond_the_share_is_reported_once():
     alarm = AcceptAlarm(share=0.3, verified=True)
     falls = ([1.0, 1.0], [1.0, 0.5], [1.0, 0.4], [0.6, 0.5], [0.6, 0.5], [1.0, 1.0])
     heard = [alarm.check(acceptance, "drafter-1") for acceptance in falls]
@@ -16,7 +16,7 @@ def test_a_fall_beyond_the_share_is_told_once():
 
 
 def test_other_numbers_of_steps_are_no_fall():
-    """Three drafts, then one, then none, then three again, by a drafter that drafts alike."""
+    """Three drafts, then one, then none, then three again, from equally good drafters."""
     alarm = AcceptAlarm(share=0.3, verified=True)
     by_depth = [0.8, 0.8, 0.8]
     assert [alarm.check(by_depth[:depth], "drafter-1") for depth in (3, 1, 0, 3)] == [None] * 4

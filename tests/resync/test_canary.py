@@ -1,4 +1,4 @@
-"""resync/canary.py: what passes for the same voice, and what does not."""
+"""resync/canary.py: which continuations of the engine are accepted."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_a_near_tie_is_no_difference_and_ends_the_comparison():
     ("tokens", "logprobs", "place"),
     [
         ([4, 5, 6], [-0.5, -0.3, -0.75], 2),
-        ([4, 9, 6], [-0.5, -0.1, -0.75], 2),  # another token, and not by a near tie
+        ([4, 9, 6], [-0.5, -0.1, -0.75], 2),  # another token, without a near tie
         ([9, 9, 9], [-1.5, -0.25, -0.75], 1),
         ([4, 5, 6], [-0.5, -0.25, float("nan")], 3),
     ],
 )
-def test_another_voice_is_refused(tokens, logprobs, place):
+def test_other_log_probs_are_refused(tokens, logprobs, place):
     with pytest.raises(ProofError, match=f"token {place} of the canary.*in the engine .actor-3. and"):
         Canary([1], 3, tolerance=0.01).check(sung(tokens, logprobs), ACTOR)
 

@@ -15,7 +15,7 @@ from respec_trainer.rollout.sglang.inside.digest import named_parts
 
 
 class Fused(nn.Module):
-    """The names and the layout of sglang's modules, as far as they matter here."""
+    """A model with the names and the layout of sglang's modules that these tests need."""
 
     def __init__(self, weights):
         super().__init__()

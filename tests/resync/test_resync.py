@@ -1,4 +1,4 @@
-"""resync/resync.py: a rank that is late for a push is told apart from one that is gone."""
+"""resync/resync.py: a rank that is late for a push has another error than one that is gone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from respec_trainer.watchdog.ending import lost_contact
     [(0.0, True, "contact was lost before actor-2"), (0.2, False, "not every rank came to push actor-2")],
 )
 def test_who_is_gone_is_not_called_late(monkeypatch, seconds, lost, words):
-    """gloo says of both that they failed to pass in time; who is gone, the watchdog knows better."""
+    """gloo has one error for both, a timeout; the watchdog reports which rank is gone."""
 
     def barrier(*_args, **_kwargs):
         time.sleep(seconds)

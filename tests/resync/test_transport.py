@@ -1,4 +1,4 @@
-"""resync/transport.py: which transport a topology gets, which are refused, and how a bucket is waited for."""
+"""resync/transport.py: the transport of each topology, refusals, and the wait for a bucket."""
 
 from __future__ import annotations
 

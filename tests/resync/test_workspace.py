@@ -1,4 +1,4 @@
-"""resync/workspace.py: buffers are used again, grow, and are never two at once."""
+"""resync/workspace.py: buffers are reused and grow, and old ones are freed first."""
 
 from __future__ import annotations
 

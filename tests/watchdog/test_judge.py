@@ -1,4 +1,4 @@
-"""watchdog/judge.py: whose silence, death or standstill ends a run, and what is said of it."""
+"""watchdog/judge.py: which silence, death or hang ends a run, and the message."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ELSEWHERE = "another machine"
 
 
 def beat(rank: int, **changes) -> Beat:
-    """Of ranks 0 and 1 on host a, and others on host b."""
+    """Return a beat; ranks 0 and 1 are on host a, others on host b."""
     process = Process("a" if rank < 2 else "b", ELSEWHERE, 100 + rank, 1.0)
     return replace(Beat(rank, process, "running", step=3, phase="train", moves=20, still=1.0), **changes)
 
 
 def judge(world: int = 4, now: float = 0.0) -> Judge:
-    """Whose ranks have all met and been heard at `now`."""
+    """Return a judge whose ranks have all met and sent a beat at `now`."""
     made = Judge(range(world), "here", LOST, HANG)
     made.met(now)
     for rank in range(world):
@@ -39,7 +39,7 @@ def judge(world: int = 4, now: float = 0.0) -> Judge:
     return made
 
 
-def test_nothing_is_wrong_while_all_are_heard():
+def test_nothing_is_wrong_while_all_send_beats():
     assert judge().decide(LOST) is None and judge().hanging(LOST) is None
 
 
@@ -77,7 +77,7 @@ def test_who_was_ended_by_a_launcher_is_not_to_blame_unless_nobody_else_is():
     assert court.decide(LOST + 1).text.startswith("rank 2")
 
 
-def test_a_failure_is_told_at_once():
+def test_a_failure_is_reported_at_once():
     court = judge()
     court.record(beat(3, state="failed", note="ValueError: no"), 1.0)
     assert court.decide(1.0).text.startswith(
@@ -144,7 +144,7 @@ def test_a_dead_process_of_this_machine_is_seen_at_once():
     court = Judge(range(2), here.home, LOST, HANG)
     hear_all(court, 0.0, beat(0), beat(1, process=process))
     assert court.decide(0.0) is None
-    child.kill()  # and nobody waits for it: a zombie
+    child.kill()  # its parent does not wait for it: a zombie
     for _ in range(100):
         if verdict := court.decide(0.0):
             break

@@ -30,7 +30,7 @@ def test_an_occupied_port_is_named(monkeypatch):
             Watchdog(RUN, rank=0, world_size=2, watched=2)
 
 
-def test_ranks_without_a_launcher_are_told(monkeypatch):
+def test_ranks_without_a_launcher_are_refused(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match="MASTER_ADDR not set; start with `deepspeed"):

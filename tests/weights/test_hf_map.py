@@ -40,12 +40,12 @@ OWN = {
 
 
 def names_of(config) -> dict[str, list[str]]:
-    """Megatron's parameters of one layer and outside the layers, with the Hugging Face tensors each is made of."""
+    """Return Megatron's parameters of one layer and outside the layers, with the Hugging Face tensors of each."""
     return NAMES | OWN[config.model_type]
 
 
 def hf_shape(name: str, config) -> tuple[int, ...]:
-    """The shape transformers gives this tensor."""
+    """Return the shape of this tensor in transformers."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     kind = name.split(".")[-2]
@@ -58,7 +58,7 @@ def hf_shape(name: str, config) -> tuple[int, ...]:
 
 
 def make_weights(config) -> dict[str, torch.Tensor]:
-    """Every tensor with entries unlike all others'."""
+    """Return tensors whose entries are all different."""
     weights, start = {}, 1
     for names in names_of(config).values():
         for name in names:

@@ -1,4 +1,4 @@
-"""weights/safetensors_io.py: what is written tensor by tensor, the library reads."""
+"""weights/safetensors_io.py: the library reads files that were written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_file_that_is_mapped_anew_reads_the_same(tmp_path, monkeypatch):
     for _ in range(4):
         assert torch.equal(file.read("rows", (slice(1, 3),)), TENSORS["rows"][1:3])
         assert torch.equal(file.read("ids"), TENSORS["ids"])
-    assert torch.equal(first, TENSORS["rows"])  # though its mapping is not the file's any more
+    assert torch.equal(first, TENSORS["rows"])  # although the file was mapped again
     assert len(opened) > 2
 
 

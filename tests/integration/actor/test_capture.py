@@ -1,4 +1,4 @@
-"""What `actor.infer` captures for a drafter, against transformers' own layers, and that nothing else changes by it."""
+"""The data that `actor.infer` captures, against transformers' layers; and that capture changes nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLIT = {"actor.parallel.sequence_parallel": True, "actor.recompute": True}
 
 
 def capture(folder, variants: list[dict]) -> list[tuple]:
-    """For each variant on this rank: first row of its share, inference with and without capture."""
+    """Return, for each variant on this rank, the first row of its share, and inference with and without capture."""
     from respec_trainer.actor.parallel import shutdown_parallel
     from respec_trainer.capture import Wanted
 
@@ -49,11 +49,11 @@ def expectation(hf_config) -> dict:
 
 
 def compare(captured, first: int, expected: dict) -> set[int]:
-    """The rows of the whole batch that were captured, once they are as expected."""
+    """Check the captured rows; return their indices in the whole batch."""
     batch, seen = expected["batch"], set()
     for part in captured.rows:
         row = first + part.row
-        before = batch.response_mask[row].nonzero()[:, 0] - 1  # what stands before a token predicts it
+        before = batch.response_mask[row].nonzero()[:, 0] - 1  # the position before a token predicts it
         pairs = [
             (part.features, expected["features"][row, : batch.lengths[row]]),
             (part.hidden, expected["hidden"][row, before]),

@@ -1,4 +1,4 @@
-"""What a folder's weights must be like, told before training rather than after."""
+"""Refusals of a folder's weights, before training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.processes.ranks import run_ranks
 
 
 def load(folder: Path, dtype: str = "fp32") -> str | dict[str, torch.Tensor]:
-    """The loaded weights, or the ConfigError's text."""
+    """Return the loaded weights, or the ConfigError's text."""
     from respec_trainer.actor.loading import load_hf_config, load_weights
     from respec_trainer.actor.model import build_model
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel

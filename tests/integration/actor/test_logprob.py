@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.support.processes.ranks import run_ranks
 
-VOCAB, HIDDEN, COUNT, TEMPERATURE = 11, 6, 7, 0.5  # of 11 rows, two ranks hold 6 each, the last one padding
+VOCAB, HIDDEN, COUNT, TEMPERATURE = 11, 6, 7, 0.5  # two ranks hold 6 rows each; the last row is padding
 
 
 def problem() -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def expectation(use_logprob: bool, use_entropy: bool) -> dict[str, torch.Tensor]
 
 
 def score(cases: list[tuple[int, int, bool, bool]]) -> list[dict[str, torch.Tensor]]:
-    """For each (chunk, rows, use_logprob, use_entropy): values and gradients, the weight's from all ranks."""
+    """Return values and gradients for each (chunk, rows, use_logprob, use_entropy), the weight's of all ranks."""
     from respec_trainer.actor.logprob import chunked_logprobs
 
     dist.init_process_group("gloo")
@@ -50,7 +50,7 @@ def score(cases: list[tuple[int, int, bool, bool]]) -> list[dict[str, torch.Tens
         factors = data["factors"][:, :rows]
         loss = use_logprob * (logprobs * factors[0]).sum() + use_entropy * (entropies * factors[1]).sum()
         loss.backward()
-        dist.all_reduce(hidden.grad)  # what the caller's copy_to_tensor_model_parallel_region does
+        dist.all_reduce(hidden.grad)  # like the caller's copy_to_tensor_model_parallel_region
         parts = [torch.empty_like(weight.grad) for _ in range(size)]
         dist.all_gather(parts, weight.grad)
         whole = torch.cat(parts)[:VOCAB]

@@ -15,7 +15,7 @@ from tests.support.processes.ranks import run_ranks
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders by (family, tied); vocabulary 131, which no tp divides; in two files."""
+    """Make folders by (family, tied), with a vocabulary of 131, which no tp divides, in two files."""
     made = {}
     for family, tied in itertools.product(FAMILIES, (False, True)):
         folder = tmp_path_factory.mktemp(f"{family}-{tied}")
@@ -43,7 +43,7 @@ def olive_errors(cases):
 
 
 def test_a_made_up_family_equals_transformers(tmp_path):
-    """tests/models/test_new_family.py shows what else asks the family."""
+    """tests/models/test_new_family.py shows the other uses of a family."""
     with olive_known():
         folder = save_tiny_model(tmp_path, tiny_config("olive"))
     check_errors(run_ranks(1, olive_errors, [(folder, False, False)]))

@@ -1,4 +1,4 @@
-"""actor/offload.py: what leaves the device comes back bit for bit, for every ZeRO stage; here from CPU to CPU."""
+"""actor/offload.py: all tensors come back bit for bit, for every ZeRO stage; here from CPU to CPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.support.actors import build_actor, hf_weights, make_batch, my_rows, o
 from tests.support.models import save_tiny_model, tiny_config
 from tests.support.processes.ranks import run_ranks
 
-# (ZeRO stage, dtype); the stages differ in what data parallelism shares out, so that all are tried without tensors cut.
+# (ZeRO stage, dtype); the stages differ in what data parallelism divides, so no test needs tensor parallelism.
 KINDS = {1: [(1, "bf16"), (2, "fp32"), (3, "bf16")], 2: [(1, "fp32")]}
 
 
 def live_bytes() -> int:
-    """Of every tensor that this process can reach."""
+    """Return the bytes of all tensors that this process can reach."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -26,7 +26,7 @@ def live_bytes() -> int:
 
 
 def hand_over(actor, batch) -> dict:
-    """Everything out in order and back; what was seen on the way."""
+    """Move everything out in order and back; return the observations."""
     from respec_trainer.actor.offload import Offload
 
     offload = Offload(actor.engine, moves=True)
@@ -63,7 +63,7 @@ def held(offload) -> int:
 
 
 def train(folder: Path, variants: list[dict], hands_over: bool) -> list[dict]:
-    """Two updates of each variant, between them everything out and back or not."""
+    """Do two updates of each variant, with or without everything moved out and back between them."""
     from respec_trainer.actor.parallel import shutdown_parallel
 
     results, actor = [], None
@@ -103,7 +103,7 @@ def test_out_and_back_changes_nothing(folder, tp):
 
 
 def check_sizes(kind: tuple[int, str], result: dict, copies: int, where: str) -> None:
-    """At least Adam's two moments and the master weights leave first, then the weights."""
+    """First at least Adam's two moments and the master weights are moved, then the weights."""
     stage, dtype = kind
     whole, without_states, again, without_weights = result["sizes"]
     states, weights = 3 * 4 * result["model"] / copies, result["model"] * (4 if dtype == "fp32" else 2)
@@ -113,7 +113,7 @@ def check_sizes(kind: tuple[int, str], result: dict, copies: int, where: str) ->
 
 
 class Engine:
-    """As much of DeepSpeed's engine as a move sees."""
+    """The parts of DeepSpeed's engine that a move uses."""
 
     def __init__(self):
         self.module = torch.nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite on one rank: no rank steps, all raise, and training goes on as if untried."""
+"""A loss or gradient that is not finite on one rank: no rank steps, all raise, and training continues unchanged."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from tests.support.processes.ranks import run_ranks
 
 
 def nan_advantage(actor, batch, advantages) -> None:
-    """On the last data-parallel rank only."""
+    """A bad value on the last data-parallel rank only."""
     if actor.topology.dp_rank == actor.topology.dp - 1:
         advantages[-1] = float("nan")
 
 
 def infinite_gradient_of_a_shard(actor, batch, advantages):
-    """On the last rank only, in a weight cut over tensor parallelism."""
+    """A bad gradient on the last rank only, in a weight cut over tensor parallelism."""
     return hook(actor, "decoder.layers.0.mlp.linear_fc1.weight", float("inf"))
 
 
 def nan_gradient_of_a_replica(actor, batch, advantages):
-    """On the last rank only, in a weight that is replicated: DeepSpeed's norm counts tensor-parallel rank 0's copy."""
+    """A bad gradient on the last rank only, in a replicated weight: DeepSpeed's norm only counts rank 0's copy."""
     return hook(actor, "decoder.layers.1.pre_mlp_layernorm.weight", float("nan"))
 
 
 def infinite_loss_with_a_finite_gradient(actor, batch, advantages):
-    """The mismatch between sampler and actor is without bound where it is not truncated, and has no gradient."""
+    """A mismatch between sampler and actor that is infinite without truncation, and has no gradient."""
     whole = actor.objective
 
     def poisoned(inputs: LossInputs, config: ObjectiveConfig):
@@ -66,7 +66,7 @@ POISONS = (
 
 
 def refuse_and_go_on(folder: Path, variants: list[dict], poisons: list) -> list[dict]:
-    """One good update, one poisoned by each of `poisons`, one good one; what was equal around the poisoned ones."""
+    """Do a good update, one with each of `poisons`, and a good one; return what was equal around the bad ones."""
     from respec_trainer.actor.engine import NonFiniteStep
     from respec_trainer.actor.parallel import shutdown_parallel
 

@@ -1,6 +1,6 @@
-"""The actor out of DeepSpeed and into it: an update more after that is the same to the bit, or nearly at other layouts.
+"""The actor saved and loaded: one more update gives the same bits, or nearly the same numbers at other layouts.
 
-One process group serves all layouts of one world size and tensor parallelism; the checkpoints lie in one folder.
+All layouts of one world size and tensor parallelism use one process group; the checkpoints are in one folder.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tests.support.actors import build_actor, hf_weights, make_batch, my_rows, r
 from tests.support.models import save_tiny_model, tiny_config
 from tests.support.processes.ranks import run_ranks
 
-# (ranks, tensor parallelism), in the order in which they save -> (ZeRO stage, dtype). Every stage everywhere; its other
-# dtype where tensors are cut or copied, in two ranks.
+# (ranks, tensor parallelism), in the order in which they save -> (ZeRO stage, dtype). Every stage is in each; its other
+# dtype only with two ranks, where tensors are cut or copied.
 STAGES = [(1, "fp32"), (2, "bf16"), (3, "fp32")]
 KINDS = {
     (1, 1): STAGES,
@@ -29,7 +29,7 @@ SETTINGS = {"actor.optim.schedule": "linear", "actor.optim.warmup_steps": 1, "ac
 
 
 class Stepper:
-    """An actor and the rows that this rank trains it on."""
+    """An actor and the rows on which this rank trains it."""
 
     def __init__(self, actor):
         batch, advantages = make_batch(actor.hf_config.vocab_size)
@@ -65,7 +65,7 @@ def seen(actor, stats: dict) -> dict:
 
 
 def save_and_resume(folder: Path, runs: Path, tp: int, kinds: list) -> list[dict]:
-    """Of each kind: two updates, a save, a third; and the third again by another actor, from the checkpoint."""
+    """Do two updates of each kind, a save and a third; then the third again with another actor from the checkpoint."""
     from respec_trainer.actor.parallel import shutdown_parallel
 
     results, actor = [], None
@@ -96,7 +96,7 @@ def save_and_resume(folder: Path, runs: Path, tp: int, kinds: list) -> list[dict
 
 
 def resume_elsewhere(folder: Path, pairs: list, tp: int) -> list[dict]:
-    """Of each checkpoint, the weights of an actor of the kind beside it: once it is loaded, and one update later."""
+    """Return, for each checkpoint, the weights of an actor of the given kind: when loaded, and one update later."""
     from respec_trainer.actor.parallel import shutdown_parallel
 
     results, actor = [], None
@@ -112,7 +112,7 @@ def resume_elsewhere(folder: Path, pairs: list, tp: int) -> list[dict]:
 
 
 def save_from_the_host(folder: Path, tp: int, kinds: list) -> list[bool]:
-    """Of each kind: whether what is saved is the same with everything on its device, partly off it, and all off it."""
+    """Return, for each kind, whether saves are equal with everything on its device, partly off it, and all off it."""
     from respec_trainer.actor.offload import Offload
     from respec_trainer.actor.parallel import shutdown_parallel
     from respec_trainer.actor.state import ActorState
@@ -150,13 +150,13 @@ def differences(left: dict, right: dict) -> list[str]:
 
 
 def distance(left: dict, right: dict) -> float:
-    """The largest difference of two weights."""
+    """Return the largest difference of two weights."""
     return max((left["weights"][name] - weight).abs().max().item() for name, weight in right["weights"].items())
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict:
-    """Runs of every layout: the folder of the model, that of the runs of each place, and what all ranks saw."""
+    """Run every layout; return the folder of the model, the folders of the runs, and the results of all ranks."""
     model = save_tiny_model(tmp_path_factory.mktemp("model"), tiny_config("qwen3", tied=True))
     found = {}
     for world_size, tp in KINDS:
@@ -181,7 +181,7 @@ def test_resumed_at_the_same_layout_it_goes_on_to_the_bit(saved, place):
             assert result["third"]["counts"][0] == 3
 
 
-# From which place and kinds, to which.
+# (ranks, tensor parallelism) and kinds of the saved and of the loading run.
 MOVES = [((4, 2), (2, 1)), ((2, 1), (2, 2)), ((1, 1), (4, 2)), ((2, 2), (1, 1))]
 
 

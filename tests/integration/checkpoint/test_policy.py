@@ -1,4 +1,4 @@
-"""A run that is taken up again chooses its draft steps as if it had never been interrupted: whole runs, one rank."""
+"""A resumed run chooses its draft steps as if it had never been interrupted: whole runs, one rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = [
 
 
 def train(config) -> None:
-    """As launch/train.py does it, but by costs that no profile says: where nothing is kept, drafts do not pay."""
+    """Train like launch/train.py, but with costs of no real profile: without accepted drafts, drafting does not pay."""
     from respec_trainer.compat import prepare
 
     prepare("cpu")
@@ -43,13 +43,13 @@ def train(config) -> None:
     finally:
         module.depth_settings = before
     del job
-    gc.collect()  # the process lives on, and its next run must not meet what this one leaves
+    gc.collect()  # the process continues, and its next run must not find objects of this one
 
 
 @pytest.fixture(scope="module")
 def run(small_actor, small_drafter, tmp_path_factory):
     def run(name: str, *overrides: str) -> Path:
-        """The run's folder."""
+        """Return the run's folder."""
         own = [f"model.path={small_actor}", f"data.path={small_actor}/data/train.jsonl"]
         own += [f"drafter.path={small_drafter}", f"run.dir={root / name}"]
         config = load_config(REPOSITORY / "configs/quickstart.yaml", [*SMALL, *own, *overrides])
@@ -61,7 +61,7 @@ def run(small_actor, small_drafter, tmp_path_factory):
 
 
 def numbers(folder: Path) -> dict:
-    """Of the last step, what does not hang on a clock; shares of `spec/*` are shares of time."""
+    """Return the metrics of the last step that do not depend on a clock; shares in `spec/*` are shares of time."""
     groups = ("reward/", "policy/", "mismatch/", "rollout/", "spec/accept")
     return {k: v for k, v in read_metrics(folder)[-1].items() if k.startswith(groups) and "per_second" not in k}
 

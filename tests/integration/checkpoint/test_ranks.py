@@ -23,7 +23,7 @@ def run_on_rank(folder: Path, changes: dict) -> ToyRun:
 
 
 def work(folder: Path, steps: int) -> tuple:
-    """The state after resuming, if there is a checkpoint, and `steps` steps more."""
+    """Resume if there is a checkpoint, do `steps` more steps, and return the state."""
     run = run_on_rank(folder, {"checkpoint.keep": 3})
     began = run.done, run.own.value, run.shared.value
     run.work(steps)
@@ -32,7 +32,7 @@ def work(folder: Path, steps: int) -> tuple:
 
 
 def fail_on_the_last_rank(folder: Path) -> tuple[str, str]:
-    """What every rank's next save and what its wait raise, where the last rank's disk is full."""
+    """Return the errors of every rank's next save and of its wait, when the last rank's disk is full."""
     import torch.distributed as dist
 
     from respec_trainer.errors import CheckpointError
@@ -71,7 +71,7 @@ def test_ranks_save_and_resume_together_also_as_fewer_or_more(tmp_path):
     assert [total for *_, total in more] == [fewer[2]] * RANKS
 
 
-def test_all_ranks_hear_of_one_ranks_full_disk(tmp_path):
+def test_one_ranks_full_disk_is_an_error_on_all_ranks(tmp_path):
     toy_config(tmp_path)
     for raised in run_ranks(RANKS, fail_on_the_last_rank, tmp_path):
         for error in raised:

@@ -1,4 +1,4 @@
-"""Converted weights in the actor's own model: it has the parameters the map says, and says what transformers does."""
+"""Converted weights in the actor's own model: its parameters are those of the map, its logits transformers'."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5  # in float32, relative to the largest logit
 
 
 def logit_errors(folders: list[tuple]) -> dict[tuple, float]:
-    """On each rank, for each (Hugging Face folder, converted folder): how far logits are from transformers'."""
+    """Return, for each (Hugging Face folder, converted folder), the difference of the logits from transformers'."""
     from respec_trainer.actor.loading import load_hf_config, load_weights
     from respec_trainer.actor.model import build_model
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
@@ -52,7 +52,7 @@ def logit_errors(folders: list[tuple]) -> dict[tuple, float]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders and configs by (family, tied): two key/value heads, a vocabulary of 131, which no tp but 1 divides."""
+    """Make folders and configs by (family, tied): two key/value heads, a vocabulary of 131, which no tp > 1 divides."""
     made = {}
     for family, tied in itertools.product(FAMILIES, (False, True)):
         config = tiny_config(family, tied)
@@ -73,7 +73,7 @@ def test_logits_after_conversion_are_transformers(models, tp):
 
 
 def exported(folder: Path, out: Path) -> None:
-    """On each rank: an untrained actor, written in several files."""
+    """Export an untrained actor, in several files."""
     from respec_trainer.actor.parallel import shutdown_parallel
     from respec_trainer.export import export_actor
 

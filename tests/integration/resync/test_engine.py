@@ -1,7 +1,7 @@
-"""resync/ with a live engine: after a push the engine speaks with the actor's voice, with speculation and without.
+"""resync/ with a live engine: after a push its log-probs are the actor's, with speculation and without.
 
-Two ranks, tensor parallel. The actor takes a real optimizer step first, so that the folder's weights, which the engine
-started from, are not what it must hold afterwards.
+Two ranks, tensor parallel. The actor takes a real optimizer step first, so that the weights of the folder, with which
+the engine started, differ from those it must hold afterwards.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ NEW_TOKENS = 24
 
 
 def push_and_speak(config):
-    """On one rank: what the engine says before; and what it says, and the actor, after each of two steps and pushes.
+    """Return the engine's samples before, and the engine's and the actor's after each of two steps and pushes.
 
-    The first push goes by broadcast, the second by handles. Both carry all that there is, and are proved.
+    The first push uses broadcast, the second handles. Both send all weights, and are verified.
     """
     from respec_trainer.resync.ipc import IPCTransport
 
@@ -59,7 +59,7 @@ def config_for(folder, random_pair, dtype, speculation, *overrides):
 
 
 def test_greedy_tokens_equal_the_actors_after_a_push_by_broadcast_and_by_handles(tmp_path, random_pair):
-    """Without speculation this is so too: see the test of every family below."""
+    """The test of every family below does the same without speculation."""
     first, second = run_ranks(2, push_and_speak, config_for(tmp_path, random_pair, "fp32", "eagle3"), timeout=180)
     said = [[s.response_ids for s in first[0]]]
     for number, (mine, others) in enumerate(zip(first[1], second[1], strict=True), 1):
@@ -71,7 +71,7 @@ def test_greedy_tokens_equal_the_actors_after_a_push_by_broadcast_and_by_handles
         said.append(tokens)
         assert {s.actor_version for s in samples} == {f"actor-{number}"}
         assert all(s.verify_count > 0 for s in samples)
-        # Two implementations in float32, each summing in its own order.
+        # Two implementations in float32, which add in different orders.
         assert torch.allclose(torch.tensor([s.sampler_logprobs for s in samples]), torch.tensor(logprobs), atol=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_bf16_logprobs_match_to_rounding(tmp_path, random_pair):
 
 
 def push_every_way(config):
-    """On one rank: reports of a push by gloo, one by handles, and one without a change; each is proved and sung for."""
+    """Return reports of a push by gloo, one by handles, and one without a change; each is verified, with the canary."""
     from respec_trainer.resync.ipc import IPCTransport
 
     reports = []

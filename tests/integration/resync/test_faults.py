@@ -1,4 +1,4 @@
-"""Faults planted in pushes to a live engine: each is caught, named, forbids generation, and a whole push mends it."""
+"""Faults planted in pushes to a live engine: each is found, named, forbids generation, and a whole push repairs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @contextlib.contextmanager
 def replaced(owner, name, function):
-    """`owner.name` is `function(original, *args)` inside the block."""
+    """Replace `owner.name` by `function(original, *args)` inside the block."""
     original = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: function(original, *args, **kwargs))
     try:
@@ -42,7 +42,7 @@ def selector_all(setup):
 
 
 def dropped(setup):
-    """One tensor never leaves."""
+    """One tensor is never sent."""
 
     def start(original, bucket, specs, role, doing):
         kept = {name: shape for name, shape in specs.items() if name != UP}
@@ -52,7 +52,7 @@ def dropped(setup):
 
 
 def bit_flipped(setup):
-    """On the way, one bit of one tensor."""
+    """One bit of one tensor changes on the way."""
 
     def start(original, bucket, specs, role, doing):
         sent = [(name, tensor.clone()) for name, tensor in bucket]
@@ -65,7 +65,7 @@ def bit_flipped(setup):
 
 
 def qkv_in_wrong_order(setup):
-    """Keys where values belong: a mistake of the map between layouts, so that what is sent is what arrives."""
+    """Keys and values are exchanged: a mistake of the map between layouts, so the engine holds what was sent."""
     from respec_trainer.resync import stream
 
     def copy(original, name, shards, config, out):
@@ -80,7 +80,7 @@ def qkv_in_wrong_order(setup):
 
 @contextlib.contextmanager
 def drafter_lost(setup):
-    """The engine's drafter is overwritten, as by a sleep, and nothing says so."""
+    """The engine's drafter is overwritten, as by a sleep, without a report."""
     engine = setup.engine
     if engine is not None:
         lost = [(name, torch.zeros_like(tensor)) for name, tensor in setup.drafter.named_tensors()]
@@ -92,7 +92,7 @@ def drafter_lost(setup):
 
 @contextlib.contextmanager
 def not_a_number(setup):
-    """A weight of one rank's shards."""
+    """A weight is NaN in one rank's shard."""
     weight = dict(setup.actor.engine.module.named_parameters())["decoder.layers.1.mlp.linear_fc1.weight"]
     before = weight.data[0, 0].clone()
     weight.data[0, 0] = float("nan") if setup.actor.topology.rank == 1 else before
@@ -104,7 +104,7 @@ FAULTS = [selector_all, dropped, bit_flipped, qkv_in_wrong_order, drafter_lost, 
 
 
 def plant_all(config):
-    """On one rank: for each fault the error, what generating said then, and whether a whole push mended it."""
+    """Return, for each fault, the error, the error of generation then, and whether a whole push repaired it."""
     out = {}
     with live(config) as setup:
         for fault in FAULTS:
@@ -167,7 +167,7 @@ def test_a_fault_is_named_and_forbids_generation(planted, fault, kind, words):
         assert mended
 
 
-def test_a_drafter_that_was_lost_is_told_and_pushed_again(planted):
+def test_a_drafter_that_was_lost_is_reported_and_pushed_again(planted):
     for rank in planted:
         error, refused, said, mended = rank["drafter_lost"]
         assert error is None and refused is None and mended, "the second push, whole, mends it"
@@ -175,7 +175,7 @@ def test_a_drafter_that_was_lost_is_told_and_pushed_again(planted):
 
 
 def test_a_transient_fault_costs_one_push(planted):
-    """`bit_flipped` lasts for both tries; what is said of the first is the same."""
+    """`bit_flipped` lasts for both tries; the message after the first is the same."""
     said = planted[0]["bit_flipped"][2]
     assert len(said) == 1 and f"{UP} differs" in said[0] and "pushed again, whole" in said[0]
 
@@ -204,7 +204,7 @@ class Sink:
 
 
 def push_late(config, when):
-    """On one rank: what a push says, and after how long, when rank 1 is late for the push, or for a bucket of it."""
+    """Return the error of a push, and its time, when rank 1 is late for the push or for a bucket of it."""
     from respec_trainer.actor.engine import Actor
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
     from respec_trainer.resync import Resync
@@ -216,7 +216,7 @@ def push_late(config, when):
     began = time.monotonic()
     if late and when == "push":
         time.sleep(config.resync.timeout * 2)
-    if late and when == "bucket":  # before it can send its shards, a rank takes memory for them
+    if late and when == "bucket":  # a rank takes memory for its shards before it sends them
         take = resync.workspace.take
         resync.workspace.take = lambda *args: time.sleep(config.resync.timeout * 2) or take(*args)
     try:

@@ -1,4 +1,4 @@
-"""Two hundred pushes, and engines that leave and join again: no memory, file handle or port is left behind."""
+"""No leak of memory, file handles or ports in two hundred pushes, with engines that leave and join again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PUSHES, BETWEEN_RECONNECTS, WARM = 200, 20, 60
 
 
 def push_many(config):
-    """On one rank: what this process and its engine held after WARM pushes, and after PUSHES."""
+    """Return the resources of this process and its engine after WARM pushes, and after PUSHES."""
     seen = []
     with live(config) as setup:
         for number in range(1, PUSHES + 1):
@@ -32,7 +32,7 @@ def push_many(config):
 
 
 def holdings() -> dict[str, int]:
-    """Resident bytes, open files and listening ports of this process and of its children."""
+    """Return resident bytes, open files and listening ports of this process and of its children."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     listening = [c for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
     return {
@@ -44,7 +44,7 @@ def holdings() -> dict[str, int]:
 
 
 def shared_memory(process: psutil.Process) -> int:
-    """Of all that there is, what this process has mapped, and what torch has named after it: others run tests too."""
+    """Return the number of shared memory files that this process has mapped or that torch has named after it."""
     mapped = [found for found in process.memory_maps(grouped=False) if found.path.startswith("/dev/shm")]
     return len(mapped) + len(list(Path("/dev/shm").glob(f"torch_{process.pid}_*")))
 
@@ -65,5 +65,5 @@ def test_nothing_is_left_behind(tmp_path, random_pair):
     for early, late in run_ranks(2, push_many, config, timeout=240):
         assert late["files"] <= early["files"] and late["ports"] <= early["ports"], (early, late)
         assert late["shared"] <= early["shared"]
-        # Allocators settle over time: 8 MB is 0.06 MB a push, a hundredth of what one carries.
+        # Allocators need time to become stable: 8 MB is 0.06 MB for each push, a hundredth of what it sends.
         assert late["bytes"] - early["bytes"] < 8 << 20, (early, late)

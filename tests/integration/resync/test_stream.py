@@ -1,4 +1,4 @@
-"""resync/stream.py: what streams out of TP x ZeRO shards is bit for bit what went in, in two buckets of memory."""
+"""resync/stream.py: tensors streamed from TP x ZeRO shards equal the loaded ones, in two buckets of memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tests.support.configs import smallest_config
 from tests.support.models import save_tiny_model, tiny_config
 from tests.support.processes.ranks import run_ranks
 
-# Smaller than any model here, so that every stream has several buckets and some parameters exceed one.
+# Smaller than every model in this file, so that streams have several buckets and some parameters exceed one.
 BUCKET = 8 << 10
 MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", True), ("llama", False)]
 
 
 def stream_cases(cases, everyone):
-    """On one rank: {(case, receivers): {name: tensor}} of what each stream of each case delivered here."""
+    """Return {(case, receivers): {name: tensor}} of each stream of each case on one rank."""
     import torch.distributed as dist
 
     from respec_trainer.actor.engine import Actor
@@ -48,7 +48,7 @@ def stream_cases(cases, everyone):
 
 
 def streamed_without_frozen(actor, dtype, workspace) -> list[str]:
-    """The names that come when the embedding is not trained and need not come again."""
+    """Return the names in a stream without the embedding, which is not trained."""
     from respec_trainer.resync.stream import ActorStream
 
     dict(actor.engine.module.named_parameters())["embedding.word_embeddings.weight"].requires_grad_(False)
@@ -62,7 +62,7 @@ def streamed_without_frozen(actor, dtype, workspace) -> list[str]:
 def test_stream_is_bit_equal(tmp_path, ranks, tp):
     models, cases = {}, []
     everyone = ((0,), (1,), (0, 1)) if ranks == 2 else ((0,), (0, 2))
-    # Every rule of the map is tried where tensors are cut in two; where more ranks cut them, or none does, some are.
+    # Tests every rule of the map with tensors cut in two; with other numbers of ranks only some.
     for family, tied in MODELS if tp == 2 and ranks == 2 else MODELS[1::2]:  # 131 tokens: padded at every tp but 1
         config = tiny_config(family, tied)
         folder = save_tiny_model(tmp_path / f"{family}-{tied}", config, dtype=torch.bfloat16)
@@ -87,7 +87,7 @@ def test_stream_is_bit_equal(tmp_path, ranks, tp):
 
 
 def peak_of_a_push(config, bucket_bytes, receivers):
-    """On one rank: the most memory that tensors made during a stream held at one time, as torch's profiler saw it."""
+    """Return the most memory at one time of tensors made during a stream, by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     from respec_trainer.actor.engine import Actor

@@ -1,4 +1,4 @@
-"""The watchdog on real processes that meet over gloo: what dies, stops, hangs or fails ends all, and is named once."""
+"""The watchdog on real processes that connect over gloo: a death, stop, hang or failure ends all, with one message."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from respec_trainer.network import free_port
 from tests.support.processes import forking
 from tests.support.processes.watched_rank import live
 
-LOST_AFTER = 6.0  # above what a busy machine may keep a thread from running
-HANG_TIMEOUT = 10.0  # above what starting takes, which counts too
+LOST_AFTER = 6.0  # longer than a busy machine may delay a thread
+HANG_TIMEOUT = 10.0  # longer than the start, which counts as a phase too
 PATIENCE = 60.0
 FIRST_BEATS = 2.0
 
 
 class WatchedRanks:
-    """Ranks without a launcher that would end the others, forked with their imports done."""
+    """Start ranks without a launcher, which would end the others, as forks that have done their imports."""
 
     def __init__(self, world: int, folder: Path, victim: int = -1, fault: str = "none", hang_timeout: float = 600.0):
         self.folder, self.stop_file = folder, folder / "stop"
@@ -35,7 +35,7 @@ class WatchedRanks:
         for rank in range(world):
             output = [folder / f"{rank}.{kind}" for kind in ("out", "err")]
             for file in output:
-                file.touch()  # it is looked into before the rank has begun
+                file.touch()  # it is read before the rank has begun
             settings = victim, fault, LOST_AFTER, hang_timeout
             with forking.ranks.in_charge():
                 self.ranks.append(fork(target=live, args=(environment | {"RANK": str(rank)}, *output, *settings)))
@@ -46,7 +46,7 @@ class WatchedRanks:
         while not all("ready" in self.output(rank, "out") for rank in range(len(self.ranks))):
             assert time.monotonic() < deadline, self.outputs()
             time.sleep(0.1)
-        time.sleep(FIRST_BEATS)  # on a quiet machine ranks meet before their watchdogs have heard of each other
+        time.sleep(FIRST_BEATS)  # on a fast machine ranks meet before their watchdogs have exchanged beats
         self.pids = [[int(pid) for pid in self.output(r, "out").split()[1:3]] for r in range(len(self.ranks))]
         self.began = time.monotonic()
 
@@ -55,7 +55,7 @@ class WatchedRanks:
         os.kill(self.ranks[rank].pid, number)
 
     def ended(self, but: tuple[int, ...] = ()) -> list[int | None]:
-        """Exit codes once all ranks `but` those have ended."""
+        """Wait until all ranks `but` those have ended; return the exit codes."""
         for rank, process in enumerate(self.ranks):
             if rank not in but:
                 process.join(max(0.1, PATIENCE - (time.monotonic() - self.began)))
@@ -98,7 +98,7 @@ def watched(tmp_path):
 
 
 def check_told_once(ranks: WatchedRanks, *words: str) -> None:
-    """One message, with `words` in it, and no traceback of those that were only cut off."""
+    """Check that there is one message, with `words` in it, and no traceback of ranks that only lost contact."""
     told = ranks.outputs()
     assert told.count("error: ") == 1 and "Traceback" not in told, told
     for word in (*words, socket.gethostname(), "started again it goes on"):
@@ -139,7 +139,7 @@ def test_a_stopped_rank_is_missed_and_killed(watched, victim):
     assert LOST_AFTER < ranks.seconds < LOST_AFTER + 30 and not ranks.orphans()
 
 
-def test_an_error_of_one_rank_ends_the_others_and_is_told_by_that_rank(watched):
+def test_an_error_of_one_rank_ends_the_others_and_is_printed_by_that_rank(watched):
     ranks = watched(2, victim=1, fault="raise")
     assert ranks.ended() == [1, 1]
     assert "ValueError: a planted fault" in ranks.output(1) and "Traceback" in ranks.output(1)
