@@ -140,7 +140,7 @@ class ActorStream:
             self.workspace.take("shards", largest * self._slots(), next(filter(None, shards))[0].dtype)
 
     def _slots(self) -> int:
-        """Return how many ranks' shards of a bucket this rank's buffer holds: received ones, and its own to send."""
+        """Return how many ranks' shards of a bucket this rank's buffer holds: those received, and its own if sent."""
         receives, sends = self.topology.rank in self.wanted, set(self.wanted) - {self.topology.rank}
         return (self.topology.tp - 1 if receives else 0) + (1 if sends else 0)
 
