@@ -76,7 +76,7 @@ class Offload:
 
     def pieces_away(self) -> Away:
         """Return the host memory of each emptied storage, in pieces of PIECE bytes."""
-        moved = [pair for pairs in self._away.values() for pair in pairs]
+        moved = [pair for pairs in self.away.values() for pair in pairs]
         return {content.untyped_storage()._cdata: pieces for content, pieces in moved}
 
     def _check(self, part: Part, others: tuple[Part, ...], away: bool) -> None:
