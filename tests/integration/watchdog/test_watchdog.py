@@ -101,7 +101,7 @@ def check_told_once(ranks: WatchedRanks, *words: str) -> None:
     """Check that there is one message, with `words` in it, and no traceback of ranks that only lost contact."""
     told = ranks.outputs()
     assert told.count("error: ") == 1 and "Traceback" not in told, told
-    for word in (*words, socket.gethostname(), "started again it goes on"):
+    for word in (*words, socket.gethostname(), "if started again it resumes"):
         assert word in told, f"{word!r} not in {told}"
 
 
