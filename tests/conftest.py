@@ -12,7 +12,7 @@ from tests import durations
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    what = "write what each file took into tests/durations.json, by which the files are ordered"
+    what = "write the seconds of each file to tests/durations.json, which orders the files"
     parser.addoption("--write-durations", action="store_true", help=what)
 
 

@@ -35,8 +35,8 @@ def load() -> dict[str, float]:
 def save(measured: Mapping[str, float]) -> None:
     """Put measured files into the table; remove files that do not exist any more."""
     known = load() | {name: round(seconds, 1) for name, seconds in measured.items()}
-    there = {name: known[name] for name in sorted(known) if (TABLE.parent / name).is_file()}
-    TABLE.write_text(json.dumps(there, indent=1) + "\n")
+    existing = {name: known[name] for name in sorted(known) if (TABLE.parent / name).is_file()}
+    TABLE.write_text(json.dumps(existing, indent=1) + "\n")
 
 
 class Stopwatch:

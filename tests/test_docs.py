@@ -1,4 +1,4 @@
-"""The documents name files that exist, their links lead somewhere, and long pages begin with a summary.
+"""The documents name files that exist, their links have targets, and long pages begin with a summary.
 
 The keys in docs/configuration.md are those of the configuration, and the examples in docs/extending.md are code of
 tests/support.
@@ -23,7 +23,7 @@ LONG = 150  # lines; a page with more begins with a summary
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A Python file, or anything below a folder of the repository; a * stands for any part of a name.
 FILE = re.compile(r"(?<![\w/.-])((?:[\w*.-]+/)*[\w*-]+\.py\b|(?:configs|docs|launch|tests|tools)/[\w*./-]*[\w*])")
-EXAMPLES = {"path/to/file.py"}  # of what a reader may write
+EXAMPLES = {"path/to/file.py"}  # names that stand for a file of the reader
 NEW = re.compile(r"`\S+`\s\(new\)")  # a file that the reader is asked to write
 
 FILES = [
@@ -44,7 +44,7 @@ def test_every_file_that_a_page_names_exists(page):
     assert not lost
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=NAMES[1:])  # the README is one by itself
+@pytest.mark.parametrize("page", PAGES[1:], ids=NAMES[1:])  # the README is a summary itself
 def test_a_long_page_begins_with_a_summary_of_about_five_lines(page):
     lines = page.read_text().splitlines()
     if len(lines) <= LONG:
@@ -63,7 +63,7 @@ def test_the_configuration_page_has_every_key_and_no_other():
 
 
 def test_examples_of_extensions_are_code_that_tests_run():
-    """Statement by statement, but for docstrings."""
+    """The statements of each example are in its file; docstrings are not compared."""
     pages = re.split(r"^## ", (ROOT / "docs/extending.md").read_text(), flags=re.MULTILINE)[1:]
     assert len(pages) == 5
     for page in pages:
@@ -94,20 +94,20 @@ def test_the_checks_find_what_is_wrong(tmp_path):
 
 
 def leads(page: Path, target: str) -> bool:
-    """Whether a link of `page` has its file, and its heading there."""
+    """Return whether the file of a link in `page` exists, and has the link's heading."""
     name, _, anchor = target.partition("#")
     other = (page.parent / name).resolve() if name else page
     return other.exists() and (not anchor or anchor in anchors(other.read_text()))
 
 
 def anchors(text: str) -> set[str]:
-    """Anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def exists(name: str) -> bool:
-    """Whether a file is there: below the repository or the package, or, named without its folder, anywhere."""
+    """Return whether a file exists: below the repository or the package, or, without a folder in its name, anywhere."""
     if any(next(folder.glob(name), None) for folder in (ROOT, ROOT / "respec_trainer")):
         return True
     return "/" not in name and any(path.match(name) for path in FILES)

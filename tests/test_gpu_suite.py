@@ -19,7 +19,7 @@ ASKED = (
     *("point_1_captured_features", "point_2_sampled_verification", "point_3_the_drafter_survives", "point_4_selector"),
     *("point_5_what_keeping", "point_6_weights_arrive_by_cuda_ipc", "point_7_zero", "point_8_the_solvers_model"),
     *("point_7_tensor_parallel", "sleep_returns_the_memory", "greedy_tokens_are_transformers", "steps_that_change"),
-    *("draws_from_the_actors_law", "throughput_by_batch", "bf16_scores"),
+    *("draws_from_the_actors_distribution", "throughput_by_batch", "bf16_scores"),
 )
 
 

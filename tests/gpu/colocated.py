@@ -1,6 +1,6 @@
-"""One rank whose actor shares its GPU with an engine, taken through what a step of training does with both.
+"""One rank whose actor and engine share a GPU, in stages: each does a part of what a training step does with both.
 
-Each stage says what it found, or why it failed; the next ones are tried all the same, on the same engine.
+The result of each stage is recorded, or its error. After an error the next stages still run, on the same engine.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ PUSHES = 5
 
 
 def run(pair: Pair, folder: Path) -> dict[str, dict[str, Any]]:
-    """What each stage found, by its name; {"error": ...} where it failed."""
+    """Return the results of each stage by its name; {"error": traceback} for a stage that raised."""
     claim()
     found: dict[str, dict[str, Any]] = {}
     with live(settings(pair, folder)) as parts:
-        for stage in (carry, speak, sleep_and_wake, survive, select_all):
+        for stage in (push_weights, continue_greedily, sleep_and_wake, survive, select_all):
             try:
                 found[stage.__name__] = stage(parts, pair)
-            except Exception:  # noqa: BLE001 - the test of this stage shows it
+            except Exception:  # noqa: BLE001 - the test of this stage reports it
                 found[stage.__name__] = {"error": traceback.format_exc()}
     return found
 
@@ -54,7 +54,7 @@ def settings(pair: Pair, folder: Path):
 
 @contextlib.contextmanager
 def live(config):
-    """Actor, engine, drafter and resync of one rank, as a job makes them."""
+    """Make actor, engine and resync of one rank, as a job does; they end with the block."""
     import torch.distributed as dist
 
     from respec_trainer.actor.engine import Actor
@@ -72,7 +72,7 @@ def live(config):
     engine = SGLangEngine(EngineSettings.from_config(config, DEVICE))
     try:
         engine.start()
-        # Handles of the host's memory stand in for the GPU's in a rehearsal, which would choose gloo.
+        # A rehearsal would choose gloo; it uses handles of host memory instead, so that it runs IPCTransport too.
         handles = IPCTransport(engine, [0], config.resync.timeout)
         transport = setup_transport(config, DEVICE, engine, [0], control) if ON_GPU else handles
         resync = Resync(config, actor, drafter, engine, transport, control)
@@ -83,15 +83,15 @@ def live(config):
         shutdown_parallel()
 
 
-def carry(parts, pair: Pair) -> dict[str, Any]:
-    """Updates and pushes: every tensor of both models has the digest it was sent with, or `push` raises."""
+def push_weights(parts, pair: Pair) -> dict[str, Any]:
+    """Update and push several times. `push` raises unless the digests of all tensors are those of what was sent."""
     speeds, pushes = [], []
     for number in range(PUSHES):
         step(parts.actor, pair)
         began = time.perf_counter()
         reports = parts.resync.push(prove=True)
         pushes.append(time.perf_counter() - began)
-        if number:  # the first opens every handle for the first time, and carries the drafter
+        if number:  # the first push opens new handles, and sends the drafter too
             speeds += [report.bytes / report.seconds / 1e9 for report in reports]
     return {
         "transport": type(parts.resync.transport).__name__,
@@ -103,8 +103,8 @@ def carry(parts, pair: Pair) -> dict[str, Any]:
     }
 
 
-def speak(parts, pair: Pair) -> dict[str, Any]:
-    """The engine's greedy continuation, beside the actor's."""
+def continue_greedily(parts, pair: Pair) -> dict[str, Any]:
+    """Compare the log-probs of the engine's greedy continuation with the actor's."""
     from respec_trainer.resync.canary import Canary
 
     canary = Canary(prompts(1, pair.size.vocab, seed=7)[0], 8, tolerance=0.25)
@@ -113,7 +113,10 @@ def speak(parts, pair: Pair) -> dict[str, Any]:
 
 
 def sleep_and_wake(parts, pair: Pair) -> dict[str, Any]:
-    """Bytes of the GPU that are taken, by all processes, in the order that training and generation take turns."""
+    """Put engine and actor to sleep and wake them, in the order of a training step.
+
+    Return the bytes of the GPU that all processes use after each change, and the seconds it took.
+    """
     import torch
 
     def now() -> int:
@@ -140,12 +143,13 @@ def sleep_and_wake(parts, pair: Pair) -> dict[str, Any]:
     model = parts.actor.engine.module
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cache = POOL * pair.size.layers * 2 * pair.size.hidden * 2  # keys and values of the target, bf16
-    wanted = {"engine": 2 * parameters + cache, "actor": 12 * parameters}  # at least: bf16, and float32 thrice
+    # Lower limits: weights in bf16; in float32 the master weights and two moments.
+    wanted = {"engine": 2 * parameters + cache, "actor": 12 * parameters}
     return {"taken": taken, "at_least": wanted, "sleep_seconds": slept, "wake_and_push_seconds": woke}
 
 
 def survive(parts, pair: Pair) -> dict[str, Any]:
-    """Drafts and digests of the drafter before and after a sleep that a whole push ends."""
+    """Compare the drafter's accept length and digests before and after a sleep that ends with a whole push."""
     before, digests = accept_length(parts, pair), parts.engine.digests("draft")
     parts.engine.sleep()
     parts.engine.wake("weights")
@@ -159,10 +163,10 @@ def survive(parts, pair: Pair) -> dict[str, Any]:
 
 
 def select_all(parts, pair: Pair) -> dict[str, Any]:
-    """What sglang's selector "all", which this package never uses, does to the drafter; then a whole push repairs it.
+    """Send the head with sglang's selector "all", which this package never uses; then push all weights again.
 
-    The head's rows are sent in reverse, so that they are neither model's. Both models may draft well with them, because
-    both have them: the digests tell.
+    The rows of the head are sent in reverse order, so that neither model has held them. If both models receive them,
+    drafts may still be accepted; only the digests show the change.
     """
     from respec_trainer.rollout.sglang.weights import flat_bucket, serialize
 
@@ -176,18 +180,18 @@ def select_all(parts, pair: Pair) -> dict[str, Any]:
     updater.send("sending to all", name, message, flush_cache=True, selector="all", **fields).result(60)
     updater.send("ending", "end_weight_update", "EndWeightUpdateReqInput").result(60)
     changed = [name for name, value in parts.engine.digests("draft").items() if digests[name] != value]
-    bent = accept_length(parts, pair)
+    damaged = accept_length(parts, pair)
     parts.resync.push(whole=True, prove=True)
     return {
         "drafter_tensors_overwritten": changed,
         "accept_length_before": before,
-        "accept_length_after": bent,
+        "accept_length_after": damaged,
         "accept_length_repaired": accept_length(parts, pair),
     }
 
 
 def step(actor, pair: Pair) -> None:
-    """One optimizer step on made-up samples."""
+    """Make one optimizer step on made-up samples."""
     import torch
 
     from respec_trainer.rollout.batch import collate
@@ -200,7 +204,7 @@ def step(actor, pair: Pair) -> None:
 
 
 def accept_length(parts, pair: Pair) -> float:
-    """Of greedy responses: which drafts are kept hangs on both models, and on nothing drawn."""
+    """Return the mean accept length of greedy responses. It depends on the two models only: nothing is drawn."""
     from respec_trainer.rollout.sample import Request, SamplingParams
 
     params = SamplingParams(48, temperature=0.0, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""What all GPU tests share: where they are skipped, what they record, and the models they run on.
+"""Setup of all GPU tests: when they are skipped, what they record, and the models they run on.
 
 make test-gpu                                   # one GPU or several; results as JSON and in docs/gpu.md
 RESPEC_GPU_TESTS=cpu pytest tests/gpu           # a rehearsal of the tests themselves, without a GPU
@@ -29,7 +29,7 @@ def pytest_configure(config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item) -> None:
-    """Before any fixture is made, and from one place, so that pytest says it in one line."""
+    """Skip a test before its fixtures are made. All tests skip at this line, so pytest reports them in one line."""
     marker = item.get_closest_marker("gpus")
     reason = place.missing(marker.args[0] if marker else 1)
     if reason:
@@ -43,7 +43,7 @@ def pytest_runtest_logreport(report) -> None:
 
 @pytest.fixture
 def record(request):
-    """record(name=value, ...): numbers and words that belong in the results, whether the test passes or not."""
+    """Return record(name=value, ...), which adds numbers and texts to the results, whether the test passes or not."""
     marker = request.node.get_closest_marker("point")
     if marker:
         request.node.user_properties.append(("point", marker.args[0]))
@@ -56,11 +56,11 @@ def record(request):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Pair:
-    """A target with a law that can be tested, and a drafter that is often right, in float32."""
+    """A target with a distribution that can be tested, and a drafter that is often right, in float32."""
     return save_pair(tmp_path_factory.mktemp("small"), SMALL, "fp32")
 
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory) -> Pair:
-    """A target of hundreds of MB, so that carrying it takes time, and a drafter that is often right, in bf16."""
+    """A target of hundreds of MB, so that sending it takes time, and a drafter that is often right, in bf16."""
     return save_pair(tmp_path_factory.mktemp("large"), LARGE if place.ON_GPU else SMALL, "bf16")

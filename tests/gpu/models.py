@@ -15,17 +15,21 @@ from respec_trainer.dtypes import DTYPES
 from tests.support.models import tiny_config, tiny_model, tiny_tokenizer
 
 HEAD = 128
-MATCH = 2.5  # queries and keys of the drafter: how sharply a token finds itself
+MATCH = 2.5  # scale of the drafter's queries and keys: how strongly a token attends to itself
 
 
 @dataclass(frozen=True)
 class Size:
-    """Key/value heads together are as wide as the hidden size, so that the drafter's attention can carry a token."""
+    """Sizes of a target.
+
+    Its key/value heads together are as wide as the hidden size, so that the drafter's attention can pass on a whole
+    embedding.
+    """
 
     vocab: int
     kv_heads: int
     layers: int
-    sharpness: float  # of the law: standard deviation of the logits
+    sharpness: float  # standard deviation of the logits
     positions: int
 
     @property
@@ -39,7 +43,7 @@ LARGE = Size(vocab=32768, kv_heads=8, layers=8, sharpness=5.0, positions=2048)
 
 @dataclass(frozen=True)
 class Pair:
-    """Folders of a target, with a tokenizer, and of its drafter."""
+    """The folders of a target, with a tokenizer, and of its drafter."""
 
     target: Path
     drafter: Path
@@ -47,7 +51,7 @@ class Pair:
 
 
 def save_pair(root: Path, size: Size, dtype: str) -> Pair:
-    """Write both in `dtype`, "fp32" or "bf16"."""
+    """Write target and drafter in `dtype`, "fp32" or "bf16"."""
     kind = DTYPES[dtype]
     model = _target(size)
     _save_drafter(root / "drafter", model, kind)
@@ -57,7 +61,7 @@ def save_pair(root: Path, size: Size, dtype: str) -> Pair:
 
 
 def _target(size: Size):
-    """A random Qwen3 whose next token hangs mostly on the last one: its embedding outweighs what the layers add."""
+    """A random Qwen3 whose next token depends mostly on the last one: embeddings outweigh what the layers add."""
     config = tiny_config(
         "qwen3",
         vocab_size=size.vocab,
@@ -80,10 +84,11 @@ def _target(size: Size):
 
 
 def _save_drafter(folder: Path, model, dtype: torch.dtype) -> None:
-    """One that knows the target's last step: logits = head(norm(embedding of the last token)).
+    """Save a drafter that computes the target's last step: logits = head(norm(embedding of the last token)).
 
-    Its attention finds the token itself, because like embeddings match, and carries the embedding less the feature,
-    which the residual stream adds again. Of the two query heads that share a key head, the first is read.
+    Each token attends to itself, because equal embeddings match. The attention's output is the embedding minus the
+    feature, and the residual stream adds the feature again. Only the first of the two query heads that share a key
+    head is used.
     """
     from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
     from respec_trainer.drafter.format import save_drafter
@@ -110,17 +115,17 @@ def _save_drafter(folder: Path, model, dtype: torch.dtype) -> None:
 
 
 def prompts(count: int, vocab: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Of 3 to 40 random tokens."""
+    """Return `count` prompts of 3 to 40 random tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 41, (count,), generator=generator).tolist()
     return [tuple(torch.randint(3, vocab, (n,), generator=generator).tolist()) for n in lengths]
 
 
 def shortfall(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """By how much the logits [n, V] of tokens [n] stay below the largest at worst: 0 for a greedy choice.
+    """Return how far the logits [n, V] of `tokens` [n] are below the largest, at worst: 0 for greedy choices.
 
-    Tokens of two right implementations differ where two logits nearly tie, and everything after differs with them. So
-    a response is followed token by token, and every token must be the best, or as good as it to rounding.
+    Two correct implementations choose different tokens where two logits nearly tie, and then all later tokens differ.
+    So a response is checked token by token: each must be the best after the tokens before it, or as good to rounding.
     """
     best, chosen = logits.max(-1).values, logits.gather(-1, tokens[:, None])[:, 0]
     return float((best - chosen).max())

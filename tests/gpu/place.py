@@ -1,6 +1,6 @@
-"""Where the GPU tests run: on GPUs, or, to rehearse the tests' own code where there is none, on the CPU.
+"""The device of the GPU tests: GPUs, or, for a rehearsal of the tests' own code, the CPU.
 
-A rehearsal (RESPEC_GPU_TESTS=cpu) says nothing of a GPU, and its times are not those of anything.
+A rehearsal (RESPEC_GPU_TESTS=cpu) shows nothing about GPUs, and its times have no meaning.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ REPOSITORY = Path(__file__).parents[2]
 DEVICE = os.environ.get("RESPEC_GPU_TESTS", "cuda")
 ON_GPU = DEVICE == "cuda"
 
-
-# sglang's fused kernels are made for 16 bits; this has an engine in float32 compute with torch's own operators.
+# sglang's fused kernels take 16-bit numbers only. With this, an engine in float32 uses torch's own operators.
 FLOAT32 = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"} if ON_GPU else {}
 
 
 def claim() -> None:
-    """The first thing a rank does: `run_ranks` says CPU to every process, and DeepSpeed asks once, when imported."""
+    """Set the device for DeepSpeed, which reads it on import. A rank calls this first: `run_ranks` sets "cpu"."""
     os.environ["DS_ACCELERATOR"] = DEVICE
 
 
 def search_path() -> str:
-    """The repository, before what the environment adds."""
+    """Return a PYTHONPATH: the repository, then the paths of the environment."""
     return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
 
 def devices() -> int:
-    """GPUs to test on; a rehearsal has room for two ranks."""
+    """Return the number of GPUs to test on; for a rehearsal 2, the most ranks it should run."""
     return torch.cuda.device_count() if ON_GPU else 2
 
 
 def used_bytes() -> int:
-    """Of the first GPU, by all processes; 0 in a rehearsal."""
+    """Return the bytes of the first GPU that all processes use; 0 in a rehearsal."""
     if not ON_GPU:
         return 0
     free, total = torch.cuda.mem_get_info(0)
@@ -43,7 +42,7 @@ def used_bytes() -> int:
 
 
 def missing(gpus: int) -> str | None:
-    """Why a test that needs this many GPUs cannot run; None if it can."""
+    """Return why a test that needs `gpus` GPUs cannot run; None if it can."""
     if DEVICE not in ("cuda", "cpu"):
         return f"RESPEC_GPU_TESTS={DEVICE}: set cuda, or cpu for a rehearsal"
     if ON_GPU and not torch.cuda.is_available():
@@ -54,7 +53,7 @@ def missing(gpus: int) -> str | None:
 
 
 def machine() -> dict[str, str]:
-    """What results hold for: the device and the versions of what computes."""
+    """Return the device and the versions of the libraries for which results hold."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""What the GPU tests found: a JSON file, written anew after every test, and a table of it in docs/gpu.md.
+"""Results of the GPU tests: a JSON file, written again after every test, and a table of it in docs/gpu.md.
 
 python -m tests.gpu.results runs/gpu-results.json docs/gpu.md     # puts the table between the page's two marks
 """
@@ -21,7 +21,7 @@ class Results:
         self.path, self.tests, self.began = path, {}, time.time()
 
     def add(self, report) -> None:
-        """One phase of one test; the file is whole whenever it is read, whatever happens later."""
+        """Add the report of one phase of a test. The file is replaced as a whole, so it is complete at any time."""
         test = self.tests.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0, "values": {}})
         test["seconds"] = round(test["seconds"] + report.duration, 2)
         test["values"] |= {name: _plain(value) for name, value in report.user_properties}
@@ -41,7 +41,7 @@ class Results:
 
 
 def table(data: dict) -> str:
-    """The results as Markdown: the machine, and one row a test."""
+    """Return the results as Markdown: the machine, and one row for each test."""
     machine = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     lines = [f"{machine}; {data['seconds']:.0f} s in all.", "", "| test | outcome | s | found |", "|---|---|---|---|"]
     for name, test in data["tests"].items():
@@ -55,7 +55,7 @@ def table(data: dict) -> str:
 
 
 def put(page: str, content: str) -> str:
-    """The page with `content` between its marks. Raises ValueError where it has none."""
+    """Return the page with `content` between its marks. Raises ValueError if it has no marks."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -81,7 +81,7 @@ def _short(value) -> str:
 
 
 def main(source: Path, page: Path) -> None:
-    """Put the results into the page; those of no GPU, skipped or rehearsed, do not belong there."""
+    """Put the results into the page, unless they are not of a GPU: all tests were skipped, or it was a rehearsal."""
     data = json.loads(source.read_text())
     if all(test["outcome"] == "skipped" for test in data["tests"].values()) or data["machine"]["gpus"] == "0":
         print(f"{source} has no results of a GPU: {page} stays as it is")

@@ -15,8 +15,8 @@ from tests.support.processes.ranks import run_ranks
 from tests.support.reference_actor import expectation, norm_error, weight_error
 
 HERE = {"run.device": DEVICE}
-# Float32 on both sides, summed in other orders by other kernels; 3e-7 is seen between CPUs. Attention kernels of a
-# GPU are not bound to float32's own rounding, so a hundred times that is allowed.
+# Float32 on both sides, but kernels add in different orders; CPUs differ by 3e-7. Attention kernels of a GPU may round
+# more than float32 does, so a hundred times that is allowed.
 WEIGHTS, NORMS, SCORES = 3e-5, 1e-4, 1e-4
 
 
@@ -27,12 +27,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder) -> dict:
-    """What one process with plain AdamW makes of it, on the CPU."""
+    """Return the results of one process with plain AdamW, on the CPU."""
     return expectation(folder)
 
 
 def on_host(value):
-    """Results as the parent can compare them: no tensor on a GPU leaves a rank."""
+    """Return results with all tensors in host memory, because the parent process receives them."""
     if isinstance(value, torch.Tensor):
         return value.cpu()
     return {key: on_host(each) for key, each in value.items()} if isinstance(value, dict) else value
@@ -44,7 +44,7 @@ def train_here(folder: Path, variants: list[dict]) -> list[dict]:
 
 
 def check(folder, expected, record, world_size: int, variants: list[dict]) -> None:
-    """All ranks' inference and updates against the reference; the largest errors are recorded."""
+    """Compare all ranks' inference and updates with the reference; record the largest errors."""
     everyone = run_ranks(world_size, train_here, folder, [changes | HERE for changes in variants], timeout=200)
     found = [result for results in everyone for result in results]
     scores = max(
@@ -83,7 +83,7 @@ def test_point_7_both_train_as_one_process_does(folder, expected, record):
 
 
 def score_bf16(folder: Path) -> torch.Tensor:
-    """Log-probs [B, S] of a bf16 actor."""
+    """Return the log-probs [B, S] of a bf16 actor."""
     from respec_trainer.actor.parallel import shutdown_parallel
 
     claim()
@@ -101,16 +101,16 @@ def test_bf16_scores_are_transformers_to_rounding(folder, record):
     model = tiny_model(config).to(torch.bfloat16)
     batch, _ = make_batch(config.vocab_size)
     with torch.no_grad():
-        laws = model(batch.tokens).logits.float().log_softmax(-1)
-    expected = torch.nn.functional.pad(laws[:, :-1].gather(-1, batch.tokens[:, 1:, None])[..., 0], (1, 0))
+        scores = model(batch.tokens).logits.float().log_softmax(-1)
+    expected = torch.nn.functional.pad(scores[:, :-1].gather(-1, batch.tokens[:, 1:, None])[..., 0], (1, 0))
     error = (logprobs - expected * batch.response_mask).abs().max()
     record(largest_error=float(error))
-    # Logits of a few units in 8 bits, through two layers that round in their own order.
+    # Logits are a few units, bf16 has 8 bits, and the two layers round in different orders.
     assert error <= 0.15
 
 
 def capture(folder: Path, rows: list[tuple[int, ...]], layers: tuple[int, ...]) -> list[torch.Tensor]:
-    """Features [L, 3H] of each row as the actor captures them, float32."""
+    """Return the features [L, 3H] of each row that the actor captures, in float32."""
     claim()
     from respec_trainer.actor.parallel import shutdown_parallel
     from respec_trainer.capture import Wanted
@@ -128,7 +128,7 @@ def capture(folder: Path, rows: list[tuple[int, ...]], layers: tuple[int, ...]) 
 
 @pytest.mark.point(1)
 def test_point_1_captured_features_are_the_engines(small, record, monkeypatch):
-    """Of prompts: what the drafter learns from in training is what the engine's drafter reads."""
+    """The features of prompts from which the drafter learns are those that the drafter in the engine reads."""
     from respec_trainer.models.feature_layers import feature_layers
 
     rows = prompts(12, small.size.vocab, seed=5)
@@ -136,7 +136,7 @@ def test_point_1_captured_features_are_the_engines(small, record, monkeypatch):
     theirs = engine_features(small, rows, monkeypatch)
     errors = []
     for mine, engines in zip(ours, theirs, strict=True):
-        assert engines.shape == mine.shape, "the engine gives the three layers of every token of the prompt"
+        assert engines.shape == mine.shape, "the engine returns three layers' outputs for every token of the prompt"
         errors.append(float((mine - engines).abs().max() / mine.abs().max()))
     record(largest_relative_error=max(errors), rows=len(rows))
     # Float32 on both sides; TF32 products in the engine's attention would show as 1e-3.
@@ -144,7 +144,7 @@ def test_point_1_captured_features_are_the_engines(small, record, monkeypatch):
 
 
 def engine_features(pair, rows, monkeypatch) -> list[torch.Tensor]:
-    """Features [L, 3H] of each prompt by an engine that is asked for its hidden states, which ours never is."""
+    """Return the features [L, 3H] of each prompt, from an engine that is started so that it returns hidden states."""
     from respec_trainer.config import EngineConfig, SpeculationConfig
     from respec_trainer.rollout.sglang import process as sglang_process
     from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine

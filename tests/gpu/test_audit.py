@@ -1,6 +1,6 @@
-"""tools/audit_rollout.py on this machine: what the engine draws follows the actor's law, after a resync and a sleep.
+"""tools/audit_rollout.py on this machine: the engine draws from the actor's distribution, also after resync and sleep.
 
-Small: some thousand draws a cell, where the tool by itself takes as many as a law off by 0.02 needs to be found.
+A small audit, of some thousand draws in each cell. By default the tool draws until an error of 0.02 would be detected.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 from tests.gpu.place import DEVICE, FLOAT32, ON_GPU, REPOSITORY, search_path
 
-# Of the chain: two filters, after a resync, after a sleep; a rehearsal has time for one.
+# The cells of the chain: plain, two filters, after a resync, after a sleep. A rehearsal has time for one cell.
 CELLS, COUNT = ("EAGLE-3 chain, T=1.0", 5) if ON_GPU else ("EAGLE-3 chain, T=1.0, after sleep", 1)
 DRAWS, LIMIT = ("3072", "12288") if ON_GPU else ("768", "768")
 CONFIG = """
@@ -28,7 +28,7 @@ drafter: {{path: {drafter}}}
 """
 
 
-def test_the_engine_draws_from_the_actors_law(small, tmp_path, record):
+def test_the_engine_draws_from_the_actors_distribution(small, tmp_path, record):
     rows = [{"question": text, "answer": "#### 1"} for text in ("How many?", "What is 3 + 4?", "Why so?")]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = {"device": DEVICE, "target": small.target, "drafter": small.drafter, "folder": tmp_path}

@@ -1,4 +1,4 @@
-"""Actor and engine on one GPU: weights by CUDA IPC, memory that is really given back, a drafter that comes back."""
+"""Actor and engine on one GPU: weights by CUDA IPC, memory that sleep frees, and a drafter that is restored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def found(large, tmp_path_factory) -> dict:
 
 @pytest.fixture
 def stage(found, record):
-    """What a stage found, recorded; the test fails where the stage did."""
+    """Return a function that records and returns the results of a stage, and fails if the stage failed."""
 
     def take(name: str) -> dict:
         record(**found[name])
@@ -29,23 +29,23 @@ def stage(found, record):
 
 @pytest.mark.point(6)
 def test_point_6_weights_arrive_by_cuda_ipc_and_are_proved(stage):
-    carried = stage("carry")
+    carried = stage("push_weights")
     assert carried["transport"] == "IPCTransport"
     assert carried["version"] == f"actor-{colocated.PUSHES}"
 
 
-def test_the_engine_speaks_with_the_actors_voice(stage):
-    assert stage("speak")["canary_error"] <= 0.25
+def test_the_engine_computes_the_actors_log_probs(stage):
+    assert stage("continue_greedily")["canary_error"] <= 0.25
 
 
 def test_sleep_returns_the_memory_of_engine_and_actor(stage):
     seen = stage("sleep_and_wake")
     if not ON_GPU:
-        pytest.skip("a rehearsal on a CPU has no second memory to give back; the stage itself ran")
+        pytest.skip("a rehearsal on a CPU has no GPU memory to free; the stage itself ran")
     taken, least = seen["taken"], seen["at_least"]
     assert taken["both"] - taken["engine_out"] >= 0.9 * least["engine"]
     assert taken["engine_out"] - taken["both_out"] >= 0.9 * least["actor"]
-    # Page tables and workspaces may differ; what was given back is there again.
+    # Page tables and workspaces may differ; all that was freed is in use again.
     assert abs(taken["both_again"] - taken["both"]) <= 0.05 * taken["both"]
 
 
@@ -53,8 +53,8 @@ def test_sleep_returns_the_memory_of_engine_and_actor(stage):
 def test_point_3_the_drafter_survives_sleep_and_wake(stage):
     seen = stage("survive")
     assert seen["same_digests"]
-    assert seen["accept_length_before"] > 1.3, "a drafter that is never right would not be missed"
-    # bf16: a batch that is put together otherwise may decide a near tie otherwise.
+    assert seen["accept_length_before"] > 1.3, "with a drafter that is never right its loss would not show"
+    # In bf16 a near tie may be decided differently if the batch has other requests.
     assert seen["accept_length_after"] == pytest.approx(seen["accept_length_before"], rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""An engine with an EAGLE-3 chain, CUDA graphs for every number of draft steps, and steps that change as it runs."""
+"""An engine with an EAGLE-3 chain, CUDA graphs for every number of draft steps, and steps that change in a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.support.rollout_models import Reference
 
 MOST, CANDIDATES = 32, (0, 1, 3)
 FIXED = DepthSettings("fixed", CANDIDATES, max_batch=MOST, max_context=512, fixed=3)
-# On, off for longer, on: some requests come in while others are behind, and the drafter catches up.
+# On, off for longer, on: some requests start while the drafter has not read all of others, and it catches up.
 SCRIPT = (3, 3, *[0] * 9, 3, 3, 3, 0, 1, 0, 0, 3)
 CHANGING = replace(FIXED, **chosen_by("Scripted", SCRIPT))
-# Logits of size 10 in float32, products in the attention kernel rounded to TF32's 10 bits: errors of 0.01.
+# Logits are about 10. If the attention kernel rounds products to TF32's 10 bits, their errors are 0.01.
 TIE = 0.05
 
 
@@ -54,14 +54,14 @@ def engine(small):
 
 
 def roll_out(engine, asked, tokens: int, temperature: float = 0.0):
-    """(samples, DecodeLog) of one response to each prompt."""
+    """Return (samples, DecodeLog) of one response to each prompt."""
     params = SamplingParams(tokens, temperature=temperature, ignore_eos=True)
     samples = engine.submit([Request(str(i), tuple(p), params) for i, p in enumerate(asked)]).collect()
     return samples, engine.take_decode_log()
 
 
 def worst_choice(reference, samples) -> float:
-    """By how much any token of greedy responses stays below the reference's best."""
+    """Return how far any token of greedy responses is below the reference's best, at worst, in logits."""
     found = []
     for sample in samples:
         row = sample.prompt_ids + sample.response_ids
@@ -83,7 +83,7 @@ def test_greedy_tokens_are_transformers_at_every_number_of_steps(engine, referen
 
 
 def test_steps_that_change_leave_the_tokens_alone(engine, reference, record):
-    """And drafts are kept after speculation was off, so the drafter has read what it missed."""
+    """Drafts are accepted after speculation was off, too, so the drafter has read the tokens that it missed."""
     engine.set_steps(CHANGING)
     samples, log = roll_out(engine, prompts(48, 512, seed=1), 60)
     decodes = ~log.prefill
@@ -93,11 +93,11 @@ def test_steps_that_change_leave_the_tokens_alone(engine, reference, record):
     after = log.caught_up.nonzero()[0]
     kept = log.survivors[after, 0].sum() / log.batch[after].sum()
     record(first_draft_kept_after_catching_up=float(kept))
-    assert kept > 0.3, "a drafter that had read nothing of it would be wrong nearly always"
+    assert kept > 0.3, "a drafter that had not read these tokens would be wrong nearly always"
 
 
 @pytest.mark.point(2)
-def test_point_2_sampled_verification_follows_the_targets_law(engine, reference, record):
+def test_point_2_sampled_verification_follows_the_targets_distribution(engine, reference, record):
     engine.set_steps(FIXED)
     prompt, draws = (5, 6, 7), 6000
     samples, _ = roll_out(engine, [prompt] * draws, 3, temperature=0.8)
@@ -108,7 +108,7 @@ def test_point_2_sampled_verification_follows_the_targets_law(engine, reference,
     assert p > 1e-3
 
 
-def test_logprobs_are_the_laws(engine, reference, record):
+def test_logprobs_are_the_references(engine, reference, record):
     engine.set_steps(FIXED)
     samples, _ = roll_out(engine, prompts(16, 512, seed=2), 32, temperature=0.7)
     errors = [
@@ -116,19 +116,19 @@ def test_logprobs_are_the_laws(engine, reference, record):
         for s in samples
     ]
     record(largest_error=float(max(errors)))
-    assert max(errors) <= 2 * TIE / 0.7, "both logits of a log-prob are off by as much, and are divided by 0.7"
+    assert max(errors) <= 2 * TIE / 0.7, "a log-prob has the errors of two logits, divided by 0.7"
 
 
 @pytest.mark.point(5)
 def test_point_5_what_keeping_the_drafters_cache_costs_while_it_is_off(engine, record):
-    """Of plain steps: the drafter reads each token at once (warm), or all of them later (defer)."""
+    """Compare the times of plain steps: the drafter reads each token at once (warm), or all of them later (defer)."""
     seconds, extend = {}, {}
     for off in ("defer", "warm"):
         engine.set_steps(replace(FIXED, fixed=0, off=off, timed=True))
         roll_out(engine, prompts(MOST, 512, seed=3), 20)
         _, log = roll_out(engine, prompts(MOST, 512, seed=4), 100)
         full = ~log.prefill & (log.batch == MOST)
-        full[-1] = False  # the last has no successor to be timed by
+        full[-1] = False  # no batch follows the last one, so it has no period
         seconds[off] = median(log.period[full].tolist())
         extend[off] = median(log.extend[full].tolist())
     record(

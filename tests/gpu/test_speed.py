@@ -1,4 +1,4 @@
-"""What speculation gains on this GPU by batch size, and whether the Solver's model of costs fits its times."""
+"""The gain by speculation on this GPU for each batch size, and the fit of the Solver's cost model to its times."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(*command: object, timeout: float) -> subprocess.CompletedProcess:
 
 
 def test_throughput_by_batch_with_and_without_speculation(tmp_path, record):
-    """Dummy weights of Qwen2.5-7B's shape, 2.5 tokens a pass by simulation: what drafting and verifying cost."""
+    """Measure drafting and verifying with random weights of Qwen2.5-7B's shape, and simulated acceptance."""
     out = tmp_path / "throughput.json"
     size = ["--rounds", 2, "--tokens", 96 if ON_GPU else 24, "--batches", *BATCHES]
     run("benchmarks/throughput.py", "--device", DEVICE, "--model", MODEL, *size, "--out", out, timeout=240)
@@ -45,7 +45,7 @@ def test_throughput_by_batch_with_and_without_speculation(tmp_path, record):
     assert set(results) == {str(batch) for batch in BATCHES}
     accepted = [by_steps["3"]["accept_length"] for by_steps in results.values()]
     assert max(accepted) > 1.5, "acceptance is simulated at 2.5"
-    # Of reading 15 GB of weights for one token, a GPU spends nearly all its time; three more cost little.
+    # For one token a GPU spends nearly all its time on reading 15 GB of weights, so three more tokens cost little.
     assert not ON_GPU or results["1"]["3"]["speedup"] > 1
 
 
@@ -65,5 +65,5 @@ def test_point_8_the_solvers_model_predicts_cells_it_was_not_fitted_to(large, tm
     quality = held_out(profile)
     record(mape=quality.mape, worst=quality.worst, sign_accuracy=quality.sign_accuracy, cells=quality.cells)
     assert quality.cells >= 6
-    # Loose: how well it predicts is what is to be found. On a CPU 5 % were seen.
+    # A loose limit, because the error on GPUs is not known. On a CPU it was 5 %.
     assert not ON_GPU or quality.mape < 0.25

@@ -1,4 +1,4 @@
-"""Actors of tiny models on ranks, the batch that they train on, and what one process with plain AdamW makes of it."""
+"""Actors of tiny models on ranks, the batch that they train on, and the weights and states that result."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OPTIM = {
     "actor.optim.warmup_steps": 2,  # so that the two updates have different learning rates
     "actor.optim.weight_decay": 0.1,
     "actor.optim.clip": 0.5,  # below the first gradient norm, so that clipping is part of the comparison
-    # Where |gradient| << eps = 1e-8 does not hold, Adam divides rounding noise by itself: with it weights differ by
-    # 1e-4 between any two orders of summation, one process included.
+    # With the default of 1e-8, Adam divides gradients that are only rounding noise by their own size. Then weights
+    # differ by 1e-4 between any two orders of summation, even within one process.
     "actor.optim.eps": 1e-3,
 }
 
 
 def make_batch(vocab_size: int) -> tuple[Batch, torch.Tensor]:
-    """Eight rows of unlike lengths with sampler log-probs, and their advantages."""
+    """Return eight rows of different lengths with sampler log-probs, and their advantages."""
     generator = torch.Generator().manual_seed(5)
     lengths = torch.tensor([16, 7, 12, 9, 14, 5, 11, 16])
     position = torch.arange(16)
@@ -45,7 +45,7 @@ def build_actor(folder: Path, changes: dict):
 
 
 def rebuild_actor(actor, changes: dict):
-    """Another actor of the same topology: the process groups stay."""
+    """Make another actor of the same topology: the process groups stay."""
     from respec_trainer.actor.engine import Actor
 
     config = tiny_run_config(actor.config.model.path, OPTIM | changes)
@@ -58,7 +58,7 @@ def my_rows(actor, batch: Batch) -> slice:
 
 
 def hf_weights(actor) -> dict[str, torch.Tensor]:
-    """The Hugging Face weights on every rank; raises where ranks that should agree to the bit do not."""
+    """Return the Hugging Face weights on every rank. Raises AssertionError if ranks with the same weights differ."""
     import deepspeed
 
     from respec_trainer.weights.hf_map import to_hf
@@ -87,7 +87,7 @@ def variant(tp: int, stage: int, micro: int, **more) -> dict:
 
 
 def train(folder: Path, variants: list[dict]) -> list[dict]:
-    """For each variant of the configuration: this rank's inference, the metrics of each call, the weights after."""
+    """Train with each variant of the configuration; return this rank's inference, metrics and final weights."""
     from respec_trainer.actor.parallel import shutdown_parallel
 
     results, actor = [], None

@@ -1,7 +1,7 @@
-"""A reward made up for a test, as docs/extending.md shows one: all that it takes beside its line in the registry.
+"""A made-up reward for tests, the example in docs/extending.md. Beside this file it needs a line in the registry.
 
-Rewards short right answers: a response is right if it ends with the reference, and loses a part of its reward with its
-length. A response that was cut off says nothing of the policy's own ends, so it is skipped.
+It rewards short right answers: a response is right if it ends with the reference, and a longer one gets a smaller
+reward. A response that was cut off is skipped, because the policy did not end it.
 """
 
 from __future__ import annotations

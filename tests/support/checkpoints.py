@@ -1,4 +1,4 @@
-"""A run that is nearly nothing but its checkpoints, for tests."""
+"""A run that does little more than save and load its checkpoints, for tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME, SIZE = "decoder.final_layernorm.weight", 64
 
 
 class ToyActor:
-    """One weight, replicated over tensor parallelism, that every step changes."""
+    """One weight, the same on all tensor-parallel ranks, which every step changes."""
 
     def __init__(self, hf_config, rank: int, ranks: int):
         self.hf_config = hf_config
@@ -49,7 +49,7 @@ class ToyActor:
 
 
 class Number:
-    """Any part with a state."""
+    """A part of a run whose state is a number."""
 
     def __init__(self):
         self.value = 0
@@ -62,10 +62,10 @@ class Number:
 
 
 class ToyRun:
-    """`work` does some steps, after each of which it writes a line to metrics.jsonl and saves if that is due."""
+    """A run whose method `work` does steps. After each step it writes a line to metrics.jsonl, and saves if due."""
 
     def __init__(self, folder: Path, config: Config, rank: int = 0, ranks: int = 1):
-        """With several ranks, each of them makes one, and the default process group is theirs."""
+        """Make one on every rank; if there are several, they form the default process group."""
         self.config, self.folder, self.rank, self.said = config, folder, rank, []
         self.actor, self.shared, self.own = ToyActor(tiny_config("llama"), rank, ranks), Number(), Number()
         self.parts = Parts(self.actor, {"shared": self.shared}, {"own": self.own}, {"drafter": self._drafter})
@@ -107,7 +107,7 @@ def damage(path: Path) -> None:
 
 
 def toy_config(folder: Path, changes: dict | None = None) -> Config:
-    """Of a run in `folder` that saves after every step."""
+    """Return the configuration of a run in `folder` that saves after every step."""
     model = folder / "model"
     if not model.exists():
         tiny_config("llama").save_pretrained(model)

@@ -17,7 +17,7 @@ speculation: {algorithm: none}
 
 
 def smallest_config(folder: Path, *overrides: str) -> Config:
-    """SMALLEST with overrides, by way of a file in `folder` as users give it."""
+    """Load SMALLEST with overrides from a file in `folder`, as for a user."""
     path = folder / "smallest.yaml"
     path.write_text(SMALLEST)
     return load_config(path, overrides)

@@ -1,6 +1,6 @@
 """tools/convert_checkpoint.py in processes that start in milliseconds, for tests that kill it.
 
-Each is forked off a process that has imported this module, and with it whatever a conversion needs, and does nothing.
+Each is forked from a process that has imported this module, with all that a conversion needs, and done nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from respec_trainer.actor import check, loading  # noqa: F401 - see above, as are the next two
+from respec_trainer.actor import check, loading  # noqa: F401 - imported for the forked processes, as are the next two
 from respec_trainer.checkpoint import progress  # noqa: F401
 from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.convert import convert  # noqa: F401
@@ -27,7 +27,7 @@ TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
 
 
 def start(words: list[str], out: Path) -> BaseProcess:
-    """`python tools/convert_checkpoint.py WORDS`, when it has begun to write: its folder beside `out` is there."""
+    """Start `python tools/convert_checkpoint.py WORDS`. Return when its folder beside `out` exists, or it has ended."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=_run_tool, args=(words,))
@@ -38,11 +38,11 @@ def start(words: list[str], out: Path) -> BaseProcess:
 
 
 def partials(out: Path) -> list[Path]:
-    """What conversions to `out` have begun."""
+    """Return the unfinished folders of conversions to `out`."""
     return list(out.parent.glob(f".{out.name}.partial-*"))
 
 
 def _run_tool(words: list[str]) -> None:
     sys.argv = [str(TOOL), *words]
-    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - its bars
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - hides its progress bars
     runpy.run_path(str(TOOL), run_name="__main__")

@@ -1,4 +1,4 @@
-"""Where data sets lie that tests use if they are there."""
+"""Folders of data sets, which tests use if they exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies of draft steps that tests put into an engine, by DepthSettings.policy and policy_options."""
+"""Depth policies for tests, which an engine uses by DepthSettings.policy and policy_options."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from respec_trainer.rollout.decode_log import DepthSettings
 
 
 def chosen_by(policy: str, script: Iterable[int]) -> dict[str, Any]:
-    """The changes to DepthSettings that have a class of this module choose by `script`."""
+    """Return the changes to DepthSettings with which a class of this module chooses by `script`."""
     return {"mode": "adaptive", "policy": f"{__name__}:{policy}", "policy_options": {"script": list(script)}}
 
 
 class Scripted:
-    """The numbers in the option `script`, over and over."""
+    """Chooses the numbers in the option `script`, again and again."""
 
     def __init__(self, script: tuple[int, ...]):
         self.script, self.turn = script, -1
@@ -35,7 +35,7 @@ class Scripted:
 
 
 class Remembering(Scripted):
-    """Scripted, and goes on in its script where another was."""
+    """Scripted with a state: after a restore it continues at the same position of its script."""
 
     def state(self) -> dict:
         return {"turn": self.turn}
@@ -45,21 +45,21 @@ class Remembering(Scripted):
 
 
 class Unpredictable(Scripted):
-    """Raises when it is asked what it expects of its choice."""
+    """Raises an error instead of predicting the speed-up of its choice."""
 
     def predicted(self) -> float:
         raise ZeroDivisionError("a policy's bug")
 
 
 class Untellable(Remembering):
-    """Has a state that JSON does not know."""
+    """Has a state that cannot be written as JSON."""
 
     def state(self) -> dict:
         return {"turn": object()}
 
 
 class Broken(Scripted):
-    """Raises at the fifth choice."""
+    """Raises an error at the fifth choice."""
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         if self.turn == 3:

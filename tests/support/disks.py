@@ -1,4 +1,4 @@
-"""A disk that is full, for some files: what is written to them fails as the kernel has it fail, with ENOSPC."""
+"""A disk that is full for some files: writes to them fail with the kernel's own error, ENOSPC."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FULL = Path("/dev/full")
 
 @contextlib.contextmanager
 def full_disk(holds: Callable[[Path], bool] = lambda path: True) -> Iterator[None]:
-    """Within the block, new files that pathlib opens for writing, of which `holds` is true, lie on a full disk."""
+    """Put files on a full disk, within the block: new ones that pathlib opens, for which `holds` is true."""
     original = Path.open
 
     def opened(path: Path, mode: str = "r", *args, **kwargs):

@@ -17,7 +17,7 @@ def target_config(family="qwen3", layers: int = 4, **changes):
 
 
 def tiny_drafter(hf_config=None, seed: int = 0, draft_vocab_size: int = 64) -> Eagle3Drafter:
-    """A random drafter whose norms are not at one, so that a norm mixed up or left out shows."""
+    """A random drafter whose norms are not 1, so that tests detect a norm that is mixed up or left out."""
     drafter = Eagle3Drafter(DrafterShape.for_target(hf_config or target_config(), draft_vocab_size), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def stored_snapshot(hidden: int = 64, vocab_size: int = 131, seed: int = 0) -> S
 
 
 def stored_row(snapshot: Snapshot, step: int = 0, hidden: int = 64, prompt: int = 3, response: int = 7, seed=0) -> Row:
-    """A row of random numbers; every log-sum-exp is that of the whole vocabulary's draft columns."""
+    """A row of random numbers; its log-sum-exps are over the logits of DRAFT_IDS, or 0 if sizes do not fit."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(response, hidden, generator=generator)
     fits = states.shape[1] == snapshot.output_rows.shape[1]

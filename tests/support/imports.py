@@ -1,4 +1,4 @@
-"""Read which file of a package imports which other, and compare that with a table of what may import what.
+"""Find the imports between the files of a package, and compare them with a table of the allowed ones.
 
 A folder counts as a package of its own, by its dotted path below the root package; so does a file of the root. Every
 import counts: those inside functions, under TYPE_CHECKING, relative ones, and `import_module` with a literal name.
@@ -41,14 +41,14 @@ class Sources:
         return {self.package(module) for module in self.files} - {""}
 
     def package(self, module: str) -> str:
-        """`rollout.sglang` for respec_trainer.rollout.sglang.engine, `job` for respec_trainer.job."""
+        """Return `rollout.sglang` for respec_trainer.rollout.sglang.engine, `job` for respec_trainer.job."""
         path = self.files[module].relative_to(self.root)
         if path.parent == Path():
             return "" if path.stem == "__init__" else path.stem
         return ".".join(path.parent.parts)
 
     def imports(self) -> list[Import]:
-        """Every import of one package by another, in the order of files and lines."""
+        """Return every import of one package by another, in the order of files and lines."""
         found = (one for module in self.files for one in self._imports_of(module))
         return sorted({one for one in found if one.importer != one.imported})
 
@@ -63,7 +63,7 @@ class Sources:
                 yield Import(self._shown(self.files[module]), node.lineno, file, self.package(module), imported)
 
     def _targets(self, node: ast.AST, module: str) -> Iterator[str]:
-        """Names of the modules that a statement imports."""
+        """Yield the names of the modules that a statement imports."""
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -77,7 +77,7 @@ class Sources:
                 yield name.value
 
     def _base(self, node: ast.ImportFrom, module: str) -> str:
-        """The module after `from`; relative ones start at the folder of the file that imports."""
+        """Return the module after `from`; a relative one starts at the folder of the file that imports."""
         if not node.level:
             return node.module or ""
         parts = module.split(".")
@@ -99,7 +99,7 @@ def _called(node: ast.Call) -> str:
 
 
 def violations(imports: list[Import], table: Table) -> list[str]:
-    """One message for every import that the table does not allow, with both files and the rule."""
+    """Return a message for every import that the table does not allow, with both files and the rule."""
     wrong = [one for one in imports if one.imported not in table.get(one.importer, ())]
     return [f"{one}: {_rule(one.importer, table)}" for one in wrong]
 
@@ -111,7 +111,7 @@ def _rule(package: str, table: Table) -> str:
 
 
 def cycles(imports: list[Import]) -> list[str]:
-    """One message for a cycle of packages, with the imports that close it; none where there is no cycle."""
+    """Return a message for one cycle of packages, with its imports; an empty list if there is no cycle."""
     graph: dict[str, set[str]] = {}
     for one in imports:
         graph.setdefault(one.importer, set()).add(one.imported)

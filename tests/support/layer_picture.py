@@ -1,4 +1,4 @@
-"""The table of layers as a section of a document: a picture of the arrows, and a list of them."""
+"""The layers of the package as a section of a document: a picture, and a table of the allowed imports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ BEGIN, END = "<!-- layers: written by python -m tests.test_layering -->", "<!-- 
 
 
 def with_section(text: str, section: str) -> str:
-    """`text` with `section` in place of what is between BEGIN and END. Raises ValueError where they are not there."""
+    """Return `text` with `section` between BEGIN and END. Raises ValueError if `text` does not have both."""
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
@@ -17,10 +17,10 @@ def with_section(text: str, section: str) -> str:
 
 
 def shown(layers: Mapping[str, Mapping[str, str]], allowed: Mapping[str, Set[str]]) -> str:
-    """Markdown: a Mermaid flowchart of the layers, top first, and a table of what each package may import.
+    """Return Markdown: a Mermaid flowchart of the layers, top first, and a table of what each package may import.
 
-    The first layer is one box without arrows, since nearly every package uses it. Of the other arrows the picture
-    leaves out those that a path of others implies. Where a package may import all that is below, the table says so.
+    The first layer is one box without arrows, because nearly every package uses it. The picture leaves out arrows that
+    a path of other arrows implies. The table has "everything below" for a package that may import all lower layers.
     """
     (foundation, low), *upper = layers.items()
     return "\n".join([*_picture(foundation, low, upper, allowed), "", *_table(layers, allowed), ""])

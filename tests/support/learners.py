@@ -1,4 +1,4 @@
-"""What an online drafter meets in a run, without a run: samples, and the scores of transformers' model on them."""
+"""Inputs of an online drafter without a run: samples, and the scores of a transformers model on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYERS = (0, 1, 2)
 
 
 def random_samples(lengths, step: int = 0, drafter: str = "drafter-0", seed: int = 0) -> list[Sample]:
-    """One sample for each (prompt length, response length): draft tokens mostly, one token in eight any."""
+    """Return a sample for each (prompt length, response length); seven of eight tokens are in the draft vocabulary."""
     generator = torch.Generator().manual_seed(100 * seed + step)
     samples = []
     for number, (prompt, response) in enumerate(lengths):
@@ -39,7 +39,7 @@ def random_samples(lengths, step: int = 0, drafter: str = "drafter-0", seed: int
 
 @torch.no_grad()
 def score(model, samples: list[Sample], temperature: float = 1.0, rows=None) -> SimpleNamespace:
-    """Log-probs and what `actor.infer` would capture of the samples numbered `rows`, one by one."""
+    """Score the samples one by one: log-probs, and for `rows` (None: all) what `actor.infer` would capture."""
     captured, logprobs = [], torch.zeros(len(samples), max(len(s.prompt_ids) + len(s.response_ids) for s in samples))
     for number, sample in enumerate(samples):
         ids, start = torch.tensor(sample.prompt_ids + sample.response_ids), len(sample.prompt_ids)

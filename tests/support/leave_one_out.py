@@ -1,7 +1,7 @@
-"""An objective that the package does not have, as docs/extending.md adds it: one file, and a line in the registry.
+"""An objective that the package does not have, the example in docs/extending.md: one file, and a line in the registry.
 
-REINFORCE with a leave-one-out baseline (RLOO, arXiv 2402.14740): each response against the mean of the others to its
-prompt, the gradient of its log-probs with nothing clipped.
+REINFORCE with a leave-one-out baseline (RLOO, arXiv 2402.14740): the reward of each response is compared with the mean
+of the others to its prompt, and nothing is clipped.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def tiny_config(family: str, tied: bool = False, vocab_size: int = 131, layers: 
 
 
 def tiny_model(config, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """The transformers model of `config`, in eval mode, every weight random so that each one matters.
+    """The transformers model of `config`, in eval mode, with every weight random, so that each one affects results.
 
     transformers' own initialisation leaves norms at one and biases at zero, which hides a parameter that is mixed up
     or left out.

@@ -1,5 +1,6 @@
-"""Olive, a made-up family: a Llama with biases of queries, keys and values, norms of queries and keys, and another
-name of the head. The Family is an example in docs/extending.md.
+"""Olive, a made-up family: a Llama with query, key and value biases, query and key norms, and a head of another name.
+
+The Family is the example in docs/extending.md.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ OLIVE = Family(
 
 @contextlib.contextmanager
 def olive_known() -> Iterator[None]:
-    """Inside, Olive is a line of the registry, and transformers knows its classes."""
+    """Add Olive to the registry within the block, and register its classes with transformers."""
     define_torchvision_operators()
     from tests.support.olive_transformers import register
 

@@ -1,4 +1,4 @@
-"""transformers' part of the made-up family Olive, which a family that exists brings along.
+"""The transformers classes of the made-up family Olive; transformers itself has those of real families.
 
 Import it after define_torchvision_operators.
 """
@@ -34,6 +34,6 @@ class OliveForCausalLM(Qwen3ForCausalLM):
 
 
 def register() -> None:
-    """Let AutoConfig and AutoModelForCausalLM know the classes."""
+    """Register the classes with AutoConfig and AutoModelForCausalLM."""
     AutoConfig.register("olive", OliveConfig, exist_ok=True)
     AutoModelForCausalLM.register(OliveConfig, OliveForCausalLM, exist_ok=True)

@@ -1,4 +1,4 @@
-"""An online drafter on one rank, its model and its rollouts, for tests of all that it goes through."""
+"""An online drafter on one rank, its target model and its rollouts, for tests."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ REWARDS = (torch.arange(16) % 3 == 0).float().view(4, 4)
 
 
 def save_start(root: Path) -> Path:
-    """The folder of the drafter that learners begin with."""
+    """Save the drafter that learners begin with, and return its folder."""
     save_drafter(tiny_drafter(), DRAFT_IDS, root / "drafter")
     return root / "drafter"
 
 
 def target_model():
-    """The transformers model whose responses and scores they see."""
+    """The transformers model whose responses and scores the learners get."""
     return tiny_model(target_config())
 
 
 def make_learner(folder: Path, **changes) -> OnlineDrafter:
-    """One that begins with the drafter in `folder`; `changes` are keys of the section drafter. `said`: its words."""
+    """Make a learner from the drafter in `folder`. `changes` are keys of section drafter; `said` gets its messages."""
     keys = {"path": str(folder), "weighting": "reward", "batch_size": 8, "micro_batch_size": 3, "unroll": 3}
     keys |= {"lr": 3e-3, "matrix_lr": None} | changes
     config = tiny_run_config(
@@ -41,7 +41,7 @@ def make_learner(folder: Path, **changes) -> OnlineDrafter:
 
 
 def iterate(learner, model, step: int, rewards=REWARDS, generating=lambda: True, samples=None) -> dict:
-    """One iteration of the loop, as trainer.py goes through it; its metrics."""
+    """Run one iteration as trainer.py does, and return its metrics."""
     drafter = learner.version
     learner.update(generating)
     samples = samples or random_samples(LENGTHS, step, drafter)

@@ -1,4 +1,4 @@
-"""phrases: drafts are one continuation, as long as it may be, of what the engine has generated before."""
+"""phrases: the drafts are one continuation, as long as allowed, from what the engine has generated before."""
 
 from __future__ import annotations
 

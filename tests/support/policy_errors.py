@@ -18,7 +18,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def example(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens [3, 16], a mask of responses, and a factor [2, 3, 16] for each log-prob and entropy in the loss."""
+    """Return tokens [3, 16], a mask of responses, and a factor [2, 3, 16] for each log-prob and entropy in the loss."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, vocab_size, (3, 16), generator=generator)
     mask = torch.zeros(3, 16, dtype=torch.bool)
@@ -27,7 +27,7 @@ def example(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def reference(model, tokens, mask, factors) -> dict:
-    """Logits, log-probs, entropies and gradients as transformers' model gives them."""
+    """Return logits, log-probs, entropies and gradients of the transformers model."""
     logits = model(tokens).logits
     scores = (logits[:, :-1] / TEMPERATURE).log_softmax(-1)
     logprobs, entropy = torch.zeros(tokens.shape), torch.zeros(tokens.shape)
@@ -47,7 +47,7 @@ def gathered(tensor: torch.Tensor, group) -> list[torch.Tensor]:
 
 
 def worst_errors(cases: list[tuple]) -> dict[tuple, dict[str, float]]:
-    """On each rank: for each (folder, sequence_parallel, recompute), the largest errors by kind."""
+    """Return, on each rank, the largest errors by kind for each (folder, sequence_parallel, recompute)."""
     from respec_trainer.actor.loading import load_hf_config, load_weights
     from respec_trainer.actor.model import build_model
     from respec_trainer.actor.parallel import init_parallel, shutdown_parallel

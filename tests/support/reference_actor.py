@@ -1,4 +1,4 @@
-"""The update of an actor, written out plainly in one process: what `Actor.update` is compared with."""
+"""The update of an actor, written out in one process: the reference for `Actor.update`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.support.models import tiny_model
 
 
 def reference_scores(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [B, S] of every token but the first."""
+    """Return log-probs and entropies [B, S] of every token but the first."""
     scores = model(tokens).logits[:, :-1].log_softmax(-1)
     logprobs, entropy = scores.gather(-1, tokens[:, 1:, None])[..., 0], -(scores.exp() * scores).sum(-1)
     return torch.nn.functional.pad(logprobs, (1, 0)), torch.nn.functional.pad(entropy, (1, 0))
 
 
 def train_reference(hf_config, batch: Batch, advantages: torch.Tensor, aggregation: str, updates: list[slice]) -> dict:
-    """One update on the rows of each slice, all at once in this process, the objective written out plainly."""
+    """Make one update on the rows of each slice, in one batch in this process, with the objective written out."""
     model = tiny_model(hf_config)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": OPTIM["actor.optim.weight_decay"]},
@@ -64,7 +64,7 @@ def reference_mismatch(old: torch.Tensor, batch: Batch) -> dict[str, float]:
 
 
 def weight_error(result: dict, expected: dict) -> float:
-    """The largest difference of a weight, relative to the largest entry of its tensor."""
+    """Return the largest difference of a weight, relative to the largest entry of its tensor."""
     assert result["weights"].keys() == expected["weights"].keys()
     return max(
         ((weight - expected["weights"][name]).abs().max() / expected["weights"][name].abs().max()).item()
@@ -86,5 +86,5 @@ def expectation(folder: Path, aggregation: str = "token", updates: list[slice] |
     )
     for name, weight in tiny_model(hf_config).named_parameters():
         moved = (weight - expected["weights"][name]).abs().max()
-        assert moved > 1e-3, f"the updates hardly move {name}: their comparison would tell nothing"
+        assert moved > 1e-3, f"the updates hardly move {name}: comparing it would prove nothing"
     return expected

@@ -1,4 +1,4 @@
-"""A live engine with a drafter, an actor on two ranks, and what pushes from one into the other: for tests."""
+"""A running engine with a drafter, an actor on two ranks, and the resync between them, for tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOCAB = 128
 
 
 def save_random_pair(root: Path) -> tuple[Path, Path]:
-    """Folders of a target and a random drafter of its shape: few drafts are accepted, and every one is verified."""
+    """Save a target and a random drafter, and return their folders. Few drafts are accepted, but all are verified."""
     import torch
 
     from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
@@ -47,7 +47,7 @@ class Setup:
 
 @contextlib.contextmanager
 def live(config):
-    """The parts, started; their processes and groups end with the block."""
+    """Make and start the parts; their processes and groups end with the block."""
     import torch.distributed as dist
 
     from respec_trainer.actor.engine import Actor
@@ -79,7 +79,7 @@ def live(config):
 
 
 def step(actor) -> None:
-    """One optimizer step on made-up samples."""
+    """Make one optimizer step on made-up samples."""
     import torch
 
     from respec_trainer.rollout.batch import collate
@@ -91,7 +91,7 @@ def step(actor) -> None:
 
 
 def greedy(fleet, new_tokens: int = 12):
-    """The engines' greedy continuation of PROMPT."""
+    """Return the engines' greedy continuation of PROMPT."""
     from respec_trainer.rollout.sample import Request, SamplingParams
 
     params = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)

@@ -14,7 +14,7 @@ def item(response: str = "", answer: str = "7", **changes) -> RewardItem:
 
 
 def reward_file(folder: Path, code: str, name: str = "reward") -> RewardConfig:
-    """The configuration of the function `name` that `code` defines, which is written to a file in `folder`."""
+    """Write `code` to a file in `folder`, and return the configuration of its function `name`."""
     path = folder / "mine.py"
     path.write_text(code)
     return RewardConfig(kind="function", function=f"{path}:{name}")

@@ -1,4 +1,4 @@
-"""A tiny target whose next token hangs mostly on the last one, and a drafter for it that is right without training."""
+"""A tiny target whose next token depends mostly on the last one, and a drafter that is right without training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARPNESS = 2.5
 
 
 def save_target(folder: Path, family: str, dtype: torch.dtype = torch.float32, tied: bool = False) -> Path:
-    """A random model of 4 layers whose embedding outweighs what its layers add, and whose law is not flat."""
+    """Save a random model of 4 layers: embeddings outweigh what the layers add; its distribution is not flat."""
     model = tiny_model(tiny_config(family, tied=tied, layers=4, vocab_size=VOCAB))
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(8)
@@ -32,10 +32,10 @@ def save_target(folder: Path, family: str, dtype: torch.dtype = torch.float32, t
 
 
 def drafter_weights(target: Path, draft_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """An EAGLE-3 drafter that knows the target's last step: logits = head(norm(embedding of the last token)).
+    """The weights of an EAGLE-3 drafter that computes the target's last step: head(norm(embedding of the last token)).
 
-    Its attention looks at the token itself only, because like embeddings match sharply, and carries the embedding,
-    less the features of the step before, which the residual stream would add again.
+    Each token attends only to itself, because equal embeddings match strongly. The attention's output is the embedding
+    minus the features of the step before, and the residual stream adds these features again.
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,7 +59,7 @@ def drafter_weights(target: Path, draft_ids: torch.Tensor) -> dict[str, torch.Te
 
 
 def save_drafter(folder: Path, target: Path, draft_ids: torch.Tensor, plain: bool = True) -> Path:
-    """Save it in sglang's format; not `plain` with a norm before fc, so that sglang's own layers compute it."""
+    """Save a drafter in sglang's format. Without `plain` it has a norm before fc, so sglang's own layers compute it."""
     weights = drafter_weights(target, draft_ids)
     if plain:
         weights.pop("input_norm.weight")
@@ -96,7 +96,7 @@ def save_drafter(folder: Path, target: Path, draft_ids: torch.Tensor, plain: boo
 
 
 class Reference:
-    """transformers' answer to what the engine says."""
+    """The transformers model with which the engine's results are compared."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
         from transformers import AutoModelForCausalLM
@@ -105,16 +105,19 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, rows: list[list[int]]) -> torch.Tensor:
-        """[rows, length, V] in float32, of rows of one length."""
+        """Return the logits [rows, length, V] in float32; all rows have the same length."""
         return self.model(torch.tensor(rows)).logits.float()
 
     def p_value(self, prompt: tuple[int, ...], responses: list[list[int]], length: int, temperature: float) -> float:
-        """Of the first `length` tokens of these draws under the exact law; sequences too rare to test are pooled."""
-        law = self.law(prompt, length, temperature, least=5 / len(responses))
-        assert len(law) >= 20, "nothing to test: the law is nearly one point"
+        """Test the first `length` tokens of the responses against the exact distribution, and return the p-value.
+
+        Sequences too rare to test are pooled.
+        """
+        exact = self.law(prompt, length, temperature, least=5 / len(responses))
+        assert len(exact) >= 20, "nothing to test: the distribution is nearly one point"
         drawn = Counter(tuple(response[:length]) for response in responses)
-        observed = [drawn[sequence] for sequence in law]
-        expected = [mass * len(responses) for mass in law.values()]
+        observed = [drawn[sequence] for sequence in exact]
+        expected = [mass * len(responses) for mass in exact.values()]
         rest = len(responses) - sum(observed), len(responses) - sum(expected)
         return float(chisquare([*observed, rest[0]], [*expected, rest[1]]).pvalue)
 
@@ -125,19 +128,19 @@ class Reference:
         return row[len(prompt) :]
 
     def law(self, prompt: tuple[int, ...], length: int, temperature: float, least: float) -> dict[tuple, float]:
-        """Probability of every sequence of `length` tokens after the prompt that has at least `least` of it."""
-        law: dict[tuple, float] = {(): 1.0}
+        """Return the probability of every sequence of `length` tokens after the prompt, if it is at least `least`."""
+        found: dict[tuple, float] = {(): 1.0}
         for _ in range(length):
-            logits = self.logits([[*prompt, *prefix] for prefix in law])[:, -1].double()
+            logits = self.logits([[*prompt, *prefix] for prefix in found])[:, -1].double()
             probs = (logits / temperature).softmax(-1)
             longer = {}
-            for (prefix, mass), row in zip(law.items(), probs, strict=True):
+            for (prefix, mass), row in zip(found.items(), probs, strict=True):
                 longer |= {(*prefix, t): mass * p for t, p in enumerate(row.tolist()) if mass * p >= least}
-            law = longer
-        return law
+            found = longer
+        return found
 
     def logprobs(self, prompt: tuple[int, ...], response: list[int], temperature: float = 1.0) -> torch.Tensor:
-        """Of each response token, at the temperature."""
+        """Return the log-prob of each response token at the temperature."""
         row = [*prompt, *response]
-        law = (self.logits([row])[0] / temperature).log_softmax(-1)
-        return law[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0]
+        scores = (self.logits([row])[0] / temperature).log_softmax(-1)
+        return scores[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0]

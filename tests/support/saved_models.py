@@ -18,7 +18,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def save_hf(folder: Path, family: str = "qwen2", tied: bool = False, dtype=torch.float32, shards: int = 2, **changes):
-    """A tiny Hugging Face folder with a tokenizer and a generation config; returns folder and config."""
+    """Save a tiny Hugging Face model with a tokenizer and a generation config; return its folder and config."""
     config = tiny_config(family, tied, layers=1, **changes)
     save_tiny_model(folder, config, dtype=dtype, shards=shards)
     tiny_tokenizer(config.vocab_size).save_pretrained(folder)
@@ -26,14 +26,14 @@ def save_hf(folder: Path, family: str = "qwen2", tied: bool = False, dtype=torch
 
 
 def random_state(config) -> dict[str, dict[str, torch.Tensor]]:
-    """By kind, float32 tensors under Hugging Face names."""
+    """Return random float32 tensors under Hugging Face names, by kind."""
     generator = torch.Generator().manual_seed(7)
     shapes = hf_model_shapes(config)
     return {kind: {n: torch.randn(s, generator=generator) for n, s in shapes.items()} for kind in KINDS}
 
 
 def save_checkpoint(folder: Path, hf: Path, config, state, tp: int = 2, dp: int = 3, dtype: str = "bf16") -> Path:
-    """A run's checkpoint of `state`, of each shard a stretch on every data-parallel rank, an empty one among them."""
+    """Save a run's checkpoint of `state`. Every data-parallel rank has a fragment of each shard; some are empty."""
     (folder / "actor").mkdir(parents=True)
     carry_over(hf, folder / "hf")
     for t in range(tp):
@@ -43,7 +43,7 @@ def save_checkpoint(folder: Path, hf: Path, config, state, tp: int = 2, dp: int 
                 flat = megatron_shard(name, lambda n, i, held=tensors: held[n][i], config, t, tp).reshape(-1)
                 cuts = [0, *(len(flat) * (rank + 1) // (dp + 1) for rank in range(dp - 1)), len(flat)]
                 if kind == "master" and dp > 1:
-                    cuts[1] = 0  # ZeRO may leave a rank without any of a parameter
+                    cuts[1] = 0  # ZeRO may give a rank no part of a parameter
                 for rank in range(dp):
                     files[rank][f"{kind}/{name}/{cuts[rank]}"] = flat[cuts[rank] : cuts[rank + 1]].clone()
         for rank, tensors in enumerate(files):
@@ -64,7 +64,7 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether names, shapes, dtypes and every bit agree."""
+    """Return whether names, shapes, dtypes and every bit are equal."""
     return first.keys() == second.keys() and all(
         tensor.dtype == second[name].dtype
         and tensor.shape == second[name].shape

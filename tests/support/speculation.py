@@ -21,7 +21,7 @@ IDENTITY = Identity(
     tp=1,
 )
 
-# A CPU computes and reads in turns: times rise with every token. Of the order of a 76M model on one thread.
+# A CPU computes and reads in turns, so times rise with every token. The values are like a 76M model's on one thread.
 CPU = CostModel(
     {
         "plain": Terms(fixed=0.010, weights=0.034, kv=4e-7, token=8e-4),
@@ -55,7 +55,7 @@ def profile_of(
     shapes: Sequence[Shape] = CHAINS,
     seed: int = 0,
 ) -> Profile:
-    """A profile of five repeats, each off by a normal relative error."""
+    """A profile of five repeats, each with a random error: the logarithm of its time is normal."""
     generator = np.random.default_rng(seed)
 
     def timing(piece: str, shape: Shape, batch: int, context: int) -> Timing:
@@ -75,7 +75,7 @@ def profile_of(
 def skewed_trace(
     responses: int = 64, acceptance: Sequence[float] = (0.8, 0.7, 0.6), longest: int = 2000, seed: int = 0
 ) -> Trace:
-    """Heavy-tailed lengths: most responses short, a few at the limit; groups of four."""
+    """A trace of heavy-tailed lengths: most responses short, a few at the limit; groups of four."""
     generator = np.random.default_rng(seed)
     lengths = np.minimum(generator.lognormal(5.0, 1.0, responses).astype(int) + 1, longest)
     prompt = np.repeat(generator.integers(20, 100, -(-responses // 4)), 4)[:responses]

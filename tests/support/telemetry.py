@@ -1,4 +1,4 @@
-"""Samples and step logs small enough to be worked out by hand."""
+"""Samples and decode logs that are small enough to compute their metrics by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plain_seconds(batch: np.ndarray, context: np.ndarray) -> np.ndarray:
 
 
 def hand_log(**changes) -> DecodeLog:
-    """A prompt read, two decode batches, another prompt, two decode batches: 5 s of decoding in all."""
+    """A log of a prefill, two decode batches, another prefill and two decode batches: 5 s of decoding in all."""
     columns = {
         "start": [0.0, 1.0, 2.0, 5.0, 5.5, 6.0],
         "prefill": [True, False, False, True, False, False],
@@ -41,7 +41,7 @@ def hand_log(**changes) -> DecodeLog:
         "survivors": [[0, 0], [4, 2], [0, 0], [0, 0], [1, 0], [2, 0]],
         "draft": [0.0, 0.2, 0.0, 0.0, 0.1, 0.1],
         "verify": [0.9, 0.7, 2.9, 0.4, 0.1, 0.35],
-        "extend": [0.1, 0.05, 0.0, 0.1, 0.05, 0.05],  # the last batch's parts are half a second
+        "extend": [0.1, 0.05, 0.0, 0.1, 0.05, 0.05],  # the parts of the last batch take 0.5 s
         "catch_up": [0.0, 0.0, 0.0, 0.0, 0.25, 0.0],
         "caught_up": [0, 0, 0, 0, 2, 0],
         "switch": [0.0] * 6,

@@ -1,4 +1,4 @@
-"""What a whole run needs, made in a second: a random actor with its tokenizer, and prompts."""
+"""The inputs of a whole run, made in a second: a random actor with its tokenizer, and prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.support.models import save_tiny_model, tiny_config, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
-# In float32 with seeded draws, a run follows from its configuration; weight decay moves an actor that solves nothing.
+# In float32 with seeded draws, the configuration determines a run. The actor solves nothing: weight decay changes it.
 SMALL = [
     "model.dtype=fp32", "run.device=cpu", "run.name=test", "speculation.algorithm=none", "drafter.path=null",
     "telemetry.trackers=[jsonl]", "telemetry.live='off'", "checkpoint.export_at_end=false", "data.template='{prompt}'",
@@ -22,7 +22,7 @@ SMALL = [
 
 
 def save_prompts(folder: Path) -> Path:
-    """A file of 32 short questions with their answers, in `folder`."""
+    """Write a file of 32 short questions with their answers to `folder`."""
     data = folder / "prompts.jsonl"
     rows = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(32)]
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -30,7 +30,7 @@ def save_prompts(folder: Path) -> Path:
 
 
 def tiny_run(folder: Path) -> list[str]:
-    """Make actor and prompts in `folder`; what launch/train.py is given besides for a short run with them."""
+    """Make actor and prompts in `folder`; return the arguments of launch/train.py for a short run with them."""
     actor = folder / "tiny_actor"
     save_tiny_model(actor, tiny_config("qwen3"))
     tiny_tokenizer().save_pretrained(actor)
@@ -39,7 +39,7 @@ def tiny_run(folder: Path) -> list[str]:
 
 
 def train(config, watchdog=None) -> None:
-    """One rank's part in a run, as launch/train.py does it, in a process that lives on; a watchdog runs already."""
+    """Run one rank as launch/train.py does, in a process that continues afterwards. `watchdog` must run already."""
     from respec_trainer.compat import prepare
 
     prepare("cpu")
@@ -53,18 +53,18 @@ def train(config, watchdog=None) -> None:
     job.actor.engine.destroy()
     job.close()
     del job
-    gc.collect()  # the process's next run must not meet what this one leaves
+    gc.collect()  # so that nothing of this run is left for the process's next run
 
 
 def numbers(steps: list[dict]) -> list[dict]:
-    """Metrics without what is measured in seconds."""
+    """Return the metrics without those that are measured in seconds."""
     return [{k: v for k, v in step.items() if not k.startswith("time/") and "per_second" not in k} for step in steps]
 
 
 def wait_for(file: Path, process: subprocess.Popen, seconds: float = 180) -> None:
-    """Until a run that writes to a pipe has made `file`. Fails with its words if it ends first."""
+    """Wait until a run that writes to a pipe has made `file`. Fails with its output if it ends first."""
     deadline = time.monotonic() + seconds
     while not file.is_file():
         assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"no {file.name} within the time"
+        assert time.monotonic() < deadline, f"no {file.name} within {seconds:.0f} s"
         time.sleep(0.1)

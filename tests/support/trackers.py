@@ -1,4 +1,4 @@
-"""MemoryTracker: a tracker as somebody outside the project would write it, for tests to look into."""
+"""MemoryTracker: a tracker as a user of the project would write it. Tests read the metrics that it keeps."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_the_solver_chooses_by_throughput(truth):
 
 
 def test_what_is_predicted_was_measured():
-    """With 3 % noise medians of five repeats have errors of 1.6 %, and their ratios 2.3 %: allow three times that."""
+    """Medians of five repeats with 3 % noise have errors of 1.6 %, and their ratios 2.3 %: allow three times that."""
     profile = profile_of(CPU, noise=0.03)
     predicted, measured = Solver.of(profile).table(BATCHES, 512, ACCEPTANCE), measured_table(profile, 512, ACCEPTANCE)
     assert (predicted.batches, predicted.shapes) == (measured.batches, measured.shapes)

@@ -1,9 +1,9 @@
-"""Processes that begin with their libraries imported: forked from a template, one of each kind a pytest process.
+"""Processes that start with their libraries imported: they are forked from a template, of which each kind has one.
 
-Imports are most of what starting a process takes: 7 of an engine's 10 seconds, all of a rank's. A template has done
-them and nothing else, so it has one thread and no state: what is forked from it goes on as a spawned process would.
-What tests start by a command (launchers, tools) begins as it does for users, and so does an engine within `spawned`,
-or one with a setting that sglang reads while it is imported.
+Imports take most of the time of a start: 7 of an engine's 10 seconds, all of a rank's. A template has done its imports
+and nothing else, so it has one thread and no state, and a process forked from it does the same as a spawned one.
+Processes that tests start by a command (launchers, tools) start as they do for users. So does an engine within
+`spawned`, or one with a setting that sglang reads on import.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from respec_trainer.rollout.sglang.isolation import environment_of, side_effects
 
 
 class Template(ForkServer):
-    """A fork server that has imported `preload`. `address` may go to other processes, whose children it forks too."""
+    """A fork server that has imported `preload`. Other processes may use it as well, by its `address`."""
 
     def __init__(self, preload: str, environment: dict[str, str | None]):
         super().__init__()
@@ -34,14 +34,14 @@ class Template(ForkServer):
 
     @property
     def address(self) -> str:
-        """Where it listens. It may still be importing."""
+        """The address at which the server listens. It may still be importing."""
         with environment_of(self._environment):
             self.ensure_running()
         return self._forkserver_address
 
     @contextlib.contextmanager
     def in_charge(self) -> Iterator[None]:
-        """Within the block, which begins once it has imported all, multiprocessing's fork server is this one."""
+        """Replace multiprocessing's fork server by this one within the block, which begins after the imports."""
         assert self.address
         with mock.patch.object(forkserver, "connect_to_new_process", self.connect_to_new_process):
             if not self._ready:
@@ -54,22 +54,22 @@ class Template(ForkServer):
 
 
 class OthersTemplate(Template):
-    """The template at `address`, which another process started and looks after."""
+    """The template at `address`, which another process started and will end."""
 
     def __init__(self, address: str):
         super().__init__("", {})
-        # A child is handed an end of the pipe by which a server knows whether it is still needed; here it is nobody's.
+        # Each child gets an end of a pipe by which its server detects that it is not needed. No server reads this pipe.
         self._forkserver_address, self._forkserver_alive_fd = address, os.pipe()[1]
 
     def ensure_running(self) -> None:
-        """It is."""
+        """Do nothing: the template runs already."""
 
 
-# Of the variables in which `SGLangProcess` hands on settings, those that sglang reads once, while it is imported, but
-# for SGLANG_FORCE_STREAM_INTERVAL, which `_Forked` takes up.
+# The variables by which `SGLangProcess` passes settings to sglang, and which sglang reads only on import.
+# SGLANG_FORCE_STREAM_INTERVAL is another one, but `_Forked` sets its value again.
 READ_AT_IMPORT = {"SGLANG_SIMULATE_ACC_LEN"}
 
-# Python that an engine's scheduler runs before it brings in this package's plugin; see `planted`.
+# Python code that an engine's scheduler runs before it loads this package's plugin; see `planted`.
 PLANT = "RESPEC_TEST_PLANT"
 
 ranks = Template("tests.support.processes.preload_rank", {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
@@ -77,7 +77,7 @@ engines: Template = Template("tests.support.processes.preload_engine", workers.e
 
 
 class _Forked:
-    """A worker of the engine that finds the environment it would have inherited, and ends with who asked for it."""
+    """A worker of an engine. It gets the environment of the process that started the engine, and ends with it."""
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"environment": dict(os.environ)}
@@ -106,7 +106,7 @@ def _end_with(parent: Any) -> None:
 
 class ForkedScheduler(_Forked, workers.SchedulerWorker):
     def __call__(self, *args: Any) -> None:
-        exec(os.environ.get(PLANT, ""), {})  # noqa: S102 - a test's own
+        exec(os.environ.get(PLANT, ""), {})  # noqa: S102 - the code of a test
         super().__call__(*args)
 
 
@@ -116,7 +116,7 @@ class ForkedDetokenizer(_Forked, workers.DetokenizerWorker):
 
 @contextlib.contextmanager
 def _side_effects_undone() -> Iterator[None]:
-    """sglang asks for spawned processes, once the environment is the engine's."""
+    """Fork the engine's processes within the block. sglang asks for spawned ones, after the environment is set."""
     set_method = multiprocessing.set_start_method
 
     def fork(method: str | None, force: bool = False) -> None:
@@ -128,7 +128,7 @@ def _side_effects_undone() -> Iterator[None]:
 
 
 def fork_engines(address: str | None = None) -> None:
-    """From now on the engines of this process are forked, from the template at `address` or from this process's own."""
+    """Fork this process's engines from now on: from the template at `address`, or from the process's own."""
     global engines
     if address is not None:
         engines = OthersTemplate(address)
@@ -138,14 +138,14 @@ def fork_engines(address: str | None = None) -> None:
 
 @contextlib.contextmanager
 def planted(code: str) -> Iterator[None]:
-    """Engines that are started within the block run `code` first, in their scheduler: for faults, and to listen."""
+    """Let engines that start within the block run `code` first in their scheduler, to plant faults or to record."""
     with mock.patch.dict(os.environ, {PLANT: code}):
         yield
 
 
 @contextlib.contextmanager
 def spawned() -> Iterator[None]:
-    """Within the block an engine's processes begin from nothing."""
+    """Spawn the processes of engines that start within the block, without a template."""
     originals = (side_effects_undone, *ForkedScheduler.__bases__[1:], *ForkedDetokenizer.__bases__[1:])
     with (
         mock.patch.object(sglang_process, "side_effects_undone", originals[0]),

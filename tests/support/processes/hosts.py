@@ -2,7 +2,7 @@
 
     with two_hosts() as hosts:
         process = hosts[0].start(command, log)
-        hosts[1].cut()                            # the cable; or .kill(), which is what a power cut does
+        hosts[1].cut()                            # pulls the cable out; .kill() ends the host
 
 A host is a process in new network, UTS, PID and mount namespaces; all that runs on it ends with it. Files are shared,
 as on a cluster.
@@ -29,7 +29,7 @@ NAMESPACES = ["--net", "--uts", "--pid", "--mount"]
 
 @functools.cache
 def missing() -> str | None:
-    """Why this machine cannot have such hosts; None if it can."""
+    """Return why this machine cannot have such hosts; None if it can."""
     tools = [tool for tool in ("ip", "unshare", "nsenter", "hostname") if shutil.which(tool) is None]
     if tools:
         return f"two hosts need {', '.join(tools)}"
@@ -42,12 +42,12 @@ def missing() -> str | None:
 
 
 class Host:
-    """`address` is known to the other; `init` is the process that the host lives by."""
+    """A host that the other one reaches at `address`. It exists as long as its process `init`."""
 
     def __init__(self, index: int):
         self.name, self.address = NAMES[index], NETWORK.format(index + 1)
-        life = f"hostname {self.name} && exec sleep infinity"
-        unshare = ["unshare", *NAMESPACES, "--mount-proc", "--fork", "--kill-child", "bash", "-c", life]
+        script = f"hostname {self.name} && exec sleep infinity"
+        unshare = ["unshare", *NAMESPACES, "--mount-proc", "--fork", "--kill-child", "bash", "-c", script]
         self._unshare = subprocess.Popen(unshare, stderr=subprocess.PIPE, text=True)
         self.init = self._wait_for_init()
         self._spaces = f"/proc/{self.init.pid}/ns/pid"
@@ -61,21 +61,21 @@ class Host:
             if children and children[0].name() == "sleep":
                 return children[0]
             time.sleep(0.02)
-        raise AssertionError(f"{self.name} did not come up")
+        raise AssertionError(f"{self.name} did not start within 20 s")
 
     def command(self, *words: str) -> list[str]:
-        """`words` as they are run on this host."""
+        """Return the command that runs `words` on this host."""
         return ["nsenter", "--target", str(self.init.pid), *NAMESPACES, *words]
 
     def start(self, words: Sequence[str], log: Path, **environment: str) -> subprocess.Popen:
-        """Run a command on this host; what it says goes to `log`."""
-        # gloo would take the address of the host's name, which is no other host's business here.
+        """Start a command on this host; its output goes to `log`."""
+        # gloo would use the address of the host's name, which the other host cannot reach.
         settings = os.environ | {"GLOO_SOCKET_IFNAME": CABLE} | environment
         with log.open("w") as file:
             return subprocess.Popen(self.command(*words), stdout=file, stderr=subprocess.STDOUT, env=settings)
 
     def processes(self) -> list[psutil.Process]:
-        """What runs on this host, but for `init`."""
+        """Return the processes on this host, without `init`."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
@@ -89,9 +89,9 @@ class Host:
         _run(*self.command("ip", "link", "set", CABLE, "down"))
 
     def lose_power(self) -> None:
-        """End what runs on it, too suddenly for a word to leave; then it is back, with nothing running."""
+        """End all processes so suddenly that no message is sent; then the host is back, with nothing running."""
         self.cut()
-        while found := self.processes():  # one that was being born is not in the first list
+        while found := self.processes():  # the first list lacks a process that was just starting
             for process in found:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -99,7 +99,7 @@ class Host:
         _run(*self.command("ip", "link", "set", CABLE, "up"))
 
     def kill(self) -> None:
-        """End the host with all that runs on it, without a word; safe to call twice."""
+        """End the host and all its processes at once; safe to call twice."""
         self._unshare.kill()
         self._unshare.wait()
         self._unshare.stderr.close()
@@ -107,7 +107,7 @@ class Host:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts that reach each other. Raises CalledProcessError or AssertionError where that is not permitted."""
+    """Make two hosts that reach each other. Raises CalledProcessError or AssertionError if that is not permitted."""
     with contextlib.ExitStack() as stack:
         hosts = []
         for index in range(2):

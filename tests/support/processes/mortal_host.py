@@ -1,9 +1,9 @@
-"""launch/train.py for an engine's host that is killed once: in the middle of the rollout that begins with a batch.
+"""launch/train.py for an engine's host that is killed once, in the middle of a rollout.
 
     python mortal_host.py FILE BATCH --config ...
 
-The process dies of the BATCHth batch of requests that its engine gets, unless FILE is there; FILE then says which
-process it was, and how many requests of the batch had been answered, of how many.
+The process kills itself while its engine runs the BATCHth batch of requests, unless FILE exists. Before, it writes to
+FILE its process id, how many requests of the batch were finished, and how many the batch had.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRAIN = Path(__file__).parents[3] / "launch/train.py"
 
 
 def main() -> None:
-    grave, batch = Path(sys.argv[1]), int(sys.argv[2])
+    report, batch = Path(sys.argv[1]), int(sys.argv[2])
     sys.argv = [str(TRAIN), *sys.argv[3:]]
     from respec_trainer.rollout.sglang.engine import SGLangEngine
 
@@ -31,17 +31,17 @@ def main() -> None:
 
     def submit_and_die(engine, requests):
         pending = submit(engine, requests)
-        if next(numbers) == batch and not grave.exists():
-            threading.Thread(target=_die, args=(pending, grave), daemon=True).start()
+        if next(numbers) == batch and not report.exists():
+            threading.Thread(target=_die, args=(pending, report), daemon=True).start()
         return pending
 
     with mock.patch.object(SGLangEngine, "submit", submit_and_die):
         runpy.run_path(str(TRAIN), run_name="__main__")
 
 
-def _die(pending, grave: Path) -> None:
+def _die(pending, report: Path) -> None:
     time.sleep(AFTER_SECONDS)
-    grave.write_text(f"{os.getpid()} {pending.done()} {len(pending.requests)}")
+    report.write_text(f"{os.getpid()} {pending.done()} {len(pending.requests)}")
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""The first and the last that a template does before it forks, see `forking`."""
+"""The first and the last step of a template before it forks; see `forking`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ collect_no_garbage()
 
 
 def become_template() -> None:
-    """Leave what was imported alone, and end without the farewells of libraries. Refuses threads: no fork has them."""
+    """Exclude imported objects from garbage collection, and end without the exit handlers of libraries.
+
+    Raises AssertionError if there are threads: a forked process would not have them.
+    """
     assert threading.active_count() == 1, f"imports started threads: {threading.enumerate()}"
     collect_garbage_again()
     atexit.register(_end, os.getpid())

@@ -1,4 +1,4 @@
-"""What an engine's process imports before the plugin's hooks go in, in the order of `sglang_workers`: for `forking`."""
+"""The imports of an engine's process before the plugin sets hooks, in the order of `sglang.workers`; see `forking`."""
 
 from __future__ import annotations
 

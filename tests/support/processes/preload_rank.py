@@ -1,4 +1,4 @@
-"""What a rank imports before its first call, as launch/train.py does, and to start an engine: for `forking`."""
+"""The imports of a rank before its first call, as in launch/train.py, and to start an engine; see `forking`."""
 
 from __future__ import annotations
 

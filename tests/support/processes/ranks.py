@@ -36,11 +36,11 @@ import psutil
 
 from respec_trainer.network import free_port
 
-# Groups that something still holds have threads that poll, dozens a call; in the end they take the tests' cores.
+# Process groups that are still referenced have threads that poll, dozens for each call. Too many take the tests' cores.
 MOST_THREADS = 150
-# Whether ranks, and their engines, begin with their imports done, which is for a CPU; the tests for GPUs say no.
+# Whether ranks and their engines are forked with imports done. That works only on a CPU, so tests on GPUs set False.
 FORKED = True
-GRACE = 5.0  # seconds the other ranks get to report, once one rank has failed
+GRACE = 5.0  # seconds in which the other ranks may report, after one rank has failed
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -84,15 +84,15 @@ class Ranks:
         return [answers[rank][1] for rank in range(self.world_size)]
 
     def _signal(self, number: signal.Signals) -> None:
-        """Between calls the processes are stopped: threads that poll take no time from the tests."""
+        """Send a signal. Between calls the processes are stopped, so that threads that poll take no time from tests."""
         for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
 
     def _collect(self, timeout: float) -> dict[int, tuple[bool, Any]]:
-        """(True, result) or (False, explanation) of every rank."""
+        """Return (True, result) or (False, explanation) of every rank."""
         answers: dict[int, tuple[bool, Any]] = {}
-        deadline = time.monotonic() + timeout + GRACE  # a hanging rank reports where, at `timeout`
+        deadline = time.monotonic() + timeout + GRACE  # a rank that hangs writes its stacks at `timeout`
         while len(answers) < self.world_size:
             waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
@@ -114,14 +114,14 @@ class Ranks:
 
     def _stacks(self, rank: int) -> str:
         self.logs[rank].seek(0)
-        return "its stacks, where it left any:\n" + self.logs[rank].read()
+        return "its stacks, if it wrote any:\n" + self.logs[rank].read()
 
     def _start(self) -> None:
         if self.processes:
             return
         context, engines, template = multiprocessing.get_context("spawn"), None, contextlib.nullcontext
         if FORKED:
-            from tests.support.processes import forking  # not above: a spawned rank sets its environment first
+            from tests.support.processes import forking  # not at the top: a spawned rank sets its environment first
 
             context, engines = multiprocessing.get_context("forkserver"), forking.engines.address
             template = forking.ranks.in_charge
@@ -147,12 +147,12 @@ class Ranks:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, log: str, environment: dict, engines: str | None) -> None:
-    """A rank's life: environment as `deepspeed --num_gpus N` makes it, then one call after the other."""
+    """Serve one call after the other, in an environment like that of `deepspeed --num_gpus N`."""
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    stacks = Path(log).open("w")  # noqa: SIM115 - open for the life of the process
+    stacks = Path(log).open("w")  # noqa: SIM115 - open until the process ends
     faulthandler.enable(stacks)
     if engines is not None:
         from tests.support.processes.forking import fork_engines
@@ -168,7 +168,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str, environment: 
         try:
             function, args = pickle.loads(work)
             answer = True, function(*args)
-        except BaseException:  # the parent shows it
+        except BaseException:  # the parent reports it
             answer = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
         pipe.send_bytes(pickle.dumps(answer))
@@ -177,12 +177,12 @@ def _serve(pipe: Connection, rank: int, world_size: int, log: str, environment: 
 
 
 def _destroy_engines() -> None:
-    """Backward hooks hold on to a DeepSpeed engine, and with it to its groups, where no collection of garbage looks."""
+    """Destroy DeepSpeed engines: backward hooks refer to them and their groups where garbage collection cannot look."""
     if "deepspeed" in sys.modules:
         from deepspeed import DeepSpeedEngine
 
         for engine in [thing for thing in gc.get_objects() if type(thing) is DeepSpeedEngine]:
-            with contextlib.suppress(AssertionError):  # hooks go first; then it may miss a group that is gone already
+            with contextlib.suppress(AssertionError):  # hooks are removed first; then a group may be missing
                 engine.destroy()
         gc.collect()
 

@@ -1,4 +1,4 @@
-"""Forked engines stand for spawned ones in other tests: they say the same, and none outlives the rank that asked."""
+"""Forked engines, which other tests use, generate the same as spawned ones, and end with the rank that started them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def die_with_an_engine(target: str, report: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_forked_engine_says_what_a_spawned_one_does_and_ends_with_its_rank(tmp_path):
+def test_a_forked_engine_generates_what_a_spawned_one_does_and_ends_with_its_rank(tmp_path):
     target = str(save_target(tmp_path / "target", "qwen3"))
     with pytest.raises(AssertionError, match="died with exit code -9"):
         run_ranks(1, die_with_an_engine, target, tmp_path / "report")
     response, child, is_own = json.loads((tmp_path / "report").read_text())
-    assert not is_own, "it is the template's"
+    assert not is_own, "the engine is a child of the rank, not of the template"
     deadline = time.monotonic() + 30
     while psutil.pid_exists(child):
         assert time.monotonic() < deadline, "the engine outlived its rank"

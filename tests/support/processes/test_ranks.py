@@ -1,4 +1,4 @@
-"""The helper that runs functions on ranks must not swallow what goes wrong on one of them."""
+"""The helper that runs functions on ranks must not hide an error on one of them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_results_come_in_rank_order_and_processes_are_used_again():
         (hang_on_one, "rank 0: no answer;.*hang_on_one"),
     ],
 )
-def test_failures_are_told_by_rank_and_the_next_call_works(function, message):
+def test_failures_name_their_rank_and_the_next_call_works(function, message):
     with pytest.raises(AssertionError, match=f"(?s){message}"):
         run_ranks(2, function, timeout=10.0 if function is not hang_on_one else 1.0)
     assert [t.item() for t in run_ranks(2, add_up, 1)] == [3, 3]

@@ -1,8 +1,8 @@
 """A rank under the watchdog, as launch/train.py is, with a loop of two phases and a collective in each.
 
-It starts a child, as a rank starts an engine, and prints one line once the ranks have met: its own process and the
-child's. On rank `victim` the `fault` happens in phase "train" of step 3: "sleep" or "raise"; "none": never. The loop
-ends once there is a file of the name in STOP_FILE.
+It starts a child, as a rank starts an engine. After the ranks have connected it prints one line: its own process id and
+the child's. On rank `victim` the `fault`, "sleep" or "raise", happens in phase "train" of step 3; "none": never. The
+loop ends when the file named by STOP_FILE exists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAULT_STEP = 3
 
 
 def live(environment: dict[str, str], out: Path, err: Path, *settings) -> None:
-    """Be such a rank, in a process that was forked for it: its output goes to the files `out` and `err`."""
+    """Run such a rank in a process that was forked for it; its output goes to the files `out` and `err`."""
     os.environ.clear()
     os.environ.update(environment)
     for stream, path in ((sys.stdout, out), (sys.stderr, err)):
