@@ -31,7 +31,8 @@ from respec_trainer.rewards.scoring import Scorer, Share
 from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.fleet.fleet import RolloutFleet
 from respec_trainer.rollout.remote.engine import RemoteEngine
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from respec_trainer.speculation.algorithms import algorithm_of
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.profiling.settings import depth_settings

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from respec_trainer.drafter.compatibility import ARCHITECTURE, check_maps, check_tensors, shape_for_target
-from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+from respec_trainer.drafter.eagle3 import Eagle3Drafter
+from respec_trainer.drafter.shape import DrafterShape
 from respec_trainer.drafter.vocabulary import FIXED, d2t, ids_from_d2t, t2d
 from respec_trainer.dtypes import long_name
 from respec_trainer.errors import ConfigError, RespecError

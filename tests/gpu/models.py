@@ -85,8 +85,9 @@ def _save_drafter(folder: Path, model, dtype: torch.dtype) -> None:
     Its attention finds the token itself, because like embeddings match, and carries the embedding less the feature,
     which the residual stream adds again. Of the two query heads that share a key head, the first is read.
     """
-    from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+    from respec_trainer.drafter.eagle3 import Eagle3Drafter
     from respec_trainer.drafter.format import save_drafter
+    from respec_trainer.drafter.shape import DrafterShape
 
     config = model.config
     drafter = Eagle3Drafter(DrafterShape.for_target(config, config.vocab_size, intermediate_size=64))

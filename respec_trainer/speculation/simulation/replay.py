@@ -10,10 +10,10 @@ from rich.table import Table
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.policy import DepthPolicy, FixedPolicy, OraclePolicy, StepTimes, ThresholdPolicy
+from respec_trainer.speculation.policy import FixedPolicy, OraclePolicy, StepTimes, ThresholdPolicy
 from respec_trainer.speculation.profiling.profile import Profile
 from respec_trainer.speculation.scheduler import DepthScheduler
-from respec_trainer.speculation.simulation.simulator import Outcome, Setting, simulate
+from respec_trainer.speculation.simulation.simulator import Outcome, Setting, SimulatedPolicy, simulate
 from respec_trainer.speculation.simulation.trace import Trace
 
 
@@ -30,7 +30,7 @@ def policy_named(
     setting: Setting,
     prior: Sequence[float] | None = None,
     explore: float = DepthSettings.explore,
-) -> Callable[[], DepthPolicy]:
+) -> Callable[[], SimulatedPolicy]:
     """Return a maker of the policy "adaptive", "off", "oracle", "s=K", or "s=K<=B", which is off above B sequences.
 
     "adaptive" is the engine's own scheduler. It starts from the acceptance `prior`, such as that of the last rollout;
