@@ -29,7 +29,6 @@ def policy_named(
     trace: Trace,
     setting: Setting,
     prior: Sequence[float] | None = None,
-    explore: float = DepthSettings.explore,
 ) -> Callable[[], SimulatedPolicy]:
     """Return a maker of the policy "adaptive", "off", "oracle", "s=K", or "s=K<=B", which is off above B sequences.
 
@@ -39,7 +38,7 @@ def policy_named(
     if name == "adaptive":
         longest = int((trace.prompt + trace.length).max())
         times = StepTimes(costs, candidates, min(setting.slots, len(trace)), longest)
-        return lambda: DepthScheduler(times, prior or trace.mean_acceptance(), explore)
+        return lambda: DepthScheduler(times, prior or trace.mean_acceptance(), DepthSettings.explore)
     if name == "oracle":
         return lambda: OraclePolicy(costs, candidates)
     fixed = re.fullmatch(r"s=(\d+)(?:<=(\d+))?", "s=0" if name == "off" else name)
