@@ -21,11 +21,11 @@ PUSHES = 5
 
 
 def run(pair: Pair, folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the results of each stage by its name; {"error": ...} for one that failed."""
+    """What each stage found, by its name; {"error": ...} where it failed."""
     claim()
     found: dict[str, dict[str, Any]] = {}
     with live(settings(pair, folder)) as parts:
-        for stage in (push_updates, continue_greedily, sleep_and_wake, keep_drafter, select_all):
+        for stage in (carry, speak, sleep_and_wake, survive, select_all):
             try:
                 found[stage.__name__] = stage(parts, pair)
             except Exception:  # noqa: BLE001 - the test of this stage shows it
@@ -84,7 +84,7 @@ def live(config):
         shutdown_parallel()
 
 
-def push_updates(parts, pair: Pair) -> dict[str, Any]:
+def carry(parts, pair: Pair) -> dict[str, Any]:
     """Updates and pushes: every tensor of both models has the digest it was sent with, or `push` raises."""
     speeds, pushes = [], []
     for number in range(PUSHES):
@@ -104,7 +104,7 @@ def push_updates(parts, pair: Pair) -> dict[str, Any]:
     }
 
 
-def continue_greedily(parts, pair: Pair) -> dict[str, Any]:
+def speak(parts, pair: Pair) -> dict[str, Any]:
     """The engine's greedy continuation, beside the actor's."""
     from respec_trainer.resync.canary import Canary
 
@@ -145,7 +145,7 @@ def sleep_and_wake(parts, pair: Pair) -> dict[str, Any]:
     return {"taken": taken, "at_least": wanted, "sleep_seconds": slept, "wake_and_push_seconds": woke}
 
 
-def keep_drafter(parts, pair: Pair) -> dict[str, Any]:
+def survive(parts, pair: Pair) -> dict[str, Any]:
     """Drafts and digests of the drafter before and after a sleep that a whole push ends."""
     before, digests = accept_length(parts, pair), parts.engine.digests("draft")
     parts.engine.sleep()
@@ -163,7 +163,7 @@ def select_all(parts, pair: Pair) -> dict[str, Any]:
     """What sglang's selector "all", which this package never uses, does to the drafter; then a whole push repairs it.
 
     The head's rows are sent in reverse, so that they are neither model's. Both models may draft well with them, because
-    both have them: only digests show the difference.
+    both have them: the digests tell.
     """
     from respec_trainer.rollout.sglang.weights import flat_bucket, serialize
 
@@ -201,7 +201,7 @@ def step(actor, pair: Pair) -> None:
 
 
 def accept_length(parts, pair: Pair) -> float:
-    """Return the mean of greedy responses: which drafts are kept depends on both models, and on nothing drawn."""
+    """Of greedy responses: which drafts are kept hangs on both models, and on nothing drawn."""
     from respec_trainer.rollout.sample import Request, SamplingParams
 
     params = SamplingParams(48, temperature=0.0, ignore_eos=True)

@@ -111,7 +111,7 @@ def _save_drafter(folder: Path, model, dtype: torch.dtype) -> None:
 
 
 def prompts(count: int, vocab: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Return prompts of 3 to 40 random tokens."""
+    """Of 3 to 40 random tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 41, (count,), generator=generator).tolist()
     return [tuple(torch.randint(3, vocab, (n,), generator=generator).tolist()) for n in lengths]

@@ -35,7 +35,7 @@ def devices() -> int:
 
 
 def used_bytes() -> int:
-    """Return the used bytes of the first GPU, by all processes; 0 in a rehearsal."""
+    """Of the first GPU, by all processes; 0 in a rehearsal."""
     if not ON_GPU:
         return 0
     free, total = torch.cuda.mem_get_info(0)

@@ -128,7 +128,7 @@ def capture(folder: Path, rows: list[tuple[int, ...]], layers: tuple[int, ...]) 
 
 @pytest.mark.point(1)
 def test_point_1_captured_features_are_the_engines(small, record, monkeypatch):
-    """What the drafter learns from in training is what the engine's drafter reads, for prompts."""
+    """Of prompts: what the drafter learns from in training is what the engine's drafter reads."""
     from respec_trainer.models.feature_layers import feature_layers
 
     rows = prompts(12, small.size.vocab, seed=5)

@@ -12,7 +12,7 @@ import sys
 
 from tests.gpu.place import DEVICE, FLOAT32, ON_GPU, REPOSITORY, search_path
 
-# Five cells of the chain, with filters, after a resync and after a sleep; a rehearsal has time for one.
+# Of the chain: two filters, after a resync, after a sleep; a rehearsal has time for one.
 CELLS, COUNT = ("EAGLE-3 chain, T=1.0", 5) if ON_GPU else ("EAGLE-3 chain, T=1.0, after sleep", 1)
 DRAWS, LIMIT = ("3072", "12288") if ON_GPU else ("768", "768")
 CONFIG = """

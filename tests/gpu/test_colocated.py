@@ -29,13 +29,13 @@ def stage(found, record):
 
 @pytest.mark.point(6)
 def test_point_6_weights_arrive_by_cuda_ipc_and_are_proved(stage):
-    carried = stage("push_updates")
+    carried = stage("carry")
     assert carried["transport"] == "IPCTransport"
     assert carried["version"] == f"actor-{colocated.PUSHES}"
 
 
-def test_the_engine_computes_the_actors_log_probs(stage):
-    assert stage("continue_greedily")["canary_error"] <= 0.25
+def test_the_engine_speaks_with_the_actors_voice(stage):
+    assert stage("speak")["canary_error"] <= 0.25
 
 
 def test_sleep_returns_the_memory_of_engine_and_actor(stage):
@@ -51,7 +51,7 @@ def test_sleep_returns_the_memory_of_engine_and_actor(stage):
 
 @pytest.mark.point(3)
 def test_point_3_the_drafter_survives_sleep_and_wake(stage):
-    seen = stage("keep_drafter")
+    seen = stage("survive")
     assert seen["same_digests"]
     assert seen["accept_length_before"] > 1.3, "a drafter that is never right would not be missed"
     # bf16: a batch that is put together otherwise may decide a near tie otherwise.

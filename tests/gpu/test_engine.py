@@ -122,7 +122,7 @@ def test_logprobs_are_the_laws(engine, reference, record):
 
 @pytest.mark.point(5)
 def test_point_5_what_keeping_the_drafters_cache_costs_while_it_is_off(engine, record):
-    """After plain steps the drafter reads each token at once (warm), or all of them later (defer)."""
+    """Of plain steps: the drafter reads each token at once (warm), or all of them later (defer)."""
     seconds, extend = {}, {}
     for off in ("defer", "warm"):
         engine.set_steps(replace(FIXED, fixed=0, off=off, timed=True))

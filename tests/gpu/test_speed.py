@@ -45,7 +45,7 @@ def test_throughput_by_batch_with_and_without_speculation(tmp_path, record):
     assert set(results) == {str(batch) for batch in BATCHES}
     accepted = [by_steps["3"]["accept_length"] for by_steps in results.values()]
     assert max(accepted) > 1.5, "acceptance is simulated at 2.5"
-    # For one token a GPU spends nearly all its time on reading 15 GB of weights; three more tokens cost little.
+    # Of reading 15 GB of weights for one token, a GPU spends nearly all its time; three more cost little.
     assert not ON_GPU or results["1"]["3"]["speedup"] > 1
 
 

@@ -107,7 +107,7 @@ def damage(path: Path) -> None:
 
 
 def toy_config(folder: Path, changes: dict | None = None) -> Config:
-    """Return the configuration of a run in `folder` that saves after every step."""
+    """Of a run in `folder` that saves after every step."""
     model = folder / "model"
     if not model.exists():
         tiny_config("llama").save_pretrained(model)

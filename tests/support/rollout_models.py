@@ -109,7 +109,7 @@ class Reference:
         return self.model(torch.tensor(rows)).logits.float()
 
     def p_value(self, prompt: tuple[int, ...], responses: list[list[int]], length: int, temperature: float) -> float:
-        """Return the p-value of the first `length` tokens of these draws under the law; rare sequences are pooled."""
+        """Of the first `length` tokens of these draws under the exact law; sequences too rare to test are pooled."""
         law = self.law(prompt, length, temperature, least=5 / len(responses))
         assert len(law) >= 20, "nothing to test: the law is nearly one point"
         drawn = Counter(tuple(response[:length]) for response in responses)
@@ -137,7 +137,7 @@ class Reference:
         return law
 
     def logprobs(self, prompt: tuple[int, ...], response: list[int], temperature: float = 1.0) -> torch.Tensor:
-        """Return the log-prob of each response token, at the temperature."""
+        """Of each response token, at the temperature."""
         row = [*prompt, *response]
         law = (self.logits([row])[0] / temperature).log_softmax(-1)
         return law[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""What an engine's process imports before the plugin's hooks, in the order of rollout/sglang/workers.py."""
+"""What an engine's process imports before the plugin's hooks go in, in the order of `sglang_workers`: for `forking`."""
 
 from __future__ import annotations
 
