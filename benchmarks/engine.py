@@ -128,7 +128,8 @@ def setup_transformers(_name: str, folder: Path, args: argparse.Namespace):
 def setup_engine(name: str, folder: Path, args: argparse.Namespace):
     from respec_trainer.config import EngineConfig, SpeculationConfig
     from respec_trainer.rollout.sample import Request, SamplingParams
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
 
     algorithm = "eagle3" if name == "eagle3" else "none"
     engine = SGLangEngine(

@@ -76,7 +76,8 @@ def measure(args, folder: Path) -> tuple[dict[str, list[float]], int]:
     from respec_trainer.resync.canary import Canary
     from respec_trainer.resync.transport import setup_transport
     from respec_trainer.rollout.fleet.fleet import RolloutFleet
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
 
     config = make_config(args, folder)
     topology = init_parallel(config)

@@ -40,7 +40,12 @@ from respec_trainer.speculation.policy import tokens_by_steps
 from respec_trainer.speculation.profiling.fit import fit_costs
 from respec_trainer.speculation.profiling.machine import identity_of
 from respec_trainer.speculation.profiling.profile import Profile, load_profile
-from respec_trainer.speculation.profiling.settings import NEUTRAL, adaptive_settings, drafter_config, longest_sequence
+from respec_trainer.speculation.profiling.settings import (
+    NEUTRAL,
+    adaptive_settings,
+    longest_sequence,
+    read_drafter_config,
+)
 from respec_trainer.speculation.shape import chain
 from respec_trainer.speculation.simulation.replay import candidates_of, policy_named
 from respec_trainer.speculation.simulation.simulator import Setting, simulate
@@ -132,7 +137,7 @@ def prepare_bench(args: argparse.Namespace) -> Bench:
     from transformers import AutoConfig
 
     model, profile = AutoConfig.from_pretrained(config.model.path), load_profile(args.profile)
-    identity = identity_of(config, model.to_dict(), drafter_config(config), resolve_device(config.run.device))
+    identity = identity_of(config, model.to_dict(), read_drafter_config(config), resolve_device(config.run.device))
     profile.check_fits(identity, str(args.profile))
     generator = np.random.default_rng(args.seed)
     lengths = np.minimum(generator.lognormal(np.log(args.median), 0.8, args.requests).astype(int) + 1, args.longest)
@@ -159,8 +164,8 @@ def prompts_of_run(config: Config, count: int) -> list[tuple[int, ...]]:
 def start_engine(bench: Bench, steps: DepthSettings | None):
     """Start an engine with changing draft steps, or without speculation (None)."""
     from respec_trainer.compat import prepare, resolve_device
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
-    from respec_trainer.rollout.sglang.settings import NO_SPECULATION
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import NO_SPECULATION, EngineSettings
 
     prepare(bench.config.run.device)
     settings = EngineSettings.from_config(bench.config, resolve_device(bench.config.run.device))

@@ -83,7 +83,8 @@ def start(root: Path, args: argparse.Namespace):
     """Start the engine with all numbers of draft steps and simulated acceptance; return it and its DepthSettings."""
     from respec_trainer.config import EngineConfig, SpeculationConfig
     from respec_trainer.rollout.decode_log import DepthSettings
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
 
     most, room = max(args.batches), PROMPT_TOKENS + args.tokens + 16
     candidates = tuple(sorted({0, *args.steps}))

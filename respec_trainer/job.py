@@ -31,7 +31,8 @@ from respec_trainer.rewards.scoring import Scorer, Share
 from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.fleet.fleet import RolloutFleet
 from respec_trainer.rollout.remote.engine import RemoteEngine
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from respec_trainer.speculation.algorithms import algorithm_of
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.profiling.settings import depth_settings
@@ -71,7 +72,7 @@ class Job:
         self.scorer = Scorer(config.reward, Share.of(self.topology), self.control)
         rank_info = LearnerRank.of(self.topology)
         self.learner = setup_learner(config, self.actor.hf_config, rank_info, self.control, self.report.notify)
-        self.steps = depth_settings(config, self.actor.hf_config, self.topology.device.type)
+        self.depth_settings = depth_settings(config, self.actor.hf_config, self.topology.device.type)
         self.report.phase("starting the rollout engine")
         if config.rollout.placement == "colocated":
             self.actor.offload()  # an engine sizes its cache by the memory that it finds free
@@ -85,7 +86,7 @@ class Job:
 
     def _make_engine(self, index: int) -> RolloutEngine:
         settings = EngineSettings.from_config(self.config, device=self.topology.device.type, index=index)
-        settings = replace(settings, steps=self.steps)
+        settings = replace(settings, steps=self.depth_settings)
         disaggregated = self.config.rollout.placement == "disaggregated"
         return RemoteEngine(settings, index) if disaggregated else SGLangEngine(settings)
 
@@ -118,7 +119,8 @@ class Job:
 
     def timelines(self) -> list[Timeline]:
         """Return the timelines of the phase just collected, if engines log it, with the profile's plain decoding."""
-        costs = CostModel.of_tuples(self.steps.costs) if self.steps and self.steps.costs else None
+        settings = self.depth_settings
+        costs = CostModel.of_tuples(settings.costs) if settings and settings.costs else None
         return [Timeline.of(log, costs.step_seconds if costs else None) for log in self.generation.take_decode_log()]
 
     def my_rows(self, total: int) -> slice:

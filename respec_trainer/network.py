@@ -40,12 +40,12 @@ def free_port() -> int:
     raise OSError("this host has no free TCP port")
 
 
-def is_free(port: int, address: str = "") -> bool:
+def is_free(port: int) -> bool:
     """Return whether a server could listen on `port` now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((address, port))
+            probe.bind(("", port))
         except OSError:
             return False
     return True

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -37,9 +37,8 @@ class RestartLimits:
 class Supervisor:
     """Runs one command at a time, in its own process group. A signal is passed on to the command, and ends both."""
 
-    def __init__(self, command: Sequence[str], limits: RestartLimits, notify: Callable[[str], None] | None = None):
+    def __init__(self, command: Sequence[str], limits: RestartLimits):
         self.command, self.limits = list(command), limits
-        self.notify = notify or (lambda text: print(f"supervise: {text}", file=sys.stderr, flush=True))
         self.received: int | None = None  # the signal that ends the supervisor
 
     def run(self) -> int:
@@ -63,6 +62,9 @@ class Supervisor:
                 return 128 + self.received
             restarts.append(now)
             self.notify(f"exit code {code}; restart {len(restarts)} of {self.limits.max_restarts}")
+
+    def notify(self, text: str) -> None:
+        print(f"supervise: {text}", file=sys.stderr, flush=True)
 
     def _is_last(self, code: int, restarts: int) -> bool:
         if code == CONFIGURATION:

@@ -82,13 +82,13 @@ def measure_chains(args: argparse.Namespace, config, device: str):
     from respec_trainer.rollout.decode_log import DepthSettings
     from respec_trainer.speculation.profiling.machine import identity_of
     from respec_trainer.speculation.profiling.measure import Plan, measure
-    from respec_trainer.speculation.profiling.settings import check_can_adapt, drafter_config, longest_sequence
+    from respec_trainer.speculation.profiling.settings import check_can_adapt, longest_sequence, read_drafter_config
 
     check_can_adapt(config)
     model = AutoConfig.from_pretrained(config.model.path)
     most, longest = config.rollout.engine.max_running_requests, longest_sequence(config, model)
     plan = Plan.of(most, longest, sorted({0, *args.steps}), device, args.quick, args.minutes)
-    identity = identity_of(config, model.to_dict(), drafter_config(config), device)
+    identity = identity_of(config, model.to_dict(), read_drafter_config(config), device)
     steps = DepthSettings("random", plan.candidates, most, longest, timed=True, simulated_accept_length=SIMULATED)
     # A prompt that is read in two passes occupies two slots until it has been read.
     slots = config.rollout.engine.model_copy(update={"max_running_requests": most + 1})
@@ -113,7 +113,8 @@ def running(config, device: str, **changes):
     """Start the run's engine with some of its settings changed, and shut it down at the end."""
     from dataclasses import replace
 
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
 
     settings = EngineSettings.from_config(config, device)
     if "engine" in changes:

@@ -1,4 +1,4 @@
-"""The policy being trained: Megatron tensor parallelism inside a DeepSpeed ZeRO engine."""
+"""The policy being trained, on every rank that trains: Megatron tensor parallelism inside a DeepSpeed ZeRO engine."""
 
 import warnings
 

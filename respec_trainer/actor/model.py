@@ -27,8 +27,6 @@ from respec_trainer.config import ActorConfig
 from respec_trainer.models.registry import family_of
 from respec_trainer.models.rules import head_dim, padded_vocab_size
 
-__all__ = ["PolicyModel", "build_model", "check_model", "megatron_config"]
-
 
 class PolicyModel(GPTModel):
     """A GPTModel whose forward pass returns the log-probs of given tokens, not all logits."""

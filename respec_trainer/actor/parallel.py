@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from respec_trainer.compat import resolve_device
 from respec_trainer.compat.deepspeed_cpu import prepare_deepspeed
 from respec_trainer.compat.megatron_cpu import prepare_megatron
 from respec_trainer.config import Config
@@ -100,9 +101,7 @@ class DeepSpeedMpu:
 
 
 def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cpu":
+    if resolve_device(wanted) == "cpu":
         return torch.device("cpu")
     local_rank, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local_rank >= visible:

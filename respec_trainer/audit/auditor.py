@@ -31,7 +31,8 @@ from respec_trainer.resync import Resync
 from respec_trainer.resync.transport import setup_transport
 from respec_trainer.rollout.batch import collate
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 
 # Overrides of an audit's configuration: one process, and float32, in which engine and actor agree up to rounding that

@@ -12,7 +12,7 @@ from respec_trainer.audit.report import CellResult, Standard
 from respec_trainer.audit.statistics import Evidence
 from respec_trainer.audit.tree import Prefix, joint_law
 from respec_trainer.rollout.engine import RolloutEngine
-from respec_trainer.rollout.sample import Request, Sample, SamplingParams
+from respec_trainer.rollout.sample import Request, Sample, SamplingParams, accept_length
 
 ROUND = 6144  # responses drawn between two checks of the power
 NEW_TOKENS = 24
@@ -76,7 +76,5 @@ def examine(
 
 
 def _result(name: str, evidence: Evidence, samples: list[Sample], seconds: float, faults: tuple[str, ...]):
-    passes = sum(s.verify_count for s in samples)
-    drafts = sum(d * n for s in samples for d, n in enumerate(s.accept_histogram))
-    accept = 1 + drafts / passes if passes else 1.0
-    return CellResult(name, evidence, len(samples), sum(len(s.response_ids) for s in samples), accept, seconds, faults)
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    return CellResult(name, evidence, len(samples), tokens, accept_length(samples), seconds, faults)

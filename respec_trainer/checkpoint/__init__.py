@@ -1,1 +1,1 @@
-"""Checkpoints of a run: saving, publishing, checking and resuming."""
+"""Checkpoints of a run: saving, publishing, checking and resuming, on every rank that trains."""

@@ -1,0 +1,1 @@
+"""The command respec-convert, one process without ranks: converts, compares and describes models."""

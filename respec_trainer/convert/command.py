@@ -216,10 +216,10 @@ def _config_json(folder: Path) -> dict:
 
 
 def _is_drafter(folder: Path) -> bool:
-    from respec_trainer.drafter.compatibility import ARCHITECTURE
+    from respec_trainer.models.llama import EAGLE3_DRAFTER
 
     config = folder / "config.json"
-    return config.is_file() and _config_json(folder).get("architectures") == [ARCHITECTURE]
+    return config.is_file() and _config_json(folder).get("architectures") == [EAGLE3_DRAFTER]
 
 
 def parse_dtype(name: str):

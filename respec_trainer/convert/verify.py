@@ -136,7 +136,7 @@ def logits_of(tensors: Tensors, hf_config, tokens: torch.Tensor) -> torch.Tensor
     return model(tokens, use_cache=False).logits
 
 
-def sample_tokens(hf_config, length: int, rows: int = 2) -> torch.Tensor:
-    """Return random tokens [rows, length] from the whole vocabulary, the same in every call."""
+def sample_tokens(hf_config, length: int) -> torch.Tensor:
+    """Return random tokens [2, length] from the whole vocabulary, the same in every call."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, hf_config.vocab_size, (rows, length), generator=generator)
+    return torch.randint(0, hf_config.vocab_size, (2, length), generator=generator)

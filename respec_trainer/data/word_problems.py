@@ -10,12 +10,11 @@ question, whatever their seeds.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -124,14 +123,6 @@ def check_mix(mix: Mapping[int, float]) -> None:
 def split_of(question: str) -> Split:
     """The split of a question, computed from its text alone."""
     return "test" if zlib.crc32(question.encode()) % TEST_SHARE == 0 else "train"
-
-
-def problems(
-    seed: int, mix: Mapping[int, float], largest: int = 30, split: Split = "train", start: int = 0
-) -> Iterator[Problem]:
-    """Yield the problems start, start + 1, ... of a seed, without end."""
-    for index in itertools.count(start):
-        yield make_problem(seed, index, mix, largest, split)
 
 
 def equations(problem: Problem) -> list[tuple[str, str]]:

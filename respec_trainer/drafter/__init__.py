@@ -1,1 +1,1 @@
-"""The EAGLE-3 drafter: the model, SGLang's format for it, and learning from the actor's own rollouts."""
+"""The EAGLE-3 drafter: its module, SGLang's file format for it, its losses, and distillation."""

@@ -15,10 +15,10 @@ from respec_trainer.drafter.shape import DrafterShape
 from respec_trainer.drafter.vocabulary import ids_from_d2t, t2d
 from respec_trainer.errors import ConfigError
 from respec_trainer.models.feature_layers import default_feature_layers
+from respec_trainer.models.llama import EAGLE3_DRAFTER
 from respec_trainer.models.rules import head_dim
 from respec_trainer.weights.hf_folder import HFFolder
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 REMEDY = "train a drafter for this actor with tools/train_drafter.py"
 # The drafter of eagle3.py has these values, or lacks the key. With other values SGLang computes a different model.
 PLAIN: dict[str, Any] = {
@@ -75,9 +75,9 @@ def _read(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"drafter.path: {path} cannot be read: {error}; {REMEDY}") from error
-    if not isinstance(config, dict) or config.get("architectures") != [ARCHITECTURE]:
+    if not isinstance(config, dict) or config.get("architectures") != [EAGLE3_DRAFTER]:
         found = config.get("architectures") if isinstance(config, dict) else type(config).__name__
-        raise ConfigError(f"drafter.path: architectures in {path} must be ['{ARCHITECTURE}'], not {found}; {REMEDY}")
+        raise ConfigError(f"drafter.path: architectures in {path} must be ['{EAGLE3_DRAFTER}'], not {found}; {REMEDY}")
     return config
 
 

@@ -18,8 +18,6 @@ from respec_trainer.drafter.muon import Muon
 from respec_trainer.drafter.teacher import Teacher
 from respec_trainer.errors import TrainingError
 
-__all__ = ["DistillSettings", "Evaluation", "distill", "distill_loss", "evaluate"]
-
 
 @dataclass(frozen=True)
 class DistillSettings:

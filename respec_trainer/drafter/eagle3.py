@@ -24,8 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from respec_trainer.drafter.shape import DrafterShape, inverse_frequencies
 
-__all__ = ["DrafterShape", "Eagle3Drafter", "shift_left"]
-
 QUERY_BLOCK = 512  # queries whose attention scores are in memory at one time: [B, heads, 512, S]
 
 

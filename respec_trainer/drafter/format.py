@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from respec_trainer.drafter.compatibility import ARCHITECTURE, check_maps, check_tensors, shape_for_target
-from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+from respec_trainer.drafter.compatibility import check_maps, check_tensors, shape_for_target
+from respec_trainer.drafter.eagle3 import Eagle3Drafter
+from respec_trainer.drafter.shape import DrafterShape
 from respec_trainer.drafter.vocabulary import FIXED, d2t, ids_from_d2t, t2d
 from respec_trainer.dtypes import long_name
 from respec_trainer.errors import ConfigError, RespecError
 from respec_trainer.models.feature_layers import default_feature_layers
-from respec_trainer.models.llama import LLAMA
+from respec_trainer.models.llama import EAGLE3_DRAFTER, LLAMA
 from respec_trainer.weights.hf_folder import HFFolder
 
 
@@ -29,7 +30,7 @@ def drafter_config(shape: DrafterShape, dtype: torch.dtype = torch.bfloat16) -> 
     # other, and SGLang shares one rope cache between target and drafter only if the order of the keys agrees too.
     rope = dict(shape.rope)
     config = {
-        "architectures": [ARCHITECTURE],
+        "architectures": [EAGLE3_DRAFTER],
         "model_type": LLAMA.model_type,
         "torch_dtype": long_name(dtype),
         "hidden_size": shape.hidden_size,

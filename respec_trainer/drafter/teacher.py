@@ -19,6 +19,8 @@ from respec_trainer.compat.torchvision_cpu import define_torchvision_operators
 from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.models.registry import family_of
 
+CHUNK = 1024  # largest number of tokens whose logits over the whole vocabulary are in memory at one time
+
 
 @dataclass(frozen=True)
 class TeacherOutput:
@@ -42,8 +44,7 @@ class HFTeacher:
         folder: the actor's folder.
         draft_ids: the draft vocabulary, [Vd].
         feature_layers: 0-based layers whose outputs are the features; never the last.
-        dtype, device: of the model and its outputs.
-        chunk: largest number of tokens whose logits over the whole vocabulary are in memory at one time.
+        device: of the model and its outputs, which are float32.
 
     Raises ValueError for feature layers that the model does not have, or the last one.
     """
@@ -53,20 +54,19 @@ class HFTeacher:
         folder: Path | str,
         draft_ids: torch.Tensor,
         feature_layers: Sequence[int],
-        dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        chunk: int = 1024,
     ):
         define_torchvision_operators()
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.layers = self.model.get_submodule(family_of(self.model.config).names.layers)
         last = self.model.config.num_hidden_layers - 1
         if not all(0 <= layer < last for layer in feature_layers):
             raise ValueError(f"feature layers {list(feature_layers)} must be among layers 0 to {last - 1}")
         self.feature_layers = tuple(feature_layers)
-        self.draft_ids, self.chunk = draft_ids.to(device), chunk
+        self.draft_ids = draft_ids.to(device)
 
     @torch.no_grad()
     def __call__(self, batch: DrafterBatch) -> TeacherOutput:
@@ -74,7 +74,7 @@ class HFTeacher:
         with LayerOutputs(self.layers, self.feature_layers) as outputs:
             hidden = self.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
         rows = hidden[:, :-1][batch.response_mask[:, 1:]]  # the position before a token predicts it
-        logits, logsumexp = draft_scores(rows, self.model.get_output_embeddings().weight, self.draft_ids, self.chunk)
+        logits, logsumexp = draft_scores(rows, self.model.get_output_embeddings().weight, self.draft_ids, CHUNK)
         embeddings = self.model.get_input_embeddings()(batch.tokens)
         return TeacherOutput(torch.cat(outputs, -1), embeddings, logits, logsumexp, self.draft_ids)
 

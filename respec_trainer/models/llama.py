@@ -8,6 +8,9 @@ from respec_trainer.models.limits import DECODER_LIMITS
 from respec_trainer.models.names import Names, fused_modules
 from respec_trainer.models.rules import decoder_layer, outside_layers
 
+# SGLang's class of EAGLE-3 drafters for any family. Their weights have a Llama's names.
+EAGLE3_DRAFTER = "LlamaForCausalLMEagle3"
+
 NAMES = Names()
 LLAMA = Family(
     model_type="llama",

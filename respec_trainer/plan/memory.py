@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from respec_trainer.config import Config
 from respec_trainer.drafter.online.buffer import MB
-from respec_trainer.drafter.shape import DrafterShape
+from respec_trainer.drafter.shape import VOCABULARY_MULTIPLE, DrafterShape
 from respec_trainer.dtypes import DTYPES
 from respec_trainer.plan.learner import learner_parts, learns
 from respec_trainer.plan.part import PHASES, Part, Phase
@@ -96,9 +96,8 @@ def plan_memory(
         *learner_parts(config, drafter, longest),
     ]
     engine = _engine_parts(config, hf_config, drafter, width)
-    taken = (
-        sum(part.bytes for part in trainer if part.phases == PHASES) if layout.colocated else 0
-    )  # when the engine starts
+    # The memory that is taken when the engine starts.
+    taken = sum(part.bytes for part in trainer if part.phases == PHASES) if layout.colocated else 0
     cell = cache_bytes(hf_config, config.rollout.engine.tp, width)
     cell += cell // hf_config.num_hidden_layers if drafter else 0  # the drafter has one layer
     tokens = _pool_tokens(config, engine, gpu_bytes - taken, cell)
@@ -120,7 +119,7 @@ def drafter_sizes(config: Config, hf_config, draft_vocab: int | None) -> Drafter
     """Return the sizes of the EAGLE-3 drafter; None if the algorithm has none."""
     if algorithm_of(config.speculation).folder is not DrafterFolder.EAGLE3:
         return None
-    size = draft_vocab or min(DRAFT_VOCABULARY, hf_config.vocab_size // 64 * 64)
+    size = draft_vocab or min(DRAFT_VOCABULARY, hf_config.vocab_size // VOCABULARY_MULTIPLE * VOCABULARY_MULTIPLE)
     return DrafterSizes(DrafterShape.for_target(hf_config, size))
 
 

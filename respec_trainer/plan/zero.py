@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from respec_trainer.plan.sizes import FLOAT
+
 BUCKET = 50_000_000  # numbers; `reduce_bucket_size` of actor/engine.py
 LIVE = 1_000_000_000  # numbers that ZeRO-3 may keep gathered
-FLOAT = 4
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from respec_trainer.data.prompts import Prompt, PromptSet, PromptStream, check_t
 from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.drafter.distill import DistillSettings, Evaluation, distill, evaluate
 from respec_trainer.drafter.divergence import LossKind
-from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.format import load_drafter, save_drafter
-from respec_trainer.drafter.shape import inverse_frequencies
+from respec_trainer.drafter.shape import VOCABULARY_MULTIPLE, DrafterShape, inverse_frequencies
 from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.drafter.vocabulary import LEAST_COVERAGE, coverage, draft_vocabulary
 from respec_trainer.errors import ConfigError, DataError
@@ -88,7 +88,7 @@ class TrainingRecipe(Section):
 
 class DrafterRecipe(Section):
     seed: NonNegativeInt = 0
-    draft_vocab: Annotated[int, Field(ge=64, multiple_of=64)]
+    draft_vocab: Annotated[int, Field(ge=VOCABULARY_MULTIPLE, multiple_of=VOCABULARY_MULTIPLE)]
     draft_steps: PositiveInt = 3  # draft steps for which an accept length is predicted
     prompts: PromptFormat = PromptFormat()
     rollouts: RolloutRecipe
@@ -221,7 +221,8 @@ def _requests(recipe: DrafterRecipe, prompts: list[Prompt]) -> list[Request]:
 
 def engine_sampler(recipe: DrafterRecipe, actor: Path, device: str) -> Sampler:
     """Return a sampler that starts an SGLang engine for each call, and stops it at the end."""
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
 
     def sample(requests: Sequence[Request]) -> list[Sample]:
         engine = recipe.rollouts.engine

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from respec_trainer.compat.precision import bf16_is_quick
 from respec_trainer.drafter.muon import Muon
+from respec_trainer.recipes.lessons import IGNORED
 
 CLIP = 1.0
 
@@ -50,7 +51,7 @@ def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor,
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     wanted = targets[:, 1:]
     loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")
-    return loss, int((wanted != -100).sum())
+    return loss, int((wanted != IGNORED).sum())
 
 
 def setup_optimizers(model: nn.Module, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:

@@ -1,4 +1,4 @@
-"""Weight transfer from the trainer to the rollout engines: gather the shards, send them, verify every tensor."""
+"""Weight transfer from the ranks that train to the engines: gather the shards, send them, verify every tensor."""
 
 from respec_trainer.resync.resync import Resync, ResyncReport
 

@@ -52,7 +52,7 @@ class BroadcastTransport(Transport):
         world = 1 + len(self.engine_ranks) * self.engine_tp
         timeout = timedelta(seconds=self.settings.timeout)
         if self.rank == 0:
-            address = _own_address()
+            address = _address_of_rank_0()
             store = dist.TCPStore(address, self.settings.port or 0, world, True, timeout, wait_for_workers=False)
             endpoint = address, store.port
         endpoint = broadcast(endpoint, group=self.control)
@@ -94,6 +94,6 @@ def _make_group(name: str, store: dist.Store, world: int, backend: str, timeout:
     )
 
 
-def _own_address() -> str:
+def _address_of_rank_0() -> str:
     """Return the address at which engines on other hosts reach this host: the launcher's address of rank 0."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1")

@@ -19,9 +19,7 @@ class Held:
     """The weights of one model that the engines must hold."""
 
     version: str
-    digests: dict[str, str] = field(
-        default_factory=dict
-    )  # of every tensor, by the name it was sent with; or empty, if unknown
+    digests: dict[str, str] = field(default_factory=dict)  # by the name a tensor was sent with; empty: unknown
 
 
 def check(role: Role, sent: Held, held: Mapping[str, str], pushed: bool = True) -> None:

@@ -69,11 +69,9 @@ class Gathered:
         return found
 
 
-def numel_of(shapes: Shapes | Iterable[Shapes]) -> int:
+def numel_of(shapes: Shapes) -> int:
     """Return the number of elements of all tensors of these shapes."""
-    if isinstance(shapes, dict):
-        return sum(torch.Size(shape).numel() for shape in shapes.values())
-    return sum(map(numel_of, shapes))
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
 def flat_tensors(shapes: Shapes, dtype: torch.dtype, workspace: Workspace, flat: str) -> dict[str, torch.Tensor]:
@@ -191,9 +189,8 @@ class ActorStream:
     def _carry_out(self, ops: list[dist.P2POp], bucket: Sequence[Planned]) -> None:
         peer = ops[0].peer
         try:
-            for op, work in zip(
-                ops, dist.batch_isend_irecv(ops), strict=False
-            ):  # NCCL returns one work for all of them
+            works = dist.batch_isend_irecv(ops)  # NCCL returns one for all of them
+            for op, work in zip(ops, works, strict=False):
                 peer = op.peer
                 work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:

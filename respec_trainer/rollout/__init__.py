@@ -1,1 +1,1 @@
-"""Sample generation: the rollout engines, and the parts that sglang needs on a machine without a GPU."""
+"""What all rollout engines have in common, and what the trainer's side and sglang's side of an engine agree on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -63,7 +64,11 @@ class Sample:
     @property
     def accept_length(self) -> float:
         """Tokens gained per verify pass, the bonus token included; 1.0 without speculation."""
-        if not self.verify_count:
-            return 1.0
-        drafts = sum(depth * count for depth, count in enumerate(self.accept_histogram))
-        return 1.0 + drafts / self.verify_count
+        return accept_length([self])
+
+
+def accept_length(samples: Sequence[Sample]) -> float:
+    """Return the tokens gained per verify pass of all samples, the bonus token included; 1.0 without speculation."""
+    passes = sum(sample.verify_count for sample in samples)
+    drafts = sum(depth * count for sample in samples for depth, count in enumerate(sample.accept_histogram))
+    return 1.0 + drafts / passes if passes else 1.0

@@ -1,1 +1,1 @@
-"""The Adaptive Server: the cost of speculation on this hardware, policies that follow from it, and their simulation."""
+"""The Adaptive Server: the cost of speculation on this hardware, and policies that choose draft steps by it."""

@@ -8,30 +8,12 @@ in plain Python.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from respec_trainer.rollout.decode_log import DepthSettings, check_candidates
 from respec_trainer.speculation.cost import CostModel, Work, seconds
 from respec_trainer.speculation.shape import chain
-
-
-class DepthPolicy(Protocol):
-    """The interface that the simulator calls; `scheduler.DepthScheduler` is a policy that also runs in the engine."""
-
-    # True: the simulator passes the true acceptance to `set_acceptance`, and switching costs nothing.
-    # False: the policy estimates acceptance from `observe`, and switching costs time.
-    informed: bool
-
-    def choose(self, batch: int, context: float, missed: float) -> int:
-        """Return the draft steps for `batch` sequences of `context` tokens on average; 0 is plain decoding.
-
-        `missed` is the mean number of tokens of a sequence that its drafter has not read.
-        """
-
-    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
-        """Receive the outcome of a batch of `steps` drafts: survivors[d] sequences kept at least d + 1 drafts."""
 
 
 class FixedPolicy:

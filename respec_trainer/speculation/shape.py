@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from respec_trainer.errors import ConfigError
+from respec_trainer.speculation.algorithms.trees import drafted_tokens
 
 
 class Shape(NamedTuple):
@@ -39,11 +40,6 @@ class Shape(NamedTuple):
 
 
 OFF = Shape(0, 1, 1)
-
-
-def drafted_tokens(steps: int, topk: int) -> int:
-    """Return the drafted tokens of a tree: each step after the first adds topk tokens to each of topk branches."""
-    return topk + (steps - 1) * topk**2
 
 
 def chain(steps: int) -> Shape:

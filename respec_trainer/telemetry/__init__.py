@@ -1,1 +1,1 @@
-"""Reports of a run for its user: metrics, live progress, samples, traces, a summary at the end, and an HTML page."""
+"""Reports of a run, written by the first rank: metrics, live progress, samples, traces, a summary, an HTML page."""

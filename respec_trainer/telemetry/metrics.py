@@ -10,7 +10,7 @@ import numpy as np
 
 from respec_trainer.config import SpeculationConfig
 from respec_trainer.rewards.contract import CORRECT
-from respec_trainer.rollout.sample import UNDRAFTED, Sample
+from respec_trainer.rollout.sample import UNDRAFTED, Sample, accept_length
 from respec_trainer.speculation.acceptance import depth_acceptance
 from respec_trainer.speculation.algorithms import algorithm_of, is_lossy
 from respec_trainer.telemetry.timeline import Timeline, acceptance_by_depth, mean_by_time, pool, switches
@@ -68,18 +68,16 @@ def speculation_metrics(
 
 
 def _sample_metrics(samples: Sequence[Sample], speculation: SpeculationConfig) -> dict[str, float | list[float]]:
-    passes = sum(sample.verify_count for sample in samples)
     decoded = [origin for sample in samples for origin in sample.origins[1:]]
     common = {
         "spec/off_fraction": decoded.count(UNDRAFTED) / max(len(decoded), 1),
         "spec/lossy": int(is_lossy(speculation)),
     }
-    if not passes:
+    if not any(sample.verify_count for sample in samples):
         return common | {"spec/accept_length": 1.0, "spec/steps": 0, "spec/accept_by_depth": []}
     histogram = [sum(counts) for counts in zip_longest(*(s.accept_histogram for s in samples), fillvalue=0)]
-    drafts = sum(depth * count for depth, count in enumerate(histogram))
     return common | {
-        "spec/accept_length": 1.0 + drafts / passes,
+        "spec/accept_length": accept_length(samples),
         "spec/steps": algorithm_of(speculation).depth(speculation),
         "spec/accept_by_depth": depth_acceptance(histogram),
     }

@@ -1,4 +1,4 @@
-"""The watchdog: ends the run on all ranks, with one message, if a rank hangs or a rank, host or link is gone."""
+"""The watchdog, a thread of every rank: ends the run, with one message, if a rank hangs or is gone."""
 
 from respec_trainer.watchdog.watchdog import Watchdog
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from respec_trainer.errors import ConfigError
 
-DTYPES = {
+BY_CODE = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,7 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in BY_CODE.items()}
 PIECE = 1 << 20  # bytes written, or read for a digest, at one time: they stay in the processor's cache
 WRITEBACK = 1 << 26  # bytes written before they are sent to the disk
 MAPPED = 1 << 28  # bytes read from a file before it is mapped again
@@ -149,9 +149,9 @@ class MappedFile:
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor. Raises ConfigError if this package does not support it."""
         code = self._file.get_slice(name).get_dtype()
-        if code not in DTYPES:
+        if code not in BY_CODE:
             raise ConfigError(f"{self.path}: {name} is of dtype {code}, which is not supported")
-        return DTYPES[code]
+        return BY_CODE[code]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
         """Return the part of tensor `name` that `index` selects; all of it for ()."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter, shift_left, unrolled_attention
+from respec_trainer.drafter.eagle3 import Eagle3Drafter, shift_left, unrolled_attention
+from respec_trainer.drafter.shape import DrafterShape
 from tests.support.drafters import target_config, tiny_drafter
 
 STEPS, LENGTH = 4, 9

@@ -63,7 +63,8 @@ def live(config):
     from respec_trainer.resync import Resync
     from respec_trainer.resync.ipc import IPCTransport
     from respec_trainer.resync.transport import setup_transport
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
 
     topology = init_parallel(config)
     control = dist.new_group(backend="gloo")

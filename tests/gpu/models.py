@@ -90,8 +90,9 @@ def _save_drafter(folder: Path, model, dtype: torch.dtype) -> None:
     feature, and the residual stream adds the feature again. Only the first of the two query heads that share a key
     head is used.
     """
-    from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+    from respec_trainer.drafter.eagle3 import Eagle3Drafter
     from respec_trainer.drafter.format import save_drafter
+    from respec_trainer.drafter.shape import DrafterShape
 
     config = model.config
     drafter = Eagle3Drafter(DrafterShape.for_target(config, config.vocab_size, intermediate_size=64))

@@ -147,7 +147,8 @@ def engine_features(pair, rows, monkeypatch) -> list[torch.Tensor]:
     """Return the features [L, 3H] of each prompt, from an engine that is started so that it returns hidden states."""
     from respec_trainer.config import EngineConfig, SpeculationConfig
     from respec_trainer.rollout.sglang import process as sglang_process
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
 
     arguments = sglang_process.server_arguments
     extra = {"enable_return_hidden_states": True, "disable_radix_cache": True}

@@ -32,7 +32,8 @@ def reference(small):
 @pytest.fixture(scope="module")
 def engine(small):
     from respec_trainer.config import EngineConfig, SpeculationConfig
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
 
     engine = SGLangEngine(
         EngineSettings(

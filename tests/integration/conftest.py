@@ -41,8 +41,9 @@ def small_drafter(small_actor) -> Path:
     import torch
 
     from respec_trainer.actor.loading import load_hf_config
-    from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+    from respec_trainer.drafter.eagle3 import Eagle3Drafter
     from respec_trainer.drafter.format import save_drafter
+    from respec_trainer.drafter.shape import DrafterShape
 
     hf_config = load_hf_config(small_actor)
     folder = small_actor.parent / "drafter"

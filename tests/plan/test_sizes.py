@@ -7,8 +7,9 @@ import torch
 
 from respec_trainer.config import DrafterConfig
 from respec_trainer.drafter.batch import DrafterBatch
-from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.online.updates import DrafterUpdates, drafter_loss
+from respec_trainer.drafter.shape import DrafterShape
 from respec_trainer.drafter.teacher import TeacherOutput
 from respec_trainer.plan.sizes import DrafterSizes
 from tests.support.models import tiny_config

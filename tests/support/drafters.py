@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from respec_trainer.drafter.batch import DrafterBatch
-from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.online.buffer import Row, Snapshot
+from respec_trainer.drafter.shape import DrafterShape
 from tests.support.models import tiny_config
 
 DRAFT_IDS = torch.arange(64) * 2 + 1  # of the tiny models' 131 tokens

@@ -17,8 +17,9 @@ def save_random_pair(root: Path) -> tuple[Path, Path]:
     """Save a target and a random drafter, and return their folders. Few drafts are accepted, but all are verified."""
     import torch
 
-    from respec_trainer.drafter.eagle3 import DrafterShape, Eagle3Drafter
+    from respec_trainer.drafter.eagle3 import Eagle3Drafter
     from respec_trainer.drafter.format import save_drafter
+    from respec_trainer.drafter.shape import DrafterShape
 
     hf_config = tiny_config("qwen3", vocab_size=VOCAB, layers=4)
     target = save_tiny_model(root / "target", hf_config)
@@ -58,7 +59,8 @@ def live(config):
     from respec_trainer.resync.canary import Canary
     from respec_trainer.resync.transport import setup_transport
     from respec_trainer.rollout.fleet.fleet import RolloutFleet
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
     from respec_trainer.speculation.algorithms import algorithm_of
 
     topology = init_parallel(config)

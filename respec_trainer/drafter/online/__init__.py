@@ -1,0 +1,1 @@
+"""The Online Learner: trains the drafter during a run, on every rank that trains."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -12,10 +12,8 @@ from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, predicted_accept_length
 from respec_trainer.drafter.online.buffer import Row
 from respec_trainer.drafter.online.recall import recall
-from respec_trainer.drafter.online.updates import drafter_loss
+from respec_trainer.drafter.online.updates import PARTS, drafter_loss
 from respec_trainer.drafter.walk import pass_tokens
-
-PARTS = [part.name for part in fields(DepthSums)]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from respec_trainer.drafter.online.measure import Measurement
 from respec_trainer.drafter.online.rows import StepRows
 from respec_trainer.drafter.online.updates import DrafterUpdates, Outcome
 from respec_trainer.drafter.vocabulary import LEAST_COVERAGE, coverage
-from respec_trainer.rollout.sample import Sample
+from respec_trainer.rollout.sample import Sample, accept_length
 
 
 class StepRecord:
@@ -56,9 +56,7 @@ class StepRecord:
             )
         seen = [self.learned_from.get(version, 0) for version in {sample.drafter_version for sample in samples}]
         self.steps |= {"drafter/coverage": covered, "drafter/staleness": self.iteration - min(seen, default=0)}
-        passes = sum(sample.verify_count for sample in samples)
-        drafts = sum(depth * count for sample in samples for depth, count in enumerate(sample.accept_histogram))
-        self.accept_length = 1.0 + drafts / passes if passes else 1.0
+        self.accept_length = accept_length(samples)
 
     def outcome(self, outcome: Outcome, updates: DrafterUpdates) -> None:
         self.dropped += not outcome.finite

@@ -24,7 +24,7 @@ from respec_trainer.drafter.online.recall import AtTemperature
 from respec_trainer.drafter.teacher import TeacherOutput
 
 CHUNK = 1024  # largest number of tokens whose draft logits are in memory at one time
-PARTS = [part.name for part in fields(DepthSums)]
+PARTS = [part.name for part in fields(DepthSums)]  # in the order of a flat tensor
 Micro = tuple[DrafterBatch, TeacherOutput]
 
 

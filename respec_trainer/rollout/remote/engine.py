@@ -12,7 +12,6 @@ import itertools
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -23,7 +22,6 @@ from respec_trainer.rollout.decode_log import DecodeLog
 from respec_trainer.rollout.engine import Pending, Role, RolloutEngine, TensorSpec
 from respec_trainer.rollout.remote.link import Connection, HostAbsentError, close, cut, job_store, reach
 from respec_trainer.rollout.sample import Request, Sample
-from respec_trainer.rollout.sglang.engine import SEEDS_BETWEEN_LIVES
 from respec_trainer.rollout.sglang.settings import EngineSettings
 
 BEATS = 20  # heartbeats that a host sends within rollout.engine.timeout
@@ -229,8 +227,7 @@ class RemoteEngine(RolloutEngine):
         try:
             self.host = self._compare(caller)
             # A new host counts its engine's starts from 0, but no two starts may use the same seed.
-            seed = (self.settings.seed + self._lives * SEEDS_BETWEEN_LIVES) % 2**31
-            caller.call("make", replace(self.settings, seed=seed)).result()
+            caller.call("make", self.settings.of_start(self._lives)).result()
         except BaseException:
             caller.close()
             raise

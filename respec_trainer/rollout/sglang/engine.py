@@ -19,10 +19,6 @@ from respec_trainer.rollout.sglang.process import SGLangProcess
 from respec_trainer.rollout.sglang.settings import EngineSettings
 from respec_trainer.rollout.sglang.weights import WeightUpdater
 
-__all__ = ["EngineSettings", "SGLangEngine"]
-
-# Engine i of a run starts with seed run.seed + i. Later starts add this, so that no two starts have the same seed.
-SEEDS_BETWEEN_LIVES = 1_000_003
 # Time limit for an engine to become idle: it may still clean up a batch after its last answer.
 CLEARING_SECONDS = 10.0
 
@@ -50,10 +46,10 @@ class SGLangEngine(RolloutEngine):
         """
         if self._process is not None:
             raise EngineError("the rollout engine has been started already")
-        seed = (self.settings.seed + self._lives * SEEDS_BETWEEN_LIVES) % 2**31
+        settings = self.settings.of_start(self._lives)
         self._lives += 1
         self._pending, self._asleep, self._doubt = [], set(), None
-        self._process = SGLangProcess(replace(self.settings, seed=seed))
+        self._process = SGLangProcess(settings)
         self._updater = WeightUpdater(self._process, self.settings)
         self.versions = {"target": self.settings.actor_version, "draft": self.settings.drafter_version}
         self.take_decode_log()  # raises now if the engine cannot change its draft steps

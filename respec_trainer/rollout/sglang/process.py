@@ -23,7 +23,7 @@ from typing import Any
 from respec_trainer.errors import EngineError
 from respec_trainer.processes import kill_and_wait
 from respec_trainer.rollout.plugin_contract import plugin_settings
-from respec_trainer.rollout.sglang import workers as sglang_workers
+from respec_trainer.rollout.sglang import workers
 from respec_trainer.rollout.sglang.arguments import server_arguments, step_environment
 from respec_trainer.rollout.sglang.delivery import Deliveries, delivery_environment
 from respec_trainer.rollout.sglang.isolation import environment_of, side_effects_undone
@@ -52,7 +52,7 @@ class SGLangProcess:
         self._lock = threading.Lock()
         self._closing = False
         self._loop: asyncio.AbstractEventLoop
-        sglang_workers.prepare_process(settings.device)
+        workers.prepare_process(settings.device)
         before = set(multiprocessing.active_children())
         self.engine = self._start(before)
         self.children = [child for child in multiprocessing.active_children() if child not in before]
@@ -113,7 +113,7 @@ class SGLangProcess:
         ready: Future = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True, name="sglang-engine")
         engine = self.settings.engine
-        environment = sglang_workers.engine_environment(self.settings.device, engine.threads, engine.tp)
+        environment = workers.engine_environment(self.settings.device, engine.threads, engine.tp)
         environment |= delivery_environment(engine.resume) | step_environment(self.settings.steps)
         with side_effects_undone(), environment_of(environment):
             self._thread.start()
@@ -202,8 +202,8 @@ def _engine_class(settings: EngineSettings, deliveries: Deliveries, fail: Callab
 
     class TrainersEngine(Engine):
         init_tokenizer_manager_func = staticmethod(make_manager)
-        run_scheduler_process_func = staticmethod(sglang_workers.SchedulerWorker(settings.device, plugin))
-        run_detokenizer_process_func = staticmethod(sglang_workers.DetokenizerWorker(settings.device, plugin))
+        run_scheduler_process_func = staticmethod(workers.SchedulerWorker(settings.device, plugin))
+        run_detokenizer_process_func = staticmethod(workers.DetokenizerWorker(settings.device, plugin))
 
         @classmethod
         def _launch_detokenizer_subprocesses(cls, server_args, port_args, run_detokenizer_process_func):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from respec_trainer.config import Config, DType, EngineConfig, SpeculationConfig
@@ -11,6 +11,8 @@ from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.speculation.algorithms import algorithm_of, none
 from respec_trainer.speculation.algorithms.checks import check_speculation
 
+# Engine i of a run starts with seed run.seed + i. Later starts add this, so that no two starts have the same seed.
+SEEDS_BETWEEN_STARTS = 1_000_003
 NO_SPECULATION = SpeculationConfig(algorithm=none.ALGORITHM.name)
 
 
@@ -68,6 +70,10 @@ class EngineSettings:
             tokenizer=bool(sampling.stop),
             seeded=sampling.seeded,
         )
+
+    def of_start(self, number: int) -> EngineSettings:
+        """Return the settings for the engine's start number `number`, from 0: each start has a seed of its own."""
+        return replace(self, seed=(self.seed + number * SEEDS_BETWEEN_STARTS) % 2**31)
 
     @property
     def speculative(self) -> bool:

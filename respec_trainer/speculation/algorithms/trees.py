@@ -15,9 +15,14 @@ def check(speculation: SpeculationConfig) -> None:
         raise ConfigError(
             f"speculation: a chain (topk=1) verifies exactly steps + 1 tokens: set draft_tokens={s + 1}, not {n}"
         )
-    limit = 1 + t + (s - 1) * t * t
+    limit = 1 + drafted_tokens(s, t)
     if t > 1 and not s < n <= limit:
         raise ConfigError(f"speculation: a tree of steps={s}, topk={t} needs {s} < draft_tokens <= {limit}, not {n}")
+
+
+def drafted_tokens(steps: int, topk: int) -> int:
+    """Return the drafted tokens of a tree: each step after the first adds topk tokens to each of topk branches."""
+    return topk + (steps - 1) * topk**2
 
 
 def depth(speculation: SpeculationConfig) -> int:

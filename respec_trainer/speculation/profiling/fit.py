@@ -133,11 +133,11 @@ class Quality:
         )
 
 
-def held_out(profile: Profile, levels: Sequence[float] = LEVELS) -> Quality:
+def held_out(profile: Profile) -> Quality:
     """Leave out each fifth of the (batch, context) points in turn, with all their shapes, and predict their times.
 
-    The gain of a cell is judged at each of `levels` of acceptance, the same at all depths; for a tree `ranks` gives the
-    other branches. Raises ConfigError if the profile has too few cells.
+    The gain of a cell is judged at each of LEVELS, an acceptance that is the same at all depths; for a tree `ranks`
+    gives the other branches. Raises ConfigError if the profile has too few cells.
     """
     check_enough(profile.cells)
     cells = [cell for cell in profile.cells if "plain" in cell.times or "verify" in cell.times]
@@ -148,19 +148,19 @@ def held_out(profile: Profile, levels: Sequence[float] = LEVELS) -> Quality:
         model = _fit([cell for cell in profile.cells if (cell.batch, cell.context) not in left])
         for cell in (cell for cell in cells if (cell.batch, cell.context) in left):
             errors.append(abs(model.cycle_seconds(cell.shape, cell.batch, cell.context) / cell.seconds - 1))
-            signs += _signs(model, profile, cell, levels) if cell.shape != OFF else []
+            signs += _signs(model, profile, cell) if cell.shape != OFF else []
     right, settled = np.array(signs, dtype=bool).T
     shares = [float(np.mean(each)) if len(each) else float("nan") for each in (right, right[settled], settled)]
     return Quality(float(np.mean(errors)), max(errors), *shares, len(errors))
 
 
-def _signs(model: CostModel, profile: Profile, cell: Cell, levels: Sequence[float]) -> list[tuple[bool, bool]]:
+def _signs(model: CostModel, profile: Profile, cell: Cell) -> list[tuple[bool, bool]]:
     """(the model is right, the repeats agree) at each level. Repeats measure both shapes in turns, so they pair up."""
     plain = profile.cell(cell.batch, cell.context, OFF)
     measured, repeats = plain.seconds / cell.seconds, list(zip(plain.repeats, cell.repeats, strict=False))
     predicted = model.step_seconds(cell.batch, cell.context)
     predicted /= model.cycle_seconds(cell.shape, cell.batch, cell.context)
-    tokens = [tokens_per_cycle(cell.shape, [ranks(level, cell.shape.topk)]) for level in levels]
+    tokens = [tokens_per_cycle(cell.shape, [ranks(level, cell.shape.topk)]) for level in LEVELS]
     return [
         ((gain * measured > 1) == (gain * predicted > 1), len({gain * off > on for off, on in repeats}) == 1)
         for gain in tokens

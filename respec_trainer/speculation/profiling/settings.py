@@ -38,7 +38,8 @@ def depth_settings(config: Config, hf_config: Any, device: str) -> DepthSettings
             f"`python tools/profile_speculation.py --config CONFIG --out {speculation.profile}`"
         )
     profile = load_profile(speculation.profile)
-    profile.check_fits(identity_of(config, hf_config.to_dict(), drafter_config(config), device), speculation.profile)
+    identity = identity_of(config, hf_config.to_dict(), read_drafter_config(config), device)
+    profile.check_fits(identity, speculation.profile)
     return adaptive_settings(
         fit_costs(profile),
         _candidates(config, profile),
@@ -87,7 +88,8 @@ def check_can_adapt(config: Config) -> None:
         )
 
 
-def drafter_config(config: Config) -> dict[str, Any]:
+def read_drafter_config(config: Config) -> dict[str, Any]:
+    """Return the config.json of the drafter in `drafter.path`. Raises ConfigError if there is none."""
     path = Path(config.drafter.path) / "config.json"
     if not path.is_file():
         raise ConfigError(f"drafter.path: {config.drafter.path} holds no config.json")

@@ -10,10 +10,10 @@ from rich.table import Table
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.policy import DepthPolicy, FixedPolicy, OraclePolicy, StepTimes, ThresholdPolicy
+from respec_trainer.speculation.policy import FixedPolicy, OraclePolicy, StepTimes, ThresholdPolicy
 from respec_trainer.speculation.profiling.profile import Profile
 from respec_trainer.speculation.scheduler import DepthScheduler
-from respec_trainer.speculation.simulation.simulator import Outcome, Setting, simulate
+from respec_trainer.speculation.simulation.simulator import Outcome, Setting, SimulatedPolicy, simulate
 from respec_trainer.speculation.simulation.trace import Trace
 
 
@@ -29,8 +29,7 @@ def policy_named(
     trace: Trace,
     setting: Setting,
     prior: Sequence[float] | None = None,
-    explore: float = DepthSettings.explore,
-) -> Callable[[], DepthPolicy]:
+) -> Callable[[], SimulatedPolicy]:
     """Return a maker of the policy "adaptive", "off", "oracle", "s=K", or "s=K<=B", which is off above B sequences.
 
     "adaptive" is the engine's own scheduler. It starts from the acceptance `prior`, such as that of the last rollout;
@@ -39,7 +38,7 @@ def policy_named(
     if name == "adaptive":
         longest = int((trace.prompt + trace.length).max())
         times = StepTimes(costs, candidates, min(setting.slots, len(trace)), longest)
-        return lambda: DepthScheduler(times, prior or trace.mean_acceptance(), explore)
+        return lambda: DepthScheduler(times, prior or trace.mean_acceptance(), DepthSettings.explore)
     if name == "oracle":
         return lambda: OraclePolicy(costs, candidates)
     fixed = re.fullmatch(r"s=(\d+)(?:<=(\d+))?", "s=0" if name == "off" else name)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.policy import DepthPolicy
 from respec_trainer.speculation.shape import chain
 from respec_trainer.speculation.simulation.draws import survivals
 from respec_trainer.speculation.simulation.trace import Trace, conditional
@@ -42,6 +41,23 @@ class Setting:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.min_free_slots > self.slots:
             raise ConfigError(f"min_free_slots={self.min_free_slots} are never free of slots={self.slots}")
+
+
+class SimulatedPolicy(Protocol):
+    """A policy as the simulator calls it. `inside/depth_choice.DepthPolicy` is the interface that an engine calls."""
+
+    # True: the simulator passes the true acceptance to `set_acceptance`, and switching costs nothing.
+    # False: the policy estimates acceptance from `observe`, and switching costs time.
+    informed: bool
+
+    def choose(self, batch: int, context: float, missed: float) -> int:
+        """Return the draft steps for `batch` sequences of `context` tokens on average; 0 is plain decoding.
+
+        `missed` is the mean number of tokens of a sequence that its drafter has not read.
+        """
+
+    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
+        """Receive the outcome of a batch of `steps` drafts: survivors[d] sequences kept at least d + 1 drafts."""
 
 
 class Span(NamedTuple):
@@ -98,7 +114,7 @@ class Outcome:
         return sum(span.seconds * value(span) for span in spans) / sum(span.seconds for span in spans)
 
 
-def simulate(trace: Trace, costs: CostModel, make_policy: Callable[[], DepthPolicy], setting: Setting) -> Outcome:
+def simulate(trace: Trace, costs: CostModel, make_policy: Callable[[], SimulatedPolicy], setting: Setting) -> Outcome:
     """Replay `trace` with one policy for each engine. `costs` are the true costs; a policy may use others."""
     queues = _deal(len(trace), setting)
     slots = min(setting.slots, -(-len(trace) // setting.engines))  # so that the first engine cannot take a whole queue
@@ -126,7 +142,7 @@ class _Engine:
     """The state of one engine at the time `clock`, between two decode steps."""
 
     def __init__(
-        self, trace: Trace, costs: CostModel, policy: DepthPolicy, queue: deque[int], slots: int, setting: Setting
+        self, trace: Trace, costs: CostModel, policy: SimulatedPolicy, queue: deque[int], slots: int, setting: Setting
     ):
         self.trace, self.costs, self.policy, self.queue = trace, costs, policy, queue
         self.slots, self.setting = slots, setting

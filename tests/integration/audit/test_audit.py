@@ -10,7 +10,8 @@ from respec_trainer.audit.law import shaped
 from respec_trainer.audit.report import CellResult, Standard, judge
 from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.rollout.sample import SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from respec_trainer.rollout.sglang.weights import WeightUpdater
 from tests.support.processes.forking import planted
 from tests.support.rollout_models import VOCAB, Reference, save_drafter, save_target

@@ -14,7 +14,8 @@ from respec_trainer.drafter.distill import DistillSettings, distill
 from respec_trainer.drafter.format import load_drafter, save_drafter
 from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.rollout.sample import BONUS, Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from tests.support.drafters import random_rollouts, target_config, tiny_drafter
 from tests.support.processes.forking import planted
 from tests.support.rollout_models import VOCAB, save_target

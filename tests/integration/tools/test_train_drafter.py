@@ -17,7 +17,8 @@ from respec_trainer.drafter.distill import DistillSettings, evaluate
 from respec_trainer.drafter.format import load_drafter
 from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 
 REPOSITORY = Path(__file__).parents[3]
 TOKENS, STEPS = 48, 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from respec_trainer.config import EngineConfig, SpeculationConfig
-from respec_trainer.rollout.sglang import arguments as sglang_args
+from respec_trainer.rollout.sglang import arguments as translation
 from respec_trainer.rollout.sglang.arguments import server_arguments
 from respec_trainer.rollout.sglang.settings import EngineSettings
 from tests.support.configs import smallest_config
@@ -42,7 +42,7 @@ def test_the_cpu_pool_holds_a_full_batch_of_the_longest_samples(tmp_path):
 
 def test_each_engine_has_a_port_of_its_own(monkeypatch):
     ports = iter((15001, 15002))
-    monkeypatch.setattr(sglang_args, "free_port", lambda: next(ports))
+    monkeypatch.setattr(translation, "free_port", lambda: next(ports))
     assert [server_arguments(EngineSettings("actor"))["nccl_port"] for _ in range(2)] == [15001, 15002]
 
 

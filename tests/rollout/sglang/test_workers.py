@@ -12,8 +12,8 @@ import pytest
 
 from respec_trainer.errors import EngineError, UnsupportedVersionError
 from respec_trainer.rollout.plugin_contract import SETTINGS, plugin_settings
-from respec_trainer.rollout.sglang import workers as sglang_workers
-from respec_trainer.rollout.sglang.inside import plugin as sglang_plugin
+from respec_trainer.rollout.sglang import workers
+from respec_trainer.rollout.sglang.inside import plugin
 from tests.support.processes.forking import spawned
 
 
@@ -33,22 +33,22 @@ def run(code: str, **environment: str | None) -> str:
 
 
 def test_engine_processes_are_no_ranks_of_the_trainer():
-    changes = sglang_workers.engine_environment("cpu", threads=3)
+    changes = workers.engine_environment("cpu", threads=3)
     assert all(changes[name] is None for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"))
     assert changes["OMP_NUM_THREADS"] == "3" and changes["TORCHDYNAMO_DISABLE"] == "1"
-    assert "TORCHDYNAMO_DISABLE" not in sglang_workers.engine_environment("cuda", threads=3)
+    assert "TORCHDYNAMO_DISABLE" not in workers.engine_environment("cuda", threads=3)
 
 
 def test_ranks_of_an_engine_are_not_bound_to_numa_nodes():
     binding = "SGLANG_CPU_OMP_THREADS_BIND"
-    assert binding not in sglang_workers.engine_environment("cpu", threads=3)
-    assert sglang_workers.engine_environment("cpu", threads=3, tp=3)[binding].count("|") == 2
-    assert binding not in sglang_workers.engine_environment("cuda", threads=3, tp=3)
+    assert binding not in workers.engine_environment("cpu", threads=3)
+    assert workers.engine_environment("cpu", threads=3, tp=3)[binding].count("|") == 2
+    assert binding not in workers.engine_environment("cuda", threads=3, tp=3)
 
 
 def test_a_process_is_prepared_while_its_worker_is_unpickled():
     """A worker prepares its process before its arguments, which are of sglang's classes, are unpickled."""
-    worker = pickle.dumps(sglang_workers.SchedulerWorker("cpu", "{}"))
+    worker = pickle.dumps(workers.SchedulerWorker("cpu", "{}"))
     code = f"""
 import pickle, signal, sys
 pickle.loads({worker!r})
@@ -76,20 +76,20 @@ print("alive")
 
 
 def test_another_sglang_is_refused(monkeypatch):
-    sglang_workers.prepare_process("cpu")  # a refusal must not leave sglang half imported for later tests
+    workers.prepare_process("cpu")  # a refusal must not leave sglang half imported for later tests
     monkeypatch.setattr("respec_trainer.compat.versions.version", lambda _: "0.5.22")
     with pytest.raises(UnsupportedVersionError, match=r"sglang 0\.5\.22 is installed, but sglang==0\.5\.21"):
-        sglang_workers.prepare_process("cpu")
+        workers.prepare_process("cpu")
     monkeypatch.setenv(SETTINGS, plugin_settings("cpu", False))
     with pytest.raises(UnsupportedVersionError, match="inside.plugin"):
-        sglang_plugin.activate()
+        plugin.activate()
     with pytest.raises(EngineError, match="did not load"):
-        sglang_plugin.require_active()
+        plugin.require_active()
 
 
 def test_the_plugin_is_an_entry_point_of_sglang():
     (ours,) = [e for e in entry_points(group="sglang.srt.plugins") if e.name == "respec_trainer"]
-    assert ours.load() is sglang_plugin.activate
+    assert ours.load() is plugin.activate
 
 
 def test_the_plugin_does_nothing_to_other_users_of_sglang():
@@ -105,9 +105,9 @@ print(dict(HookRegistry._hooks))
 
 
 def test_a_scheduler_without_the_plugin_does_not_start(monkeypatch):
-    monkeypatch.setattr(sglang_plugin, "hooked", None)
+    monkeypatch.setattr(plugin, "hooked", None)
     with pytest.raises(EngineError, match="SGLANG_PLUGINS"):
-        sglang_plugin.require_active()
-    monkeypatch.setattr(sglang_plugin, "hooked", ["sglang.no.such.function"])
+        plugin.require_active()
+    monkeypatch.setattr(plugin, "hooked", ["sglang.no.such.function"])
     with pytest.raises(EngineError, match=r"hooks on sglang\.no\.such\.function"):
-        sglang_plugin.require_active()
+        plugin.require_active()

@@ -18,8 +18,7 @@ from multiprocessing.forkserver import ForkServer
 from typing import Any
 from unittest import mock
 
-from respec_trainer.rollout.sglang import process as sglang_process
-from respec_trainer.rollout.sglang import workers as workers
+from respec_trainer.rollout.sglang import process, workers
 from respec_trainer.rollout.sglang.isolation import environment_of, side_effects_undone
 
 
@@ -132,7 +131,7 @@ def fork_engines(address: str | None = None) -> None:
     global engines
     if address is not None:
         engines = OthersTemplate(address)
-    sglang_process.side_effects_undone = _side_effects_undone
+    process.side_effects_undone = _side_effects_undone
     workers.SchedulerWorker, workers.DetokenizerWorker = ForkedScheduler, ForkedDetokenizer
 
 
@@ -148,7 +147,7 @@ def spawned() -> Iterator[None]:
     """Spawn the processes of engines that start within the block, without a template."""
     originals = (side_effects_undone, *ForkedScheduler.__bases__[1:], *ForkedDetokenizer.__bases__[1:])
     with (
-        mock.patch.object(sglang_process, "side_effects_undone", originals[0]),
+        mock.patch.object(process, "side_effects_undone", originals[0]),
         mock.patch.object(workers, "SchedulerWorker", originals[1]),
         mock.patch.object(workers, "DetokenizerWorker", originals[2]),
     ):

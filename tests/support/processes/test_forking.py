@@ -13,7 +13,8 @@ import pytest
 
 from respec_trainer.config import EngineConfig
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from tests.support.processes.forking import spawned
 from tests.support.processes.ranks import run_ranks
 from tests.support.rollout_models import save_target

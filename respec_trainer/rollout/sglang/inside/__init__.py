@@ -1,0 +1,1 @@
+"""What runs inside sglang's scheduler processes: the plugin with its hooks."""

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 
 from respec_trainer.models.base import Family
-from respec_trainer.models.llama import LLAMA
+from respec_trainer.models.llama import EAGLE3_DRAFTER, LLAMA
 from respec_trainer.models.names import Names, leaf
 from respec_trainer.models.registry import family_of
 from respec_trainer.rollout.digest import digest
-
-DRAFTER = "LlamaForCausalLMEagle3"  # sglang's class of EAGLE-3 drafters, whose weights have a Llama's names
 
 
 def digest_hooks() -> dict[str, tuple[Any, str]]:
@@ -51,7 +49,7 @@ def named_parts(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _family(model: torch.nn.Module) -> Family:
-    return LLAMA if type(model).__name__ == DRAFTER else family_of(model.config)
+    return LLAMA if type(model).__name__ == EAGLE3_DRAFTER else family_of(model.config)
 
 
 def _split(module: torch.nn.Module, parameter: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:

@@ -22,7 +22,8 @@ def ask(config):
 
     from respec_trainer.rollout.fleet.fleet import RolloutFleet
     from respec_trainer.rollout.sample import Request, SamplingParams
-    from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+    from respec_trainer.rollout.sglang.engine import SGLangEngine
+    from respec_trainer.rollout.sglang.settings import EngineSettings
 
     class Engine(SGLangEngine):
         """An engine that records the keys of its requests."""

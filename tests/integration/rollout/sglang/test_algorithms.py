@@ -10,7 +10,8 @@ import torch
 from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.sample import ACCEPTED, Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from tests.support.rollout_models import Reference, save_target
 
 PROMPTS = ((5, 6, 7), (9, 4, 9, 4, 9, 4, 9), (3, 100, 130, 17, 22, 64, 64, 65))

@@ -13,7 +13,8 @@ from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from tests.support.depth_choosers import chosen_by
 from tests.support.rollout_models import VOCAB, Reference, save_drafter, save_target
 

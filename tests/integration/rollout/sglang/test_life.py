@@ -15,7 +15,8 @@ import torch
 from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from tests.support.models import tiny_tokenizer
 from tests.support.processes.forking import spawned
 from tests.support.rollout_models import VOCAB, Reference, save_drafter, save_target

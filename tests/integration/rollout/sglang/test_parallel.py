@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.rollout.digest import digest
 from respec_trainer.rollout.sample import Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from tests.support.models import save_tiny_model, tiny_config
 from tests.support.rollout_models import VOCAB, Reference, save_drafter, save_target
 

@@ -19,7 +19,8 @@ from respec_trainer.errors import EngineError
 from respec_trainer.network import free_port
 from respec_trainer.rollout.engine import TensorSpec
 from respec_trainer.rollout.sample import UNDRAFTED, Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from respec_trainer.rollout.sglang.workers import prepare_process
 from tests.support.rollout_models import Reference, save_target
 

@@ -11,7 +11,8 @@ from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.errors import EngineError
 from respec_trainer.export import export_drafter
 from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED, Request, SamplingParams
-from respec_trainer.rollout.sglang.engine import EngineSettings, SGLangEngine
+from respec_trainer.rollout.sglang.engine import SGLangEngine
+from respec_trainer.rollout.sglang.settings import EngineSettings
 from tests.support.rollout_models import VOCAB, Reference, drafter_weights, save_drafter, save_target
 
 PROMPTS = ((5, 6, 7), (9,), (3, 100, 130, 17, 22, 64, 64, 65))

@@ -1,4 +1,4 @@
-"""Parts that sglang needs without a GPU, among them `sgl_kernel`, a stand-in in torch for its CUDA kernel package.
+"""What sglang's processes need without a GPU, among them `sgl_kernel`, a stand-in in torch for its CUDA kernel package.
 
 sglang imports `sgl_kernel` as a top-level module, so the folder `stand_in` is put on the path of the engine's processes
 only.
