@@ -30,6 +30,8 @@ class Algorithm:
         server_arguments: returns the algorithm's keyword arguments of sglang's ServerArgs, `speculative_algorithm`
             included. `rollout/sglang/arguments.py` adds paths, devices and the arguments that all algorithms share.
         audit_shape: speculation keys of the algorithm's mode in an audit, if `audit/cells.py` does not name it.
+
+    Raises ValueError for a description that contradicts itself.
     """
 
     name: str
@@ -44,3 +46,7 @@ class Algorithm:
     learns: bool = False  # the drafter can be trained online
     pushes: bool = False  # the drafter's weights are pushed into running engines, trained or not
     exports: bool = False  # checkpoints and exports contain a copy of the drafter's folder
+
+    def __post_init__(self):
+        if self.learns and not self.pushes:  # a drafter that is trained and never pushed would never be used
+            raise ValueError(f"algorithm {self.name}: a drafter that learns must also be pushed (pushes=True)")

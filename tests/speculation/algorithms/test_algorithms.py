@@ -6,9 +6,13 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 import respec_trainer
+from respec_trainer.speculation.algorithms import ALGORITHMS
 
 PACKAGE = Path(respec_trainer.__file__).parent
 NAMES = {"eagle3", "standalone", "ngram"}  # "none" is a value of other keys too
@@ -33,3 +37,8 @@ def test_a_configuration_loads_without_torch():
     code = "import sys; import respec_trainer.config_file; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_drafter_that_learns_and_is_never_pushed_is_refused():
+    with pytest.raises(ValueError, match="eagle3: a drafter that learns must also be pushed"):
+        replace(ALGORITHMS["eagle3"], pushes=False)
