@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.processes.forking import fork_engines
 from tests.support.resyncs import save_random_pair
+from tests.support.shared import made_once
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,10 +24,9 @@ def small_actor(tmp_path_factory) -> Path:
     from respec_trainer.config_file import load_config
     from respec_trainer.recipes.small_actor import ActorRecipe, make_actor
 
-    folder = tmp_path_factory.mktemp("small") / "actor"
     changes = ["teaching.steps=20", "teaching.warmup_steps=5", "prompts.train=256", "prompts.test=16"]
-    make_actor(load_config(REPOSITORY / "configs/quickstart-actor.yaml", changes, ActorRecipe), folder)
-    return folder
+    recipe = load_config(REPOSITORY / "configs/quickstart-actor.yaml", changes, ActorRecipe)
+    return made_once(tmp_path_factory, "actor", lambda folder: make_actor(recipe, folder))
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,7 @@ def random_pair(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def small_drafter(small_actor) -> Path:
+def small_drafter(small_actor, tmp_path_factory) -> Path:
     """Make a random drafter: nearly every draft is rejected, so every path of verification runs."""
     import torch
 
@@ -46,7 +46,7 @@ def small_drafter(small_actor) -> Path:
     from respec_trainer.drafter.shape import DrafterShape
 
     hf_config = load_hf_config(small_actor)
-    folder = small_actor.parent / "drafter"
+    folder = tmp_path_factory.mktemp("small") / "drafter"
     drafter = Eagle3Drafter(DrafterShape.for_target(hf_config, draft_vocab_size=hf_config.vocab_size))
     save_drafter(drafter, torch.arange(hf_config.vocab_size), folder)
     return folder

@@ -33,6 +33,7 @@ def deepspeed() -> list[str]:
     return [binary("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
 
 
+@pytest.mark.long
 def test_one_iteration_under_torchrun(tmp_path):
     process = start(torchrun(), tiny_run(tmp_path))
     output, _ = process.communicate(timeout=300)

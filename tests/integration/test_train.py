@@ -90,6 +90,7 @@ def check_export(folder: Path, source: Path) -> None:
     assert trained == before
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_every_process_and_the_run_goes_on_where_it_was(small_actor, small_drafter, tmp_path):
     options = [f"data.path={small_actor}/data/train.jsonl", "checkpoint.every=1", "data.prompts_per_step=8"]
     options += ["drafter.weighting=uniform", "drafter.mode=sync", "drafter.lr=0.001", "drafter.batch_size=32"]

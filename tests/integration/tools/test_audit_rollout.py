@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.support.models import tiny_tokenizer
@@ -14,6 +15,7 @@ from tests.support.rollout_models import VOCAB, save_drafter, save_target
 from tests.support.tiny_runs import REPOSITORY, save_prompts
 
 
+@pytest.mark.long
 def test_its_short_form_passes_a_right_engine(tmp_path):
     """Without speculation, with it, and after a resync."""
     target = save_target(tmp_path / "target", "qwen2")

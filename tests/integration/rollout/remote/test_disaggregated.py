@@ -161,12 +161,13 @@ def test_a_resumed_run_whose_engine_dies_does_too(run):
     assert numbers(apart_steps) == numbers(steps)
 
 
+@pytest.mark.long
 def test_a_run_whose_engine_host_is_killed_and_restarted_does_too(words, together, tmp_path):
     """The actor is tensor parallel. The host dies in the second step's rollout, and its supervisor restarts it."""
     arguments = words(tmp_path, *APART, "run.steps=2", "rollout.engine.timeout=200")
-    config, grave = load_config(arguments[1], arguments[2:]), tmp_path / "grave"
-    (code, output), _ = run_ranks(2, train_beside, config, arguments, grave, timeout=240)
-    killed, answered, requests = map(int, grave.read_text().split())
+    config, record = load_config(arguments[1], arguments[2:]), tmp_path / "record"
+    (code, output), _ = run_ranks(2, train_beside, config, arguments, record, timeout=240)
+    killed, answered, requests = map(int, record.read_text().split())
     assert answered < requests == 16 and not psutil.pid_exists(killed), "it died during the rollout"
     assert code == 0 and output.count("exit code -9; restart 1 of") == 1 and "error: " not in output, output
     (steps, samples), (calm_steps, calm_samples) = outcome(tmp_path), together
