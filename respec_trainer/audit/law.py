@@ -16,8 +16,7 @@ def shaped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Return probabilities [R, V] in float64 from logits [R, V] by the parameters' temperature, top_k and top_p.
 
     top_k keeps the k most probable tokens, and of equally probable ones the first. Then top_p keeps the most probable
-    of these until they hold the share top_p of the mass that top_k kept. The engine uses this order when it verifies
-    drafts. Without speculation it measures the share before top_k; this is the same if only one of the two is set.
+    of these until they hold the share top_p of the mass that top_k kept.
 
     Temperature 0 gives the most probable token probability 1.
     """

@@ -33,7 +33,8 @@ class StepAudit:
     """Audits every `rollout.audit_every`-th step. Collective: every rank must call it."""
 
     def __init__(self, config: Config, actor: Actor):
-        self.every, self.actor, self.lossy = config.rollout.audit_every, actor, is_lossy(config.speculation)
+        self.every, self.actor = config.rollout.audit_every, actor
+        self.lossy = is_lossy(config.speculation) or config.rollout.sampling.untruncated
         self.total: ClassSums | None = None  # sums of all audits so far, which detect smaller errors than one audit
         sampling = config.rollout.sampling
         self.params = SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k)

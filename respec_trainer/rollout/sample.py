@@ -50,7 +50,7 @@ class Sample:
     key: str
     prompt_ids: list[int]
     response_ids: list[int]
-    sampler_logprobs: list[float]  # at the sampling temperature, from the engine's verification
+    sampler_logprobs: list[float]  # of the distribution drawn from: at the temperature, after top_k and top_p
     finish_reason: FinishReason
     actor_version: str  # of the weights that drew the response
     drafter_version: str

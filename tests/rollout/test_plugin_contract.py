@@ -18,4 +18,6 @@ def test_origins_are_read_and_counted():
 
 
 def test_settings_are_json_that_any_process_can_read():
-    assert json.loads(plugin_settings("cpu", True)) == {"device": "cpu", "seeded": True, "steps": None}
+    default = {"device": "cpu", "seeded": True, "steps": None, "truncated_logprobs": True}
+    assert json.loads(plugin_settings("cpu", True)) == default
+    assert json.loads(plugin_settings("cpu", True, truncated_logprobs=False)) == default | {"truncated_logprobs": False}

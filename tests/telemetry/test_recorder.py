@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from respec_trainer.config import SpeculationConfig
+from respec_trainer.config import SamplingConfig, SpeculationConfig
 from respec_trainer.config_file import load_config
 from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
 from respec_trainer.telemetry.live import Progress
@@ -47,11 +47,15 @@ def test_reward_metrics_are_of_the_samples_that_were_scored():
 
 
 def test_rollout_metrics():
-    metrics = rollout_metrics([sample(tokens=4), sample(tokens=8, finish="length")], seconds=2.0)
+    samples, whole = [sample(tokens=4), sample(tokens=8, finish="length")], SamplingConfig(max_new_tokens=8)
+    metrics = rollout_metrics(samples, 2.0, whole)
     assert metrics["rollout/tokens"] == 12
     assert metrics["rollout/tokens_per_second"] == 6.0
     assert metrics["rollout/response_length"] == 6.0
     assert metrics["rollout/truncated"] == 0.5
+    sampling = [{}, {"top_p": 0.9}, {"allow_untruncated": True}, {"top_k": 2, "allow_untruncated": True}]
+    marks = [rollout_metrics(samples, 2.0, SamplingConfig(max_new_tokens=8, **each)) for each in sampling]
+    assert [each["rollout/untruncated"] for each in marks] == [0, 0, 0, 1]
 
 
 def test_speculation_metrics_count_the_bonus_token():
