@@ -38,8 +38,8 @@ class Truncation:
         order = _ordered(scores)
         kept = torch.ones_like(scores, dtype=torch.bool)
         if self.top_k > 0:
-            ones = torch.ones_like(scores)
-            kept = order >= _threshold(order, ones, torch.tensor(self.top_k - 0.5), group)[:, None]
+            most = scores.new_full(scores.shape[:1], self.top_k - 0.5)
+            kept = order >= _threshold(order, None, most, group)[:, None]
         if self.top_p < 1:
             mass = torch.where(kept, scores.exp(), 0.0)
             total = mass.sum(-1)
@@ -55,18 +55,19 @@ def _ordered(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _threshold(
-    order: torch.Tensor, weights: torch.Tensor, most: torch.Tensor, group: dist.ProcessGroup
+    order: torch.Tensor, weights: torch.Tensor | None, most: torch.Tensor, group: dist.ProcessGroup
 ) -> torch.Tensor:
     """Return the least t [n] for which the entries of `order` [n, V / tp] above t have weights of at most `most` [n].
 
-    32 rounds of bisection over int32; each adds the weights over this rank's columns, then over the ranks.
+    Without `weights` each entry counts as 1. There are 32 rounds of bisection over int32; each adds the weights over
+    this rank's columns, then over the ranks.
     """
     low = torch.full(order.shape[:1], FIRST, dtype=torch.int64, device=order.device)
     high = torch.full_like(low, LAST)
-    most = most.to(order.device)
     for _ in range(32):
         middle = (low + high) >> 1
-        above = torch.where(order > middle[:, None], weights, 0.0).sum(-1)
+        larger = order > middle[:, None]
+        above = (larger if weights is None else torch.where(larger, weights, 0.0)).sum(-1, dtype=torch.float32)
         dist.all_reduce(above, group=group)
         fits = above <= most
         high = torch.where(fits, middle, high)
