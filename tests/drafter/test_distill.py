@@ -99,3 +99,16 @@ def test_training_in_bf16_keeps_weights_and_stays_close(teacher, rollouts):
     for one, other in zip(exact, rounded, strict=True):
         # bf16 keeps 8 bits; the loss averages a hundred tokens and five depths.
         assert other["loss"] == pytest.approx(one["loss"], rel=2e-2)
+
+
+def test_it_trains_and_measures_at_the_temperature(teacher, rollouts):
+    """A drafter at T drafts as one whose output layer is divided by T, for which T is 1."""
+    warm, divided = tiny_drafter(), tiny_drafter()
+    with torch.no_grad():
+        divided.lm_head.weight /= 0.6
+    at = dataclasses.replace(SETTINGS, temperature=0.6)
+    one, other = evaluate(warm, teacher, rollouts, at), evaluate(divided, teacher, rollouts, SETTINGS)
+    assert one.alpha == pytest.approx(other.alpha, rel=1e-4) and one.loss == pytest.approx(other.loss, rel=1e-4)
+    assert one.alpha != pytest.approx(evaluate(warm, teacher, rollouts, SETTINGS).alpha, rel=1e-2)
+    losses = [distill(d, teacher, rollouts, s)[0]["loss"] for d, s in ((warm, at), (divided, SETTINGS))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

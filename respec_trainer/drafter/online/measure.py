@@ -10,8 +10,8 @@ import torch
 from respec_trainer.config import Config
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, predicted_accept_length
-from respec_trainer.drafter.online.buffer import Row
 from respec_trainer.drafter.online.recall import recall
+from respec_trainer.drafter.online.stored import Row
 from respec_trainer.drafter.online.updates import PARTS, drafter_loss
 from respec_trainer.drafter.walk import pass_tokens
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from respec_trainer.config import DrafterConfig
-from respec_trainer.drafter.online.buffer import Row, Snapshot
 from respec_trainer.drafter.online.learner import LearnerRank
+from respec_trainer.drafter.online.stored import Row, Snapshot
 from respec_trainer.drafter.online.weighting import response_weights
 from respec_trainer.rollout.sample import Sample
 

@@ -8,9 +8,10 @@ import torch
 from respec_trainer.config import DrafterConfig
 from respec_trainer.drafter.loss import distill_loss
 from respec_trainer.drafter.online.learner import LearnerRank
-from respec_trainer.drafter.online.recall import AtTemperature, recall
+from respec_trainer.drafter.online.recall import recall
 from respec_trainer.drafter.online.rows import rows_of_step
 from respec_trainer.drafter.teacher import HFTeacher
+from respec_trainer.drafter.temperature import AtTemperature
 from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
 from tests.support.learners import LAYERS, random_samples, score
 from tests.support.models import save_tiny_model, tiny_model
