@@ -54,6 +54,12 @@ def test_a_fall_by_just_the_share_is_none():
     assert alarm.check([0.1249], "drafter-1") is not None
 
 
+def test_more_draft_steps_do_not_hide_a_fall():
+    alarm = AcceptAlarm(share=0.3, verified=True)
+    alarm.check([0.8], "drafter-1")
+    assert "from 1.80 to 1.50" in alarm.check([0.5, 0.9, 0.9], "drafter-1")
+
+
 def test_nothing_can_fall_where_nothing_is_accepted():
     alarm = AcceptAlarm(share=0.3, verified=True)
     assert [alarm.check(nothing, "none") for nothing in ([], [0.0], [0.0, 0.0])] == [None] * 3
