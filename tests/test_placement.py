@@ -73,7 +73,8 @@ def test_the_actor_is_laid_out_over_the_ranks_that_train(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("world", "minibatches", "fits"), [(1, 8, True), (2, 4, True), (4, 2, True), (8, 1, True), (2, 8, False), (4, 4, False)]
+    ("world", "minibatches", "fits"),
+    [(1, 8, True), (2, 4, True), (4, 2, True), (8, 1, True), (2, 8, False), (4, 4, False)],
 )
 def test_every_rank_gets_samples_of_every_minibatch(tmp_path, world, minibatches, fits):
     config = smallest_config(tmp_path, f"objective.minibatches={minibatches}")  # 8 samples a step

@@ -1,4 +1,4 @@
-"""actor/logprob.py on one rank, and each rank's mask of padding. On several: tests/integration/actor/test_logprob.py."""
+"""actor/logprob.py on one rank, and its mask of padding. On several: tests/integration/actor/test_logprob.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def test_values_and_gradients_are_those_of_the_whole_distribution(group, chunk, 
     generator = torch.Generator().manual_seed(3)
     hidden = (3 * torch.randn(COUNT, HIDDEN, generator=generator)).to(dtype).requires_grad_()
     weight = torch.randn(ROWS, HIDDEN, generator=generator).to(dtype).requires_grad_()
-    targets, factors = torch.randint(0, VOCAB, (COUNT,), generator=generator), torch.randn(2, COUNT, generator=generator)
+    targets, factors = (
+        torch.randint(0, VOCAB, (COUNT,), generator=generator),
+        torch.randn(2, COUNT, generator=generator),
+    )
     options = {"vocab_size": VOCAB, "temperature": temperature, "chunk": chunk, "group": group}
     logprobs, entropies, sums = chunked_logprobs(hidden, weight, targets, **options)
     assert not sums.requires_grad

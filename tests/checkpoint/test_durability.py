@@ -23,7 +23,7 @@ def events(tmp_path, monkeypatch) -> list[tuple]:
     calls = {"fsync": os.fsync, "rename": os.rename, "rmtree": shutil.rmtree}
 
     def name(path) -> str:
-        found = Path(os.readlink(f"/proc/self/fd/{path}")) if isinstance(path, int) else Path(path)
+        found = Path(f"/proc/self/fd/{path}").readlink() if isinstance(path, int) else Path(path)
         return str(found.relative_to(tmp_path))
 
     def recorded(kind):
