@@ -6,6 +6,7 @@ The processes are forked from this one, which has imported the heavy libraries: 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import shutil
@@ -54,6 +55,8 @@ def import_heavy() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] in ("respec_trainer", "tests")]:
         if not (name.startswith(SHIMS) or name in ("respec_trainer", "respec_trainer.errors") or "mutation" in name):
             del sys.modules[name]
+    gc.collect()
+    gc.freeze()  # pytest collects garbage several times; among these objects, that takes longer than most tests
 
 
 class Workplace:
@@ -105,7 +108,19 @@ class Workplace:
                 sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
             import pytest
 
-            plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "-m", "not long"]
+            plain = [
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                "-p",
+                "no:unraisableexception",
+                "--tb=short",
+                "-m",
+                "not long",
+            ]
             status = int(pytest.main([*tests, *plain], plugins=[WithoutRanks()]))
         finally:
             os._exit(status)
