@@ -7,6 +7,7 @@ import json
 import pytest
 
 from respec_trainer.errors import EngineError
+from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.plugin_contract import ORIGINS, plugin_settings, read_origins
 
 
@@ -19,3 +20,7 @@ def test_origins_are_read_and_counted():
 
 def test_settings_are_json_that_any_process_can_read():
     assert json.loads(plugin_settings("cpu", True)) == {"device": "cpu", "seeded": True, "steps": None}
+    steps = DepthSettings("fixed", (0, 3), max_batch=4, max_context=100, fixed=3)
+    settings = json.loads(plugin_settings("cuda", False, steps))
+    assert (settings["device"], settings["seeded"]) == ("cuda", False)
+    assert DepthSettings.of_json(settings["steps"]) == steps

@@ -152,5 +152,7 @@ def test_a_feeder_that_is_stopped_takes_no_more(store):
     while not handed:
         time.sleep(random.random() / 1000)
     assert feeder.feeding()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "feeder"]
+    assert thread.daemon, "a rank that fails ends without waiting for its engine"
     feeder.stop()
     assert not feeder.feeding() and handed == UNITS[:1] and not queue.empty()
