@@ -156,3 +156,22 @@ def test_a_feeder_that_is_stopped_takes_no_more(store):
     assert thread.daemon, "a rank that fails ends without waiting for its engine"
     feeder.stop()
     assert not feeder.feeding() and handed == UNITS[:1] and not queue.empty()
+
+
+def test_every_sample_of_every_engine_comes_in_the_order_of_the_requests_and_is_observed(store):
+    phase = start(Engine(0.0), UNITS[10:], None)
+    others = [(i, Sample(str(i), [i], [7], [-1.0], "stop", "actor-1", "none")) for i in reversed(range(20))]
+    observed = []
+    phase.fleet.agree = lambda action: [others, action()]
+    phase.fleet.dealer = SimpleNamespace(observe=observed.append)
+    samples = phase.collect()
+    assert [sample.key for sample in samples] == [str(i) for i in range(40)] and observed == [samples]
+
+
+def test_a_rank_without_an_engine_collects_what_the_others_drew(store):
+    phase = start(None, [], None)
+    drawn = [Sample(str(i), [i], [7], [-1.0], "stop", "actor-1", "none") for i in range(40)]
+    asked = []
+    phase.fleet.agree = lambda action: asked.append(action) or [list(enumerate(drawn))]
+    phase.fleet.dealer = SimpleNamespace(observe=lambda samples: None)
+    assert phase.collect() == drawn and asked == [None]
