@@ -175,3 +175,26 @@ def test_a_rank_without_an_engine_collects_what_the_others_drew(store):
     phase.fleet.agree = lambda action: asked.append(action) or [list(enumerate(drawn))]
     phase.fleet.dealer = SimpleNamespace(observe=lambda samples: None)
     assert phase.collect() == drawn and asked == [None]
+
+
+def full(engine, mine, queue):
+    """Start a phase whose engine never has room for units of the queue."""
+    fleet = SimpleNamespace(engine=engine, resume=True, room=0, restore_chooser=lambda: None, counts=Counter())
+    return FleetPending(fleet, REQUESTS, mine, queue)
+
+
+def test_an_engine_that_may_get_more_still_generates_though_it_has_done_all_it_has(store):
+    phase = full(Engine(0.0), UNITS[:1], Queue(UNITS[1:], store, "phase"))
+    phase.parts[0].collect()
+    assert phase.done() == phase.submitted == 2 and phase.generating()
+    phase.feeder.stop()
+    assert not phase.generating()
+
+
+def test_after_an_engine_s_death_nothing_more_is_taken_for_it(store):
+    engine, queue = Engine(0.0), Queue(UNITS[1:], store, "phase")
+    phase = full(engine, UNITS[:1], queue)
+    feeder, engine.failure = phase.feeder, EngineError("died")
+    with pytest.raises(EngineError, match="died"):
+        phase.collect_own()
+    assert not feeder.feeding() and queue.take() == UNITS[1]
