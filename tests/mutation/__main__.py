@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from respec_trainer.processes import free_all_garbage
 from tests.mutation.runs import Result, run
 from tests.mutation.table import modules
 from tests.mutation.workplace import import_heavy
@@ -31,6 +32,7 @@ def main() -> int:
     import_heavy()
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         results = run(ROOT, chosen, args.most, args.seed, args.workers, Path(folder))
+    free_all_garbage()
     return report(results, args.at_least)
 
 

@@ -6,7 +6,6 @@ The processes are forked from this one, which has imported the heavy libraries: 
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import os
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from respec_trainer.processes import kill_tree, parent_death_signal
+from respec_trainer.processes import collect_garbage_again, kill_tree, parent_death_signal
 from tests.mutation.mutants import Mutant
 
 OUTPUT = ".pytest.txt"
@@ -55,8 +54,7 @@ def import_heavy() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] in ("respec_trainer", "tests")]:
         if not (name.startswith(SHIMS) or name in ("respec_trainer", "respec_trainer.errors") or "mutation" in name):
             del sys.modules[name]
-    gc.collect()
-    gc.freeze()  # pytest collects garbage several times; among these objects, that takes longer than most tests
+    collect_garbage_again()  # not among these objects: pytest does it often, and it takes longer than most tests
 
 
 class Workplace:

@@ -198,3 +198,40 @@ def test_after_an_engine_s_death_nothing_more_is_taken_for_it(store):
     with pytest.raises(EngineError, match="died"):
         phase.collect_own()
     assert not feeder.feeding() and queue.take() == UNITS[1]
+
+
+@pytest.mark.parametrize(("mine", "queued", "restored"), [(1, 0, 1), (0, 1, 1), (1, 1, 1), (0, 0, 0)])
+def test_the_depth_chooser_is_restored_before_anything_is_drawn(store, mine, queued, restored):
+    calls = []
+    fleet = SimpleNamespace(engine=Engine(0.0), resume=True, room=5, counts=Counter())
+    fleet.restore_chooser = lambda: calls.append(list(fleet.engine.given))
+    FleetPending(fleet, REQUESTS, UNITS[:mine], Queue(UNITS[1:], store, "phase") if queued else None)
+    assert calls == [[]] * restored
+
+
+def test_tokens_that_were_kept_are_counted_at_each_death():
+    """The engine delivers one token of a response and dies, twice; then it finishes the response."""
+    lives = iter([("lost", [5]), ("lost", [6]), ("stop", [7])])
+
+    class Dying:
+        failure = None
+
+        def submit(self, requests):
+            reason, tokens = next(lives)
+            self.failure = EngineError("died") if reason == "lost" else None
+            (request,) = requests
+            sample = Sample("0", list(request.prompt_ids), tokens, [-1.0], reason, "actor-1", "none")
+            return SimpleNamespace(delivered=lambda: [sample], collect=lambda: self.collected(sample))
+
+        def collected(self, sample):
+            if self.failure is not None:
+                raise self.failure
+            return [sample]
+
+    phase = start(Dying(), [Unit((0,), 1.0)], None)
+    for resumed in (1, 1 + 2):
+        with pytest.raises(EngineError):
+            phase.collect_own()
+        assert phase.fleet.counts == {"lost_tokens": 0, "resumed_tokens": resumed}
+    ((_, sample),) = phase.collect_own()
+    assert (sample.response_ids, sample.restarts) == ([5, 6, 7], 2)
