@@ -26,6 +26,8 @@ def test_rounding_passes_and_is_measured():
 def test_a_near_tie_is_no_difference_and_ends_the_comparison():
     canary = Canary([1], 3, tolerance=0.01)
     assert canary.check(sung([4, 9, 1], [-0.5, -0.251, -8.0]), ACTOR) == pytest.approx(0.001)
+    assert canary.check(sung([9, 5, 6], [-0.501, -8.0, -8.0]), ACTOR) == pytest.approx(0.001)
+    assert canary.check(sung([4, 5, 9], [-0.5, -0.25, -0.752]), ACTOR) == pytest.approx(0.002)
 
 
 @pytest.mark.parametrize(
