@@ -3,6 +3,7 @@
 # make test-long    install, run the long ones: kills by the dozen, runs over two hosts, hundreds of pushes
 # make test-gpu     install, run the tests that need GPUs; results in OUT and docs/gpu.md. With GPU_PYTHON=python3, say,
 #                   nothing is installed: that Python has to have everything, see docs/gpu.md
+# make mutation     install, plant mutants in the pure modules and count those that the tests notice; ARGS="data --most 5"
 # All can be repeated: what is done is skipped. PIP_FLAGS goes to every pip install (an index of CPU wheels, say).
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart actor drafter test test-long test-gpu lint clean
+.PHONY: quickstart actor drafter test test-long test-gpu mutation lint clean
 
 quickstart: drafter
 	$(BIN)/deepspeed --quiet --num_gpus $(RANKS) launch/train.py --config configs/quickstart.yaml actor.parallel.tp=$(RANKS) $(ARGS)
@@ -45,6 +46,10 @@ test: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	$(PYTEST) -m long $(ARGS)
+
+# A runner of the project's own, tests/mutation; CONTRIBUTING.md says why, and what it has found.
+mutation: $(INSTALLED)
+	$(BIN)/python -W ignore -m tests.mutation --workers $(WORKERS) $(ARGS)
 
 OUT ?= runs/gpu-results.json
 GPU_PYTHON ?=

@@ -156,6 +156,16 @@ def test_every_key_is_documented():
     assert [key for key in leaves if f"`{key}`" not in documented] == []
 
 
+@pytest.mark.parametrize("key", ["rollout.engine.timeout", "resync.timeout"])
+def test_an_engine_s_hang_is_found_before_its_ranks_are_ended(write, key):
+    """At equal times either may come first, so the run's must be longer."""
+    other = {"rollout.engine.timeout": "resync.timeout", "resync.timeout": "rollout.engine.timeout"}[key]
+    times = [f"{other}=1.0", f"{key}=60.0"]
+    assert load_config(write(), [*times, "run.hang_timeout=60.5"]).run.hang_timeout == 60.5
+    for hang in (60.0, 59.0):
+        assert f"{key}=60 can show" in refused(write(), *times, f"run.hang_timeout={hang}")
+
+
 def test_seeds_and_a_drafter_that_draws_are_refused(write):
     both = ["speculation.rejection_sampling=true", "rollout.sampling.seeded=true"]
     assert "seeded does not seed the draws of the drafter" in refused(write(), *both)

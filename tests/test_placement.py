@@ -70,3 +70,23 @@ def test_the_actor_is_laid_out_over_the_ranks_that_train(tmp_path):
     check_world(config, 3)
     with pytest.raises(ConfigError, match=r"tp=2 does not divide the 3 ranks that train; .*--num_gpus 3"):
         check_world(config, 4)
+
+
+@pytest.mark.parametrize(
+    ("world", "minibatches", "fits"),
+    [(1, 8, True), (2, 4, True), (4, 2, True), (8, 1, True), (2, 8, False), (4, 4, False)],
+)
+def test_every_rank_gets_samples_of_every_minibatch(tmp_path, world, minibatches, fits):
+    config = smallest_config(tmp_path, f"objective.minibatches={minibatches}")  # 8 samples a step
+    if fits:
+        check_world(config, world)
+        return
+    with pytest.raises(ConfigError, match=rf"minibatches={minibatches}; make it a multiple of {world * minibatches}$"):
+        check_world(config, world)
+
+
+def test_ranks_of_one_model_share_their_samples(tmp_path):
+    config = smallest_config(tmp_path, "objective.minibatches=4", "actor.parallel.tp=2")
+    check_world(config, 4)
+    with pytest.raises(ConfigError, match="8 samples do not split over 4 data-parallel ranks"):
+        check_world(config, 8)

@@ -36,7 +36,7 @@ class AcceptAlarm:
             return None
         depth = min(len(acceptance), len(before[0]))
         then, now = _drafts_accepted(before[0][:depth]), _drafts_accepted(acceptance[:depth])
-        if then <= 0 or now >= (1 - self.share) * then:
+        if now >= (1 - self.share) * then:
             return None
         return (
             f"accept length fell from {1 + then:.2f} to {1 + now:.2f} with the last push, accepted drafts by "

@@ -66,6 +66,12 @@ def test_an_empty_fragment_hides_no_other(tmp_path):
     assert torch.equal(index.read("weight", NAME, 1, 10, 90), WHOLE[10:90])
 
 
+@pytest.mark.parametrize("names", [FILES, FILES[::-1]])
+def test_files_may_be_listed_in_any_order(index, names):
+    again = FragmentIndex(index.folder, names)
+    assert torch.equal(again.read("master", NAME, 1, 0, 100), WHOLE)
+
+
 @pytest.mark.parametrize(("start", "stop", "missing"), [(0, 101, 100), (100, 101, 100)])
 def test_the_first_entry_that_is_missing_is_named(index, start, stop, missing):
     with pytest.raises(ConfigError, match=f"lacks master of {NAME} from entry {missing} on, of tp rank 1"):

@@ -34,10 +34,86 @@ def test_a_path_is_a_run_or_one_of_its_checkpoints(tmp_path):
         candidates(smallest_config(tmp_path, f"checkpoint.resume={tmp_path / 'nowhere'}"), tmp_path / "new")
 
 
-def test_every_key_that_may_differ_exists():
-    from respec_trainer.checkpoint.resume import MAY_DIFFER
+# The keys that decide what is computed: the data, the policy's distribution, the objective, both optimizers. All others
+# say where, how fast and how carefully. A new key belongs here unless a run may go on with another value.
+DECIDE = """
+run: seed
+model: dtype
+data: prompt_column answer_column template prompts_per_step max_prompt_tokens shuffle
+reward: kind marker function
+rollout: samples_per_prompt placement engine_ranks deal hand_over
+rollout.sampling: temperature top_p top_k max_new_tokens stop seeded
+speculation: algorithm accept_threshold_single accept_threshold_acc allow_lossy
+drafter: weighting weight_scope loss mode cadence interval delta unroll decay batch_size lr matrix_lr weight_decay clip
+drafter: warmup_updates retention
+actor.optim: lr betas eps weight_decay clip warmup_steps schedule min_lr_ratio
+objective: kind advantage aggregation clip_low clip_high minibatches correction tis_clip mask_low mask_high
+"""
 
-    assert set(MAY_DIFFER) <= set(valid_keys())
+
+def with_another(section, key: str):
+    """Return the section with another value of a dotted key, which need not be valid."""
+    name, _, rest = key.partition(".")
+    value = with_another(getattr(section, name), rest) if rest else "another value"
+    return section.model_copy(update={name: value})
+
+
+def test_a_run_goes_on_only_with_the_keys_that_decide_what_it_computes(tmp_path):
+    config = smallest_config(tmp_path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    refused = set()
+    sections = {key.rpartition(".")[0] for key in valid_keys()}
+    for key in set(valid_keys()) - sections:
+        try:
+            check_compatible(tmp_path, {"optimizer": True, "model": {}}, with_another(config, key), {})
+        except ConfigError as error:
+            assert f"another configuration: {key} " in str(error) and "-> another value. Set these" in str(error)
+            refused.add(key)
+    lines = [line.split(": ") for line in DECIDE.strip().splitlines()]
+    assert refused == {f"{section}.{key}" for section, keys in lines for key in keys.split()}
+
+
+def test_every_key_that_differs_is_named_in_one_error(tmp_path):
+    config = smallest_config(tmp_path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    other = smallest_config(tmp_path, "run.seed=3", "actor.optim.lr=0.5", "resync.timeout=7.0")
+    with pytest.raises(ConfigError, match=r"configuration: actor\.optim\.lr 1e-06 -> 0\.5; run\.seed 0 -> 3\. Set"):
+        check_compatible(tmp_path, {"optimizer": True, "model": {}}, other, {})
+
+
+def test_a_converted_model_is_not_resumed(tmp_path):
+    """It has no moments: to start AdamW anew without a word would be another run."""
+    config = smallest_config(tmp_path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    with pytest.raises(ConfigError, match="holds no optimizer: it is a converted model"):
+        check_compatible(tmp_path, {"optimizer": False, "model": {}}, config, {})
+
+
+SAVED = {"hidden_size": 64, "rope_parameters": {"rope_theta": 1e4}, "dtype": "bfloat16", "use_cache": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, None),
+        ({"dtype": "float32", "torch_dtype": "float32", "transformers_version": "6", "_name_or_path": "x"}, None),
+        ({"use_cache": False, "architectures": ["Other"]}, None),
+        ({"hidden_size": 128}, "hidden_size 64 -> 128"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters .* -> .*1000000"),
+        ({"sliding_window": 8}, "sliding_window None -> 8"),
+        ({"use_cache_of_another_kind": 1}, "use_cache_of_another_kind None -> 1"),  # only begins like one
+        ({"dtypes": 1}, "dtypes None -> 1"),
+    ],
+)
+def test_another_model_is_refused_and_another_way_to_write_it_is_not(tmp_path, changes, named):
+    config = smallest_config(tmp_path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    meta = {"optimizer": True, "model": SAVED}
+    if named is None:
+        check_compatible(tmp_path, meta, config, SAVED | changes)
+        return
+    with pytest.raises(ConfigError, match=f"another model than model.path=actor: {named}"):
+        check_compatible(tmp_path, meta, config, SAVED | changes)
 
 
 def test_a_checkpoint_of_a_version_with_other_keys_says_so_and_what_to_do(tmp_path):

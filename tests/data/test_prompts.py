@@ -66,6 +66,13 @@ def test_long_prompts_are_dropped_and_counted(tmp_path):
         load_prompts(config(tmp_path / "r.jsonl"), Characters(), limit=2)
 
 
+def test_an_empty_prompt_is_dropped_and_counted(tmp_path):
+    """A model cannot continue nothing: there is no position whose distribution it could draw from."""
+    rows = [{"question": text, "answer": "1"} for text in ("ab", "", "c")]
+    prompts = load_prompts(config(write(tmp_path / "r.jsonl", rows)), Characters(), limit=4)
+    assert [prompt.text for prompt in prompts] == ["ab", "c"] and prompts.dropped == 1
+
+
 def test_tokenizer_larger_than_the_model():
     class HFConfig:
         vocab_size = 100
@@ -86,6 +93,16 @@ def test_every_epoch_holds_every_prompt_once_in_a_new_order():
     assert epochs[0] != epochs[1] != epochs[2]
     assert [p.key for p in PromptStream(PROMPTS, seed=3).next(7)] == epochs[0]
     assert [p.key for p in PromptStream(PROMPTS, seed=4).next(7)] != epochs[0]
+
+
+def test_no_epoch_of_one_seed_is_an_epoch_of_another():
+    """So runs whose seeds are neighbors are independent: one is not the other, begun an epoch later."""
+    many = [Prompt(str(i), (i,), str(i), str(i)) for i in range(20)]  # 20! orders: none comes twice by chance
+    orders = set()
+    for seed in range(6):
+        stream = PromptStream(many, seed)
+        orders |= {tuple(p.key for p in stream.next(20)) for _ in range(6)}
+    assert len(orders) == 36
 
 
 def test_a_stream_continues_from_its_state():

@@ -6,11 +6,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch.distributed as dist
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.hosts import LIBRARIES, HostFacts, check_hosts, check_shared_folder, code_digest, differences
+from respec_trainer.hosts import LIBRARIES, HostFacts, check_hosts, check_shared_folder
 from tests.support.processes.ranks import run_ranks
 
 LIBRARY_VERSIONS = tuple((name, "1.0") for name in LIBRARIES)
@@ -52,12 +51,6 @@ def test_every_difference_is_named_on_every_rank():
     assert "respec_trainer's files (digest): abc" in first and "sglang" not in first
 
 
-def test_ranks_are_listed_by_host():
-    facts = [NODE0, NODE0, replace(NODE0, host="node1", ranks=4), replace(NODE0, host="node2", ranks=4)]
-    assert differences(facts) == ["ranks of a host: 8 on node0 (ranks 0, 1), 4 on node1 (rank 2) and node2 (rank 3)"]
-    assert differences([NODE0, replace(NODE0, host="node1")]) == []
-
-
 def test_a_shared_folder(tmp_path):
     assert run_ranks(2, share, [tmp_path / "runs"] * 2) == [None, None]
     assert list((tmp_path / "runs").iterdir()) == []
@@ -75,17 +68,3 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     for error in run_ranks(2, share, [tmp_path / "file/runs"] * 2):
         assert "rank 0 cannot write in" in error
-
-
-def test_the_code_digest_sees_names_and_contents(tmp_path):
-    (tmp_path / "a.py").write_text("x")
-    before = code_digest(tmp_path)
-    (tmp_path / "notes.txt").write_text("y")
-    assert code_digest(tmp_path) == before
-    (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert code_digest(tmp_path) != before
-
-
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_facts_of_this_host(name):
-    assert dict(HostFacts.here().libraries)[name] != "not installed"

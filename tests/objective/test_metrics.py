@@ -68,6 +68,20 @@ def test_long_sums_are_kept_in_double_precision():
     assert finish(merge(parts)) == {"mean": (2**24 + 2) / 3}
 
 
+def test_one_part_is_merged_to_itself_and_one_update_is_the_default():
+    part = metrics_of(slice(0, 6), loss=3.0)
+    assert finish(merge([part])) == finish(part)
+    assert finish(part)["loss"] == 3.0 and finish(part, updates=4)["loss"] == 0.75
+
+
+def test_metrics_keep_no_graph():
+    """Otherwise a step's activations would live until its metrics are copied."""
+    value = torch.ones(1, 2, requires_grad=True)
+    tokens = Tokens(torch.ones(1, 2, dtype=torch.bool))
+    parts = [tokens.mean(value).total, tokens.largest(value).signed, tokens.smallest(value).signed]
+    assert not any(part.requires_grad for part in [*parts, PerUpdate.of(value.sum()).total])
+
+
 def test_metrics_of_some_micro_batches_only_are_refused_by_name():
     with pytest.raises(ValueError, match="gave share for some micro-batches only"):
         part = metrics_of(slice(0, 2))

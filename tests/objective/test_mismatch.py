@@ -11,7 +11,6 @@ from respec_trainer.objective.inputs import LossInputs
 from respec_trainer.objective.metrics import finish
 from respec_trainer.objective.mismatch import correction_weights, mismatch_metrics
 from respec_trainer.objective.registry import setup_objective
-from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
 
 CORRECTIONS = ("none", "tis", "token_mask", "sequence_mask")
 MASK = np.arange(40) < np.array([[40], [17], [1], [0], [33], [25]])
@@ -88,7 +87,7 @@ def test_the_metrics_are_the_formulas(seed):
     for threshold in (1.1, 1.5, 2):
         share = (np.maximum(ratio, 1 / ratio) > threshold).mean()
         assert metrics[f"mismatch/above_{threshold}"] == pytest.approx(share)
-    for origin, value in (("plain", UNDRAFTED), ("accepted", ACCEPTED), ("bonus", BONUS)):
+    for origin, value in (("plain", 0), ("accepted", 1), ("bonus", 2)):  # as the engine's plugin sends them
         assert metrics[f"mismatch/kl_{origin}"] == pytest.approx(divergence[origins == value].mean())
 
 
@@ -120,3 +119,23 @@ def test_the_sequence_mask_does_not_depend_on_length(length):
     factor, changed = correction_weights(log_ratio, mask, ObjectiveConfig(correction="sequence_mask"))
     assert factor[:, 0].tolist() == [1.0, 0.0]
     assert changed.sum(1).tolist() == [0, length]
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS[1:])
+def test_a_ratio_at_a_bound_is_kept(correction):
+    log_ratio, mask = torch.tensor([[-0.7, -0.7], [0.7, 0.7]]), torch.ones(2, 2, dtype=torch.bool)
+    low, high = log_ratio.exp()[:, 0].tolist()
+    bounds = {"correction": correction, "tis_clip": high, "mask_low": low, "mask_high": high}
+    factor, changed = correction_weights(log_ratio, mask, ObjectiveConfig(**bounds))
+    assert not changed.any()
+    assert torch.equal(factor, torch.ones(2, 2) if correction == "sequence_mask" else log_ratio.exp())
+
+
+def test_a_ratio_at_a_threshold_is_not_above_it():
+    thresholds = torch.tensor([[1.1, 1.5, 2.0, 1 / 1.1]], dtype=torch.float64).log()
+    thresholds[0, :3] = torch.tensor([np.log(1.1), np.log(1.5), np.log(2)])  # the very numbers
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    metrics = finish(mismatch_metrics(thresholds, everything, ~everything, torch.zeros(1, 4)))
+    assert metrics["mismatch/above_2"] == 0.0
+    assert metrics["mismatch/above_1.5"] == 0.25
+    assert metrics["mismatch/above_1.1"] == pytest.approx(0.5, abs=0.26), "1 / 1.1 may round to either side"

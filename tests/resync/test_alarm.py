@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from respec_trainer.resync.alarm import AcceptAlarm
@@ -21,6 +23,41 @@ def test_other_numbers_of_steps_are_no_fall():
     by_depth = [0.8, 0.8, 0.8]
     assert [alarm.check(by_depth[:depth], "drafter-1") for depth in (3, 1, 0, 3)] == [None] * 4
     assert "from 1.80 to 1.40" in alarm.check([0.4], "drafter-1")
+
+
+def test_a_step_without_drafts_does_not_hide_a_fall():
+    alarm = AcceptAlarm(share=0.3, verified=True)
+    assert [alarm.check(acceptance, "drafter-1") for acceptance in ([0.8, 0.5], [], [])] == [None] * 3
+    assert "from 2.20 to 1.40" in alarm.check([0.4, 0.0], "drafter-1")
+
+
+def test_a_resumed_run_remembers_the_step_before():
+    alarm, again, new = (AcceptAlarm(share=0.3, verified=True) for _ in range(3))
+    alarm.check([0.8, 0.5], "drafter-1")
+    again.load_state_dict(json.loads(json.dumps(alarm.state_dict())))
+    assert "drafter-2, which replaced drafter-1" in again.check([0.4], "drafter-2")
+    again.load_state_dict(json.loads(json.dumps(new.state_dict())))
+    assert again.check([0.1], "drafter-1") is None, "a run that had no step yet has nothing to compare"
+
+
+def test_depths_are_reached_only_through_those_before():
+    """0.5 + 0.5 * 0.5 + 0.5 * 0.5 * 0.5 = 0.875 drafts, then 0.5 + 0.5 * 0.2 + 0 = 0.6."""
+    alarm = AcceptAlarm(share=0.3, verified=True)
+    alarm.check([0.5, 0.5, 0.5], "drafter-1")
+    assert "from 1.88 to 1.60" in alarm.check([0.5, 0.2, 0.0], "drafter-1")
+
+
+def test_a_fall_by_just_the_share_is_none():
+    alarm = AcceptAlarm(share=0.5, verified=True)
+    alarm.check([0.5], "drafter-1")
+    assert alarm.check([0.25], "drafter-1") is None
+    assert alarm.check([0.1249], "drafter-1") is not None
+
+
+def test_more_draft_steps_do_not_hide_a_fall():
+    alarm = AcceptAlarm(share=0.3, verified=True)
+    alarm.check([0.8], "drafter-1")
+    assert "from 1.80 to 1.50" in alarm.check([0.5, 0.9, 0.9], "drafter-1")
 
 
 def test_nothing_can_fall_where_nothing_is_accepted():

@@ -16,17 +16,20 @@ def sample(prompt, response, logprobs=None, origins=()) -> Sample:
 
 
 def test_collate_aligns_every_entry_with_its_own_token():
-    batch = collate([sample([5, 6], [7, 8, 9], origins=[0, 1, 2]), sample([4], [3])], pad_id=0)
+    batch = collate([sample([5, 6], [7, 8, 9], origins=[0, 1, 2]), sample([4], [3])], pad_id=9)
     assert batch.origins.dtype == torch.int8
     assert batch.origins.tolist() == [[0, 0, 0, 1, 2], [0, 0, 0, 0, 0]]
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
+    assert batch.tokens.tolist() == [[5, 6, 7, 8, 9], [4, 3, 9, 9, 9]]
     assert batch.response_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
     assert batch.sampler_logprobs.tolist() == [[0, 0, -0.5, -1.0, -1.5], [0, -0.5, 0, 0, 0]]
     assert batch.lengths.tolist() == [5, 2]
 
 
 def test_collate_rounds_the_length_up():
-    assert collate([sample([1], [2, 3])], pad_id=0, multiple_of=4).tokens.shape == (1, 4)
+    for multiple, width in ((1, 3), (2, 4), (3, 3), (4, 4), (5, 5)):
+        batch = collate([sample([1], [2, 3]), sample([1], [2])], pad_id=7, multiple_of=multiple)
+        assert batch.tokens.tolist() == [[1, 2, 3] + [7] * (width - 3), [1, 2] + [7] * (width - 2)]
+        assert batch.response_mask.sum(1).tolist() == [2, 1] and batch.lengths.tolist() == [3, 2]
 
 
 @pytest.mark.parametrize(("minibatches", "dp"), [(1, 1), (1, 4), (2, 2), (4, 2), (3, 4)])

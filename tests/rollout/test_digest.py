@@ -52,3 +52,8 @@ def test_shape_and_dtype_are_part_of_it(dtype):
     assert digest(ones) == digest(ones.t().contiguous().t()) == digest(ones.clone())
     assert len({digest(t) for t in (ones, ones.view(4, 3), ones[:2], ones.view(-1))}) == 4
     assert str(dtype).removeprefix("torch.") in digest(ones)
+
+
+def test_weights_with_a_gradient_have_digests_too():
+    weight = torch.nn.Parameter(torch.ones(3))
+    assert digest(weight) == digest(torch.ones(3))

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from respec_trainer.errors import EngineError
+from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.plugin_contract import ORIGINS, plugin_settings, read_origins
 
 
@@ -21,3 +22,7 @@ def test_settings_are_json_that_any_process_can_read():
     default = {"device": "cpu", "seeded": True, "steps": None, "truncated_logprobs": True}
     assert json.loads(plugin_settings("cpu", True)) == default
     assert json.loads(plugin_settings("cpu", True, truncated_logprobs=False)) == default | {"truncated_logprobs": False}
+    steps = DepthSettings("fixed", (0, 3), max_batch=4, max_context=100, fixed=3)
+    settings = json.loads(plugin_settings("cuda", False, steps))
+    assert (settings["device"], settings["seeded"]) == ("cuda", False)
+    assert DepthSettings.of_json(settings["steps"]) == steps

@@ -26,12 +26,14 @@ def train_reference(hf_config, batch: Batch, advantages: torch.Tensor, aggregati
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=OPTIM["actor.optim.eps"])
-    norms, losses = [], []
+    norms, losses, divergences = [], [], []
     with torch.no_grad():
         old, entropy = reference_scores(model, batch.tokens)
     for step, rows in enumerate(updates):
         mask, advantage = batch.response_mask[rows], advantages[rows, None]
-        ratio = (reference_scores(model, batch.tokens[rows])[0] - old[rows]).exp()
+        moved = reference_scores(model, batch.tokens[rows])[0] - old[rows]
+        ratio = moved.exp()
+        divergences += (moved.detach().double().expm1() - moved.detach())[mask].tolist()  # of old to now
         gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         gain = gain * (old - batch.sampler_logprobs)[rows].exp().clamp(max=2.0)
         by_row = (gain * mask).sum(1)
@@ -47,6 +49,7 @@ def train_reference(hf_config, batch: Batch, advantages: torch.Tensor, aggregati
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     mask, mismatch = batch.response_mask, reference_mismatch(old, batch)
     scores = {"old": old * mask, "entropy": entropy * mask, "mismatch": mismatch}
+    scores |= {"kl": sum(divergences) / len(divergences)}
     return scores | {"norms": norms, "losses": losses, "weights": weights}
 
 

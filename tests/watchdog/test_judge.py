@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 from respec_trainer.watchdog.ending import RunningClock
 from respec_trainer.watchdog.judge import Judge
 from respec_trainer.watchdog.messages import (
+    MOST_BYTES,
     Answer,
     Beat,
     Process,
@@ -163,6 +165,24 @@ def test_messages_survive_the_way():
     for noise in (b"", b"[]", b"{}", b'{"rank": 1}', b"\xff"):
         with pytest.raises((ValueError, KeyError, TypeError)):
             decode_beat(noise)
+
+
+def test_a_text_that_is_no_unicode_still_arrives():
+    """Messages of errors may hold file names that are no UTF-8, as lone surrogates; without the beat a rank is lost."""
+    assert decode_beat(encode(beat(1, note="no file \udcff", stack="\ud800"))) == beat(1, note="no file ?", stack="?")
+
+
+def test_no_message_is_longer_than_a_datagram():
+    """UDP over IPv4 carries 65,507 bytes; sendto would fail, and the rank would be silent without a reason."""
+    empty = len(encode(beat(1)))
+    longest = encode(beat(1, stack="x" * (MOST_BYTES - empty)))
+    assert len(longest) == MOST_BYTES <= 65_507
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver, receiver.dup() as sender:
+        receiver.bind(("127.0.0.1", 0))
+        assert sender.sendto(longest, receiver.getsockname()) == MOST_BYTES
+    for text in ("x" * (MOST_BYTES - empty + 1), "x" * 70_000, "ä" * 35_000):
+        with pytest.raises(ValueError, match="bytes does not fit a datagram"):
+            encode(beat(1, stack=text))
 
 
 def test_the_clock_stands_still_while_the_process_does(monkeypatch):

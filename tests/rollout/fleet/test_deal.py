@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from itertools import product
 
@@ -85,3 +87,16 @@ def test_the_largest_units_begin():
     share = [Unit((0, 1), 4.0), Unit((2, 3), 9.0), Unit((4, 5), 6.0)]
     assert begin(share, 3) == (share[1:], share[:1]), "while there is room"
     assert begin(share, 5) == (share, []) and begin([], 3) == ([], [])
+    assert begin(share, 4) == (share[1:], share[:1]) and begin(share, 2) == ([share[1]], [share[0], share[2]])
+    assert begin(share, 0) == ([], share)
+
+
+def test_means_are_saved_by_a_digest_that_later_versions_read():
+    dealer = Dealer("group")
+    dealer.observe([sample(A, 10)])
+    digest = hashlib.blake2b((1).to_bytes(8, "little"), digest_size=8).hexdigest()  # of int64 token ids
+    assert json.loads(json.dumps(dealer.state_dict())) == {"means": {digest: 10.0}, "overall": 10.0}
+    other = Dealer("group")
+    other.load_state_dict(dealer.state_dict())
+    other.observe([sample(B, 50)])
+    assert dealer.state_dict()["overall"] == 10.0 and len(dealer.means) == 1, "the state was copied"

@@ -152,5 +152,86 @@ def test_a_feeder_that_is_stopped_takes_no_more(store):
     while not handed:
         time.sleep(random.random() / 1000)
     assert feeder.feeding()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "feeder"]
+    assert thread.daemon, "a rank that fails ends without waiting for its engine"
     feeder.stop()
     assert not feeder.feeding() and handed == UNITS[:1] and not queue.empty()
+
+
+def test_every_sample_of_every_engine_comes_in_the_order_of_the_requests_and_is_observed(store):
+    phase = start(Engine(0.0), UNITS[10:], None)
+    others = [(i, Sample(str(i), [i], [7], [-1.0], "stop", "actor-1", "none")) for i in reversed(range(20))]
+    observed = []
+    phase.fleet.agree = lambda action: [others, action()]
+    phase.fleet.dealer = SimpleNamespace(observe=observed.append)
+    samples = phase.collect()
+    assert [sample.key for sample in samples] == [str(i) for i in range(40)] and observed == [samples]
+
+
+def test_a_rank_without_an_engine_collects_what_the_others_drew(store):
+    phase = start(None, [], None)
+    drawn = [Sample(str(i), [i], [7], [-1.0], "stop", "actor-1", "none") for i in range(40)]
+    asked = []
+    phase.fleet.agree = lambda action: asked.append(action) or [list(enumerate(drawn))]
+    phase.fleet.dealer = SimpleNamespace(observe=lambda samples: None)
+    assert phase.collect() == drawn and asked == [None]
+
+
+def full(engine, mine, queue):
+    """Start a phase whose engine never has room for units of the queue."""
+    fleet = SimpleNamespace(engine=engine, resume=True, room=0, restore_chooser=lambda: None, counts=Counter())
+    return FleetPending(fleet, REQUESTS, mine, queue)
+
+
+def test_an_engine_that_may_get_more_still_generates_though_it_has_done_all_it_has(store):
+    phase = full(Engine(0.0), UNITS[:1], Queue(UNITS[1:], store, "phase"))
+    phase.parts[0].collect()
+    assert phase.done() == phase.submitted == 2 and phase.generating()
+    phase.feeder.stop()
+    assert not phase.generating()
+
+
+def test_after_an_engine_s_death_nothing_more_is_taken_for_it(store):
+    engine, queue = Engine(0.0), Queue(UNITS[1:], store, "phase")
+    phase = full(engine, UNITS[:1], queue)
+    feeder, engine.failure = phase.feeder, EngineError("died")
+    with pytest.raises(EngineError, match="died"):
+        phase.collect_own()
+    assert not feeder.feeding() and queue.take() == UNITS[1]
+
+
+@pytest.mark.parametrize(("mine", "queued", "restored"), [(1, 0, 1), (0, 1, 1), (1, 1, 1), (0, 0, 0)])
+def test_the_depth_chooser_is_restored_before_anything_is_drawn(store, mine, queued, restored):
+    calls = []
+    fleet = SimpleNamespace(engine=Engine(0.0), resume=True, room=5, counts=Counter())
+    fleet.restore_chooser = lambda: calls.append(list(fleet.engine.given))
+    FleetPending(fleet, REQUESTS, UNITS[:mine], Queue(UNITS[1:], store, "phase") if queued else None)
+    assert calls == [[]] * restored
+
+
+def test_tokens_that_were_kept_are_counted_at_each_death():
+    """The engine delivers one token of a response and dies, twice; then it finishes the response."""
+    lives = iter([("lost", [5]), ("lost", [6]), ("stop", [7])])
+
+    class Dying:
+        failure = None
+
+        def submit(self, requests):
+            reason, tokens = next(lives)
+            self.failure = EngineError("died") if reason == "lost" else None
+            (request,) = requests
+            sample = Sample("0", list(request.prompt_ids), tokens, [-1.0], reason, "actor-1", "none")
+            return SimpleNamespace(delivered=lambda: [sample], collect=lambda: self.collected(sample))
+
+        def collected(self, sample):
+            if self.failure is not None:
+                raise self.failure
+            return [sample]
+
+    phase = start(Dying(), [Unit((0,), 1.0)], None)
+    for resumed in (1, 1 + 2):
+        with pytest.raises(EngineError):
+            phase.collect_own()
+        assert phase.fleet.counts == {"lost_tokens": 0, "resumed_tokens": resumed}
+    ((_, sample),) = phase.collect_own()
+    assert (sample.response_ids, sample.restarts) == ([5, 6, 7], 2)

@@ -14,9 +14,9 @@ SAMPLING = SamplingParams(max_new_tokens=10)
 REQUESTS = [Request(key, (1, 2), SAMPLING) for key in "abc"]
 
 
-def drawn(key, tokens, reason="stop", version="actor-1", drafter="d0", prompt=(1, 2)):
-    logprobs, origins = [-float(t) for t in tokens], [0] * len(tokens)
-    return Sample(key, list(prompt), list(tokens), logprobs, reason, version, drafter, 1, [0, 1], origins)
+def drawn(key, tokens, reason="stop", version="actor-1", drafter="d0", prompt=(1, 2), histogram=(0, 1)):
+    logprobs, origins = [-float(t) for t in tokens], [t % 3 for t in tokens]
+    return Sample(key, list(prompt), list(tokens), logprobs, reason, version, drafter, 1, list(histogram), origins)
 
 
 def test_unfinished_responses_continue_after_their_tokens():
@@ -31,7 +31,7 @@ def test_unfinished_responses_continue_after_their_tokens():
     a, b, c = ledger.samples()
     assert (a.response_ids, a.restarts) == ([5, 6], 0)
     assert (b.prompt_ids, b.response_ids, b.finish_reason) == ([1, 2], [7, 8, 9, 3, 2], "length")
-    assert b.sampler_logprobs == [-7, -8, -9, -3, -2] and len(b.origins) == 5
+    assert b.sampler_logprobs == [-7, -8, -9, -3, -2] and b.origins == [1, 2, 0, 0, 2]
     assert (b.restarts, b.verify_count, b.accept_histogram, b.drafter_version) == (2, 3, [0, 3], "d0+d1")
     assert (c.response_ids, c.restarts, c.drafter_version) == ([4, 6], 1, "d1")
     assert ledger.lost_tokens == 0
@@ -57,3 +57,14 @@ def test_two_actors_in_one_response_are_refused():
     ledger.add([drawn("a", [5], "lost")])
     with pytest.raises(EngineError, match="begun by actor-1 and continued by actor-2"):
         ledger.add([drawn("a", [6], version="actor-2")])
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "both"),
+    [((0, 2, 1), (4,), [4, 2, 1]), ((3,), (0, 1, 0, 5), [3, 1, 0, 5]), ((), (2,), [2]), ((1, 1), (), [1, 1])],
+)
+def test_histograms_of_different_depths_add_up(first, then, both):
+    ledger = Ledger(REQUESTS[:1], resume=True)
+    ledger.add([drawn("a", [5], "lost", histogram=first)])
+    ledger.add([drawn("a", [6], histogram=then)])
+    assert ledger.samples()[0].accept_histogram == both

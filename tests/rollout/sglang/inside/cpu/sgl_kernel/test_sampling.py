@@ -201,3 +201,36 @@ def test_rejection_sampling_keeps_the_distribution_for_any_proposal(seed):
 def test_a_proposal_equal_to_the_target_is_always_accepted():
     probs = torch.tensor([[0.5, 0.2, 0.2, 0.1, 0.0]]).expand(4, VOCAB)
     assert {len(sequence) for sequence in rejection(probs, probs[:-1], draws=500)} == {4}
+
+
+def verify(parents, tokens, probs, uniform, last=0.5, **thresholds) -> list[int]:
+    """Return the output of one request whose uniform numbers are given."""
+    n, width = len(parents), depth(parents) + 1
+    predicts, accept_index = torch.zeros(n, dtype=torch.int32), torch.full((1, width), -1, dtype=torch.int32)
+    count = torch.empty(1, dtype=torch.int32)
+    request = [x[None] for x in (torch.tensor(tokens), torch.arange(n), *links(parents), torch.tensor(uniform))]
+    probs = torch.tensor(probs).expand(1, n, VOCAB)
+    sampling.tree_speculative_sampling_target_only(
+        predicts, accept_index, count, *request, torch.tensor([last]), probs, probs, **thresholds
+    )
+    return predicts[accept_index[0, : int(count) + 1].long()].tolist()
+
+
+@pytest.mark.parametrize("shape", TREES)
+def test_a_token_without_mass_is_never_drawn_even_by_the_number_zero(shape):
+    parents, tokens = TREES[shape]
+    out = verify(parents, tokens, [0.0, 0.0, 0.0, 0.75, 0.25], [0.999] * len(parents), last=0.0)
+    assert out[-1] in (3, 4)
+    assert verify([-1], [0], [0.0, 0.5, 0.0, 0.5, 0.0], [0.5], last=0.5) == [3], "0.5 belongs to the upper half"
+
+
+@pytest.mark.parametrize("shape", ["chain", "star"])
+def test_a_single_threshold_accepts_drafts_of_at_least_that_probability(shape):
+    parents, tokens = TREES[shape]  # the root's first child is token 2 in the chain, and token 1 in the star
+    probs = [0.0, 0.25, 0.25, 0.25, 0.25]
+    too_large = [0.999] * len(parents)
+    exact_output = verify(parents, tokens, probs, too_large)
+    accepted = verify(parents, tokens, probs, too_large, threshold_single=0.25)
+    assert exact_output[0] not in tokens[1:2] or shape == "star"
+    assert accepted[0] == tokens[1] and len(accepted) == depth(parents) + 1
+    assert verify(parents, tokens, probs, too_large, threshold_single=0.26) == exact_output
