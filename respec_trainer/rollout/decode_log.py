@@ -100,8 +100,10 @@ class DepthSettings:
 class DecodeLog:
     """The log of the batches that an engine ran: one entry a batch, in columns of length N. Times are seconds.
 
-    `tokens` of a decode batch include the bonus tokens; of a prefill batch they are the prompt tokens read.
-    `survivors[i, d]` counts the sequences that kept at least d + 1 drafts.
+    `tokens` of a decode batch are those that responses kept, bonus tokens included: what was accepted behind the end of
+    a response is not among them. Together they are the tokens of all responses but the first of each, which comes with
+    its prompt. Of a prefill batch they are the prompt tokens read. `survivors[i, d]` counts the sequences that kept at
+    least d + 1 drafts, those behind a response's end included.
     """
 
     start: np.ndarray = field(default_factory=lambda: np.zeros(0))  # on the engine's clock, whose zero is arbitrary
@@ -109,7 +111,7 @@ class DecodeLog:
     batch: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # sequences
     context: np.ndarray = field(default_factory=lambda: np.zeros(0))  # mean tokens of a sequence so far
     steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # drafted; 0: plain decoding
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # gained by all sequences
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # kept by all responses
     survivors: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # [N, most steps]
     draft: np.ndarray = field(default_factory=lambda: np.zeros(0))  # all draft steps
     verify: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the target's pass; with steps=0 a plain one

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from respec_trainer.rollout.decode_log import DepthSettings, check_candidates
+from respec_trainer.rollout.ends import Ends
 from respec_trainer.speculation.cost import CostModel, Work, seconds
 from respec_trainer.speculation.shape import chain
 
@@ -27,7 +28,7 @@ class FixedPolicy:
     def choose(self, batch: int, context: float, missed: float) -> int:
         return self.steps
 
-    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
+    def observe(self, steps: int, batch: int, survivors: Sequence[float], ends: Ends | None = None) -> None:
         pass
 
 

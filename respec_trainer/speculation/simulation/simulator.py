@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from respec_trainer.errors import ConfigError
+from respec_trainer.rollout.ends import Ends
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.shape import chain
 from respec_trainer.speculation.simulation.draws import survivals
@@ -56,7 +57,7 @@ class SimulatedPolicy(Protocol):
         `missed` is the mean number of tokens of a sequence that its drafter has not read.
         """
 
-    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
+    def observe(self, steps: int, batch: int, survivors: Sequence[float], ends: Ends) -> None:
         """Receive the outcome of a batch of `steps` drafts: survivors[d] sequences kept at least d + 1 drafts."""
 
 
@@ -210,10 +211,11 @@ class _Engine:
         """Add the gained tokens to every sequence and remove the complete ones. Return the number of tokens gained."""
         running, before = self.running, self.done[self.running]
         kept = survivals(self.trace.acceptance[running], steps, running, before, self.setting)
-        self.policy.observe(steps, len(running), kept.sum(0).tolist())
         length = self.length[running]
         # Sums of expected tokens have rounding errors: a response that lacks 1e-9 of a token is complete.
         after = np.where(before + 1 + kept.sum(1) > length - 1e-9, length, before + 1 + kept.sum(1))
         self.done[running] = after
         self.running = running[after < length]
-        return float((after - before).sum())
+        ends = Ends(float((after - before).sum()), len(running) - len(self.running))
+        self.policy.observe(steps, len(running), kept.sum(0).tolist(), ends)
+        return ends.tokens

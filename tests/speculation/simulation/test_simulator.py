@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from respec_trainer.errors import ConfigError
+from respec_trainer.rollout.ends import Ends
 from respec_trainer.speculation.cost import CostModel, Terms
 from respec_trainer.speculation.policy import FixedPolicy, OraclePolicy, StepTimes
 from respec_trainer.speculation.scheduler import DepthScheduler
@@ -111,8 +112,8 @@ class Script:
         self.asked.append((batch, context, missed))
         return next(self.steps)
 
-    def observe(self, steps, batch, survivors):
-        self.seen.append((steps, batch, survivors))
+    def observe(self, steps, batch, survivors, ends):
+        self.seen.append((steps, batch, survivors, ends))
 
 
 def test_going_on_costs_a_catch_up_of_what_was_missed():
@@ -122,7 +123,8 @@ def test_going_on_costs_a_catch_up_of_what_was_missed():
     # Two plain steps, two tokens to catch up with, a cycle of two tokens, a plain step; two changes.
     assert outcome.makespan == pytest.approx(1 + 1 + 0.25 + 0.2 + 2 + 0.25 + 1) and outcome.switches == 2
     assert policy.asked == [(1, 10, 0), (1, 11, 1), (1, 12, 2), (1, 14, 0)]
-    assert policy.seen == [(0, 1, []), (0, 1, []), (1, 1, [1]), (0, 1, [])]
+    went_on, ended = Ends(1, 0), Ends(1, 1)
+    assert policy.seen == [(0, 1, [], went_on)] * 2 + [(1, 1, [1], Ends(2, 0)), (0, 1, [], ended)]
     informed = Script([0, 0, 1, 0], informed=True)
     assert simulate(trace_of([5]), costs, lambda: informed, Setting()).makespan == 5.0
     assert informed.acceptances == [[1.0]] * 4

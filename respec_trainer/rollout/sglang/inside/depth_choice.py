@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.rollout.ends import Ends
 
 
 class DepthPolicy(Protocol):
@@ -26,8 +27,11 @@ class DepthPolicy(Protocol):
     def choose(self, batch: int, context: float, missed: float) -> int:
         """Return the draft steps of the next decode batch. `missed`: mean unread tokens of a sequence."""
 
-    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
-        """Update estimates with a batch's result: survivors[d] sequences kept at least d + 1 drafts; [] for steps=0."""
+    def observe(self, steps: int, batch: int, survivors: Sequence[int], ends: Ends) -> None:
+        """Update estimates with the result of a batch of `batch` running sequences.
+
+        survivors[d] of them kept at least d + 1 drafts; [] for steps=0. `ends`: the tokens that responses kept.
+        """
 
     def predicted(self) -> float:
         """Return the expected speed-up of the latest choice over plain decoding."""
@@ -72,11 +76,11 @@ class DepthChooser:
             self.fail()
             return 0.0
 
-    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
+    def observe(self, steps: int, batch: int, survivors: Sequence[int], ends: Ends) -> None:
         if self._policy is None or self.failed:
             return
         try:
-            self._policy.observe(steps, batch, survivors)
+            self._policy.observe(steps, batch, survivors, ends)
         except Exception:  # noqa: BLE001 - see the class
             self.fail()
 
