@@ -59,6 +59,7 @@ class DepthSettings:
     # For profiles: wait for the GPU between parts, so that each part's time is its own. On a CPU, count only the time
     # in which the engine's thread computed, so that other work on its cores is not included.
     timed: bool = False
+    graph_sizes: tuple[int, ...] = ()  # batch sizes of the CUDA graphs that `costs` were measured with; (): none
     seed: int = 0  # of mode "random"
     # Tests and benchmarks only: drafts are kept at random so that a pass keeps this many tokens, bonus included.
     simulated_accept_length: float | None = None
@@ -93,7 +94,8 @@ class DepthSettings:
         costs = found["costs"]
         if costs is not None:
             costs = {piece: tuple(terms) for piece, terms in costs.items()}
-        return cls(**found | {"costs": costs, "candidates": tuple(found["candidates"]), "prior": tuple(found["prior"])})
+        tuples = {name: tuple(found[name]) for name in ("candidates", "graph_sizes", "prior")}
+        return cls(**found | {"costs": costs} | tuples)
 
 
 @dataclass
@@ -124,6 +126,7 @@ class DecodeLog:
     failures: int = 0  # of the depth chooser; after one, speculation stays off
     dropped: int = 0  # entries discarded, the oldest first, because no call took them in time
     state: str = ""  # JSON state of the depth chooser, for `RolloutEngine.restore_depth_chooser`; "": none
+    graph_sizes: tuple[int, ...] = ()  # batch sizes of the engine's CUDA graphs
 
     def __len__(self) -> int:
         return len(self.start)
@@ -145,15 +148,16 @@ class DecodeLog:
 
     def to_bytes(self) -> bytes:
         file = io.BytesIO()
-        np.savez(file, state=self.state, **self.to_arrays())
+        np.savez(file, state=self.state, graph_sizes=np.array(self.graph_sizes, np.int64), **self.to_arrays())
         return file.getvalue()
 
     @classmethod
     def of_bytes(cls, content: bytes) -> DecodeLog:
         """Read the output of `to_bytes`."""
         with np.load(io.BytesIO(content)) as arrays:
-            return replace(cls.of_arrays(dict(arrays)), state=str(arrays["state"]))
+            more = {"state": str(arrays["state"]), "graph_sizes": tuple(arrays["graph_sizes"].tolist())}
+            return replace(cls.of_arrays(dict(arrays)), **more)
 
     @classmethod
     def _names(cls) -> list[str]:
-        return [part.name for part in fields(cls) if part.name != "state"]
+        return [part.name for part in fields(cls) if part.name not in ("state", "graph_sizes")]

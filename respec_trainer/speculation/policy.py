@@ -8,6 +8,7 @@ in plain Python.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -73,6 +74,8 @@ class OraclePolicy(FixedPolicy):
 class StepTimes:
     """A table of the cost model's times of each chain's cycle, and the times of changing to another chain.
 
+    A batch between two sizes of CUDA graphs has the times of the larger graph, whose padding it computes too.
+
     Args:
         costs: seconds by batch and context; catching up costs nothing if the model has no times of it.
         candidates: numbers of draft steps to choose from, in rising order; 0 is plain decoding.
@@ -82,7 +85,7 @@ class StepTimes:
 
     def __init__(self, costs: CostModel, candidates: Sequence[int], max_batch: int, max_context: int):
         check_candidates(candidates)
-        self.candidates = tuple(candidates)
+        self.costs, self.candidates = costs, tuple(candidates)
         self.max_batch, self.max_context = max_batch, max_context
         middles = [middle_of(index) for index in range(index_of(max_context) + 1)]
         batch, context = np.meshgrid(np.arange(1.0, max_batch + 1), middles, indexing="ij")
@@ -90,6 +93,12 @@ class StepTimes:
         self.cycles = np.stack(by_steps, -1).tolist()  # [batch - 1][index of the context][candidate]
         self.switch = costs.switch_seconds()
         self.reading = costs.to_tuples().get("catch_up")
+
+    def with_graphs(self, graphs: Sequence[int]) -> StepTimes:
+        """Return the table of an engine whose CUDA graphs have these batch sizes."""
+        if tuple(graphs) == self.costs.graphs:
+            return self
+        return StepTimes(replace(self.costs, graphs=tuple(graphs)), self.candidates, self.max_batch, self.max_context)
 
     def at(self, batch: int, context: float) -> list[float]:
         """Return the seconds of each candidate's cycle."""

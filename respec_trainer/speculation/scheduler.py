@@ -59,9 +59,13 @@ class DepthScheduler:
         """Make the scheduler of an engine. Raises ConfigError if the settings have no costs or no prior."""
         if not settings.costs or not settings.prior:
             raise ConfigError("steps are chosen by costs and a prior acceptance: give both in DepthSettings")
-        costs = CostModel.of_tuples(settings.costs)
+        costs = CostModel.of_tuples(settings.costs, settings.graph_sizes)
         times = StepTimes(costs, settings.candidates, settings.max_batch, settings.max_context)
         return cls(times, settings.prior, settings.explore)
+
+    def set_graph_sizes(self, sizes: Sequence[int]) -> None:
+        """Take the batch sizes of the engine's own CUDA graphs in place of those of the profile's engine."""
+        self.times = self.policy.times = self.times.with_graphs(sizes)
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         """Return the draft steps for `batch` sequences of `context` tokens on average, 0 for plain decoding.

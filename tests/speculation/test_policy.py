@@ -136,6 +136,17 @@ def test_beyond_its_tables_a_policy_takes_their_edge():
     assert FixedPolicy(3).choose(500, 10**6, 0) == 3
 
 
+def test_between_graphs_a_batch_takes_as_long_as_the_larger_one():
+    """But for what depends on the sequences' own contexts: here attention costs nothing."""
+    bare = CostModel({piece: Terms(fixed=1.0, weights=2.0, token=0.5, overlap=2.0) for piece in CPU.pieces})
+    times = StepTimes(bare, STEPS, 64, 1000).with_graphs([1, 4, 16, 40])
+    plain = StepTimes(bare, STEPS, 64, 1000)
+    for batch, graph in ((1, 1), (2, 4), (4, 4), (5, 16), (17, 40), (40, 40), (41, 41), (64, 64)):
+        assert times.at(batch, 300) == plain.at(graph, 300)
+    assert times.with_graphs((1, 4, 16, 40)) is times and plain.with_graphs(()) is plain
+    assert times.with_graphs(()).at(5, 300) == plain.at(5, 300)
+
+
 def test_a_threshold():
     policy = ThresholdPolicy(3, 16)
     assert [policy.choose(batch, 100, 0) for batch in (1, 16, 17)] == [3, 3, 0]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.speculation.cost import CostModel, Terms
 from respec_trainer.speculation.policy import FixedPolicy, OraclePolicy, StepTimes
 from respec_trainer.speculation.scheduler import DepthScheduler
 from respec_trainer.speculation.shape import chain
@@ -41,6 +42,17 @@ def test_it_is_made_of_plain_data():
     )
     with pytest.raises(ConfigError, match="costs and a prior acceptance"):
         DepthScheduler.of(settings_of(prior=()))
+
+
+def test_it_knows_the_graphs_of_its_engine():
+    """Those of the profile's engine at first. A batch of 33 computes 64 rows, so drafting pays only without padding."""
+    steep = CostModel(dict.fromkeys(("plain", "draft", "extend"), Terms(fixed=1e-6)) | {"verify": Terms(token=1.0)})
+    settings = settings_of(steep, graph_sizes=(32, 64), explore=0.0, prior=(0.9,) * 5)
+    scheduler = DepthScheduler.of(DepthSettings.of_json(settings.to_json()))
+    assert scheduler.times.at(33, 300)[1] == pytest.approx(64 * 2, rel=1e-3)
+    scheduler.set_graph_sizes([33, 64])
+    assert scheduler.times.at(33, 300)[1] == pytest.approx(33 * 2, rel=1e-3)
+    assert scheduler.policy.times is scheduler.times
 
 
 def test_a_short_prior_goes_on_as_it_ends():

@@ -70,14 +70,17 @@ class Broken(Scripted):
 
 
 class Attentive(Scripted):
-    """Its state is all that it observed."""
+    """Its state is all that it was told."""
 
     def __init__(self, script: tuple[int, ...]):
         super().__init__(script)
-        self.seen = []
+        self.seen, self.graphs = [], None
 
     def observe(self, steps: int, batch: int, survivors, ends: Ends) -> None:
         self.seen.append((steps, batch, survivors, ends))
 
     def state(self) -> dict:
-        return {"seen": self.seen}
+        return {"seen": self.seen, "graphs": self.graphs}
+
+    def set_graph_sizes(self, sizes) -> None:
+        self.graphs = list(sizes)

@@ -54,6 +54,7 @@ def profile_of(
     contexts: Sequence[int] = CONTEXTS,
     shapes: Sequence[Shape] = CHAINS,
     seed: int = 0,
+    graphs: Sequence[int] = (),
 ) -> Profile:
     """A profile of five repeats, each with a random error: the logarithm of its time is normal."""
     generator = np.random.default_rng(seed)
@@ -69,7 +70,7 @@ def profile_of(
                 pieces = CYCLE if shape != OFF else ("plain", "extend", "catch_up", "prefill")
                 times = {piece: timing(piece, shape, batch, context) for piece in pieces}
                 cells.append(Cell(batch=batch, context=context, shape=shape, times=times))
-    return Profile(identity=IDENTITY, cells=cells)
+    return Profile(identity=IDENTITY, graph_sizes=list(graphs), cells=cells)
 
 
 def skewed_trace(

@@ -21,7 +21,8 @@ from respec_trainer.rollout.ends import Ends
 class DepthPolicy(Protocol):
     """Interface of depth policies, such as speculation.scheduler.DepthScheduler.
 
-    A policy that learns also has `state()`, which returns JSON values, and `load_state(state)`.
+    A policy that learns also has `state()`, which returns JSON values, and `load_state(state)`. One that knows times
+    also has `set_graph_sizes(sizes)`, which is called before its first choice, with the batch sizes of CUDA graphs.
     """
 
     def choose(self, batch: int, context: float, missed: float) -> int:
@@ -53,6 +54,11 @@ class DepthChooser:
         self.states = {0, *settings.candidates}
         self._draws = random.Random(settings.seed)
         self._policy = _make_policy(settings) if settings.mode == "adaptive" else None
+
+    def set_graph_sizes(self, sizes: Sequence[int]) -> None:
+        """Tell the depth policy the batch sizes of the engine's CUDA graphs, rising; none without graphs."""
+        if hasattr(self._policy, "set_graph_sizes"):
+            self._policy.set_graph_sizes(sizes)
 
     @property
     def failed(self) -> bool:

@@ -35,7 +35,8 @@ class DraftDepth:
         self.device = device
         self.worker: Any = None
         self.candidate_steps = sorted({0, *settings.candidates})
-        self._graph_sizes: list[int] | None = None
+        self._graph_sizes: list[int] | None = None  # None: the engine has no CUDA graphs
+        self._started = False  # whether sglang has told the graphs' sizes
         self._has_states: bool | None = None
         self._verified: list[int] | None = None
         self.apply(settings)
@@ -48,6 +49,8 @@ class DraftDepth:
                 f"{list(settings.candidates)}: start it with these"
             )
         self.settings, self.chooser = settings, DepthChooser(settings)
+        if self._started:
+            self.chooser.set_graph_sizes(self._graph_sizes or ())
         self.backlog = Backlog(settings.backlog_mb * 2**20)
         self.choice = Choice(0, warm=False)
         self.recorder = self._make_recorder()
@@ -86,7 +89,9 @@ class DraftDepth:
     # Methods that sglang's AdaptiveController calls
 
     def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
-        self._graph_sizes = cuda_graph_bs
+        """Pass the graphs' batch sizes on to the policy: a batch between two of them computes the larger one."""
+        self._graph_sizes, self._started = cuda_graph_bs and sorted(cuda_graph_bs), True
+        self.chooser.set_graph_sizes(self._graph_sizes or ())
 
     def cuda_graph_bs_for_step(self, _step: int) -> list[int] | None:
         return self._graph_sizes
@@ -182,7 +187,8 @@ class DraftDepth:
             self.backlog.clear()
         if state is not None:
             self.chooser.load_state(state)
-        return {"log": replace(recorder.take(chooser.failures), state=chooser.state()).to_bytes()}
+        more = {"state": chooser.state(), "graph_sizes": tuple(self._graph_sizes or ())}
+        return {"log": replace(recorder.take(chooser.failures), **more).to_bytes()}
 
     def _start_prefill(self, batch: Any) -> None:
         self.backlog.remove(batch.reqs)

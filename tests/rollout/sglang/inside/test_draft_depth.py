@@ -159,6 +159,7 @@ def test_it_is_installed_in_sglangs_controller_or_raises():
     assert depth.candidate_steps == [0, 1, 3], "a chooser that fails needs the state without speculation"
     depth.set_cuda_graph_bs([1, 2])
     assert depth.cuda_graph_bs_for_step(3) == [1, 2]
+    assert ask(depth, None).graph_sizes == (1, 2) and ask(depth_of(FIXED)[0], None).graph_sizes == ()
     with pytest.raises(EngineError, match="turned adaptive speculation off"):
         DraftDepth(FIXED, "cpu").install(None, SimpleNamespace(adaptive_controller=None))
 
@@ -183,8 +184,20 @@ def test_what_lies_behind_an_end_is_not_gained():
     decode(depth, worker, reqs, kept=2)  # as with overlapped scheduling: computed again although two are over
     log = depth.recorder.take()
     assert log.tokens.tolist() == [1 + 4, 0] and log.survivors.tolist() == [[3, 3, 3], [3, 3, 0]]
-    policy = depth.chooser.state()
-    assert json.loads(policy) == {"seen": [[3, 2, [2, 2, 2], [5, 2, 1]], [3, 0, [0, 0, 0], [0, 0, 3]]]}
+    seen = json.loads(depth.chooser.state())["seen"]
+    assert seen == [[3, 2, [2, 2, 2], [5, 2, 1]], [3, 0, [0, 0, 0], [0, 0, 3]]]
+
+
+@pytest.mark.parametrize("sizes", [[4, 1, 2], None])
+def test_the_policy_is_told_the_graphs_sizes(sizes):
+    """Also one that is made later, by new settings."""
+    settings = replace(OFF, **chosen_by("Attentive", [0]))
+    depth, _ = depth_of(settings)
+    for _ in range(2):
+        depth.set_cuda_graph_bs(sizes)
+        assert json.loads(depth.chooser.state())["graphs"] == sorted(sizes or [])
+        depth.apply(settings)
+        assert json.loads(depth.chooser.state())["graphs"] == sorted(sizes or [])
 
 
 def test_a_step_without_verification_leaves_the_log_alone():
