@@ -22,6 +22,7 @@ from respec_trainer.speculation.shape import OFF, Shape, chain
 from tests.support.speculation import CPU, IDENTITY
 
 SAMPLING = SamplingConfig(max_new_tokens=8)
+GRAPHS = (1, 3, 4, 8, 16, 64)  # of an engine that has padded nothing at the places below
 
 
 def log_of(rows: list[dict]) -> DecodeLog:
@@ -102,7 +103,7 @@ class MadeUp:
 
     def take_decode_log(self):
         rows, self.rows = self.rows, []
-        return replace(log_of(rows) if rows else DecodeLog(), graph_sizes=(1, 4, 16, 64))
+        return replace(log_of(rows) if rows else DecodeLog(), graph_sizes=GRAPHS)
 
 
 PLAN = Plan((1, 4, 16, 64), (32, 300), (0, 1, 3), repeats=2, most_tokens=10_000, seconds=60.0)
@@ -115,7 +116,7 @@ def test_a_profile_is_found_again(tmp_path):
         MadeUp(), PLAN, IDENTITY, SAMPLING, 512, tmp_path / "p.json", lambda done, total: calls.append((done, total))
     )
     assert (64, 300) not in PLAN.places and calls[-1] == (14, 14)
-    assert profile.graph_sizes == [1, 4, 16, 64]
+    assert profile.graph_sizes == list(GRAPHS)
     assert load_profile(tmp_path / "p.json") == profile and [path.name for path in tmp_path.iterdir()] == ["p.json"]
     model, quality = fit_costs(profile), held_out(profile)
     assert quality.mape < 0.02 and quality.sign_accuracy > 0.97
