@@ -21,8 +21,6 @@ from respec_trainer.speculation.shape import chain
 class FixedPolicy:
     """Always the same number of draft steps; 0 is speculation off."""
 
-    informed = False
-
     def __init__(self, steps: int):
         self.steps = steps
 
@@ -50,25 +48,6 @@ class ThresholdPolicy(FixedPolicy):
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         return self.steps if batch <= self.largest else 0
-
-
-class OraclePolicy(FixedPolicy):
-    """The fastest choice for every batch by the true costs and the true acceptance; switching costs nothing."""
-
-    informed = True
-
-    def __init__(self, costs: CostModel, candidates: Sequence[int]):
-        self.costs, self.candidates = costs, tuple(candidates)
-        self.acceptance: Sequence[float] = ()
-
-    def set_acceptance(self, acceptance: Sequence[float]) -> None:
-        """Set acceptance[d]: the probability that the draft at depth d + 1 is kept, given that all before it were."""
-        self.acceptance = acceptance
-
-    def choose(self, batch: int, context: float, missed: float) -> int:
-        tokens = tokens_by_steps(self.candidates, self.acceptance)
-        taken = [self.costs.cycle_seconds(chain(steps), batch, context) for steps in self.candidates]
-        return self.candidates[min(range(len(tokens)), key=lambda i: taken[i] / tokens[i])]
 
 
 class StepTimes:

@@ -39,8 +39,6 @@ LONGEST = 4.0  # most that a try may cost, in times of a decode batch: negligibl
 class DepthScheduler:
     """Chooses draft steps; see the module's text. `of` makes one from DepthSettings."""
 
-    informed = False
-
     def __init__(self, times: StepTimes, prior: Sequence[float], explore: float = 0.0):
         self.times, self.candidates, self.explore = times, times.candidates, explore
         self.policy = AdaptivePolicy(times)

@@ -14,7 +14,7 @@ ACCEPTANCE = (0.8, 0.7, 0.6)
 
 
 def draw(lengths: list[int], steps: int, behind: float, seed: int = 0) -> list[tuple[int, int, bool]]:
-    """Draw responses alone; return (verified, kept, ended) of every cycle. Behind an end drafts are kept by `behind`."""
+    """Draw responses alone; return (verified, kept, ended) of every cycle. `behind`: acceptance behind an end."""
     generator, cycles = random.Random(seed), []
     for length in lengths:
         left = length

@@ -12,7 +12,6 @@ from respec_trainer.speculation.cost import CostModel, Terms
 from respec_trainer.speculation.policy import (
     AdaptivePolicy,
     FixedPolicy,
-    OraclePolicy,
     StepTimes,
     ThresholdPolicy,
     index_of,
@@ -60,13 +59,11 @@ def adaptive(costs: CostModel, candidates=STEPS, max_batch: int = 64, max_contex
 @given(batches, st.integers(16, 4000), st.sampled_from([CPU, GPU]), st.integers(0, 500))
 def test_where_changing_is_free_the_best_is_taken(steps, context, costs, missed):
     """The choice may differ by the table's resolution: one entry spans up to an eighth of the context."""
-    policy, oracle = adaptive(free(costs)), OraclePolicy(costs, STEPS)
+    policy = adaptive(free(costs))
     for batch, share in steps:
-        oracle.set_acceptance([share])
         chosen = STEPS[policy.choose(batch, context, missed, gains([share]))]
-        best = oracle.choose(batch, context, missed)
-        lost = pace(costs, chosen, batch, context, [share]) / pace(costs, best, batch, context, [share])
-        assert lost >= 1 - 1e-12 and (chosen == best or lost < 1.03)
+        paces = {each: pace(costs, each, batch, context, [share]) for each in STEPS}
+        assert paces[chosen] < 1.03 * min(paces.values())
 
 
 # Plain decoding takes 1 s, a cycle of one draft 1.5 s, for 2 tokens or for 1; catching up 0.1 s a token.

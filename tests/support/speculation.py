@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from respec_trainer.speculation.cost import CostModel, Terms
+from respec_trainer.speculation.policy import FixedPolicy
 from respec_trainer.speculation.profiling.profile import CYCLE, Cell, Identity, Profile, Timing
 from respec_trainer.speculation.shape import OFF, Shape, chain
+from respec_trainer.speculation.simulation.informed import InformedPolicy
+from respec_trainer.speculation.simulation.simulator import Outcome, Setting, simulate
 from respec_trainer.speculation.simulation.trace import Trace
 
 IDENTITY = Identity(
@@ -81,3 +84,10 @@ def skewed_trace(
     lengths = np.minimum(generator.lognormal(5.0, 1.0, responses).astype(int) + 1, longest)
     prompt = np.repeat(generator.integers(20, 100, -(-responses // 4)), 4)[:responses]
     return Trace(prompt, lengths, np.arange(responses) // 4, np.tile(np.array(acceptance, dtype=float), (responses, 1)))
+
+
+def references(trace: Trace, costs: CostModel, steps: Sequence[int], setting: Setting) -> list[Outcome]:
+    """The rollouts against which regret is measured: three kinds of full knowledge, and every fixed number of steps."""
+    makers = [lambda kind=kind: InformedPolicy(kind, costs, steps) for kind in ("greedy", "weighted", "critical")]
+    makers += [lambda each=each: FixedPolicy(each) for each in steps]
+    return [simulate(trace, costs, make, setting) for make in makers]

@@ -70,9 +70,7 @@ def describe_forms(within: Fit, apart: Fit) -> str:
     """Return a sentence on the form that was taken, and by how much it is better."""
     taken = "apart from" if better(within, apart) is apart else "within"
     ahead = within.criterion - apart.criterion
-    return (
-        f"attention counts {taken} the roofline: the criterion of apart is {ahead:+.0f} better, {EVIDENCE:.0f} needed"
-    )
+    return f"attention counts {taken} the roofline: apart is better by {ahead:+.0f}, of {EVIDENCE:.0f} that are needed"
 
 
 def check_enough(cells: Sequence[Cell]) -> None:
