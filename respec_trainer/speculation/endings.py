@@ -40,15 +40,26 @@ class Endings:
         self.beyond = decay * self.beyond + verified - ends.tokens
         self.expected = decay * self.expected + ends.ended * expected
 
-    def kept_of(self, tokens: float, beyond: float) -> float:
-        """Return what is kept, a sequence of the batch, of the `tokens` of a cycle with o(s) = `beyond`."""
-        if not self.ended:
-            return tokens
-        rate = self.ended / self.kept  # ends a kept token
-        factor = (self.beyond + PRIOR) / (self.expected + PRIOR)
-        kept = tokens / (1 + rate * factor * beyond)
+    def kept_by_steps(self, candidates: Sequence[int], acceptance: Sequence[float]) -> list[float]:
+        """Return the tokens that a response keeps of a cycle, a sequence of the batch, with each number of draft steps.
+
+        `candidates` rise; depths beyond the last of `acceptance` are like it.
+        """
+        rate = self.ended / self.kept if self.ended else 0.0  # ends a kept token
+        excess = rate * (self.beyond + PRIOR) / (self.expected + PRIOR)
         # Each end is followed by over / ended sequences that are computed for nothing.
-        return kept / (1 + kept * rate * self.over / self.ended)
+        idle = self.over / self.kept if self.ended else 0.0
+        tokens, survival, behind, depth, last = 1.0, 1.0, 0.0, 0, len(acceptance) - 1
+        found = []
+        for steps in candidates:
+            while depth < steps:
+                survival *= acceptance[depth if depth < last else last]
+                depth += 1
+                tokens += survival
+                behind += depth * survival
+            kept = tokens / (1 + excess * behind / tokens)
+            found.append(kept / (1 + kept * idle))
+        return found
 
     def state(self) -> dict[str, float]:
         """Return the state for `load_state`, as JSON data."""
@@ -60,15 +71,11 @@ class Endings:
             setattr(self, name, value)
 
 
-def beyond_by_steps(candidates: Sequence[int], acceptance: Sequence[float]) -> list[float]:
-    """Return o(s) for each number of draft steps, given in rising order; depths beyond the last are like it."""
-    tokens, survival, behind, depth, last = 1.0, 1.0, 0.0, 0, len(acceptance) - 1
-    found = []
-    for steps in candidates:
-        while depth < steps:
-            survival *= acceptance[min(depth, last)]
-            depth += 1
-            tokens += survival
-            behind += depth * survival
-        found.append(behind / tokens)
-    return found
+def tokens_beyond(steps: int, acceptance: Sequence[float]) -> float:
+    """Return o(s), the mean tokens that a cycle of `steps` drafts verifies behind an end."""
+    tokens, survival, behind, last = 1.0, 1.0, 0.0, len(acceptance) - 1
+    for depth in range(steps):
+        survival *= acceptance[min(depth, last)]
+        tokens += survival
+        behind += (depth + 1) * survival
+    return behind / tokens

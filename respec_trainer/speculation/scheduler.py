@@ -24,8 +24,8 @@ from respec_trainer.rollout.decode_log import DepthSettings
 from respec_trainer.rollout.ends import Ends
 from respec_trainer.speculation.acceptance import AcceptanceEstimate
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.endings import Endings, beyond_by_steps
-from respec_trainer.speculation.policy import AdaptivePolicy, StepTimes, tokens_by_steps
+from respec_trainer.speculation.endings import Endings, tokens_beyond
+from respec_trainer.speculation.policy import AdaptivePolicy, StepTimes
 
 PRIOR = 2.0  # weight of the prior, in drafts: small, so that the first batch outweighs it
 HOPE = 0.95  # acceptance that a depth may have reached while it was not drafted
@@ -91,7 +91,8 @@ class DepthScheduler:
             ends: what their responses kept; None: all of it, and no response ended.
         """
         if ends is not None:
-            self.endings.observe(batch + sum(survivors), ends, self._beyond(steps) if ends.ended else 0.0)
+            beyond = tokens_beyond(steps, self.estimate.by_depth) if ends.ended else 0.0
+            self.endings.observe(batch + sum(survivors), ends, beyond)
         if steps:
             self.estimate.observe([batch, *survivors])
             self.seen = max(self.seen, steps)
@@ -132,11 +133,7 @@ class DepthScheduler:
 
     def _expected(self, acceptance: Sequence[float]) -> list[float]:
         """Expected tokens that a response keeps of a cycle of each candidate. Computed only when estimates change."""
-        gained, beyond = (found(self.candidates, acceptance) for found in (tokens_by_steps, beyond_by_steps))
-        return [self.endings.kept_of(tokens, behind) for tokens, behind in zip(gained, beyond, strict=True)]
-
-    def _beyond(self, steps: int) -> float:
-        return beyond_by_steps([steps], self.estimate.by_depth)[0]
+        return self.endings.kept_by_steps(self.candidates, acceptance)
 
     def _try(self, index: int, batch: int, context: float, missed: float) -> bool:
         """Start to try the next deeper candidate that would pay if nearly all drafts at its new depths were accepted.

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from respec_trainer.rollout.ends import Ends
-from respec_trainer.speculation.endings import Endings, beyond_by_steps
+from respec_trainer.speculation.endings import Endings, tokens_beyond
 
 ACCEPTANCE = (0.8, 0.7, 0.6)
 
@@ -34,6 +34,12 @@ def run_of(generator: random.Random, steps: int, share: float) -> int:
     return 1 + next((depth for depth in range(steps) if generator.random() >= share), steps)
 
 
+def acceptance_of(cycles: list[tuple[int, int, bool]], steps: int) -> list[float]:
+    """The acceptance by depth of all that was verified, behind ends too, as engines count it."""
+    reached = [sum(verified > depth for verified, _, _ in cycles) for depth in range(steps + 1)]
+    return [after / before for before, after in zip(reached, reached[1:], strict=False)]
+
+
 def learnt(cycles: list[tuple[int, int, bool]], expected: float, over: bool = False) -> Endings:
     """What was learnt of all cycles; with `over` each response is computed once more after its end."""
     endings = Endings(memory=1e9)
@@ -46,9 +52,9 @@ def learnt(cycles: list[tuple[int, int, bool]], expected: float, over: bool = Fa
 
 def test_the_mean_excess_by_hand():
     """Runs of 1 and of 2 tokens, half each: an end in a run of 2, of which it hits one token of two, leaves half."""
-    assert beyond_by_steps([0, 1], [0.5]) == pytest.approx([0.0, 2 / 3 * 1 / 2])
-    assert beyond_by_steps([3], [1.0]) == pytest.approx([(0 + 1 + 2 + 3) / 4]), "always four tokens"
-    assert beyond_by_steps([2, 3], [1.0, 0.0]) == pytest.approx([1 / 2] * 2), "depths beyond the last are like it"
+    assert tokens_beyond(0, [0.5]) == 0.0 and tokens_beyond(1, [0.5]) == pytest.approx(2 / 3 * 1 / 2)
+    assert tokens_beyond(3, [1.0]) == pytest.approx((0 + 1 + 2 + 3) / 4), "always four tokens"
+    assert tokens_beyond(3, [1.0, 0.5]) == pytest.approx((1 + 2 * 0.5 + 3 * 0.25) / 2.75), "deeper is like the last"
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
@@ -60,7 +66,7 @@ def test_ends_fall_into_long_runs_more_often(steps):
         while left > 0:
             left -= run_of(generator, steps, 0.6)
         excess -= left
-    assert excess / 20_000 == pytest.approx(beyond_by_steps([steps], [0.6])[0], rel=0.03)
+    assert excess / 20_000 == pytest.approx(tokens_beyond(steps, [0.6]), rel=0.03)
 
 
 @pytest.mark.parametrize("behind", [0.0, 0.5, 0.95])
@@ -69,15 +75,17 @@ def test_what_is_kept_agrees_with_what_responses_kept(behind, over):
     """Within 1 %, on short responses, however often drafts behind an end are kept."""
     generator = random.Random(2)
     cycles = draw([generator.randint(5, 50) for _ in range(5000)], 3, behind)
-    endings = learnt(cycles, beyond_by_steps([3], ACCEPTANCE)[0], over)
+    acceptance = acceptance_of(cycles, 3)
+    endings = learnt(cycles, tokens_beyond(3, acceptance), over)
     computed = len(cycles) + 5000 * over
     expected = sum(kept for _, kept, _ in cycles) / computed
-    verified = sum(verified for verified, _, _ in cycles) / len(cycles)
-    assert endings.kept_of(verified, beyond_by_steps([3], ACCEPTANCE)[0]) == pytest.approx(expected, rel=0.01)
+    plain, found = endings.kept_by_steps([0, 3], acceptance)
+    assert found == pytest.approx(expected, rel=0.01)
     if behind > 0.5 or over:
+        verified = sum(verified for verified, _, _ in cycles) / len(cycles)
         assert verified > 1.02 * expected, "otherwise there is nothing to tell"
     if not over:
-        assert endings.kept_of(1.0, 0.0) == 1.0, "plain decoding draws nothing behind an end"
+        assert plain == 1.0, "plain decoding draws nothing behind an end"
 
 
 def test_other_numbers_of_steps_are_foreseen():
@@ -96,18 +104,18 @@ def test_other_numbers_of_steps_are_foreseen():
         return found
 
     seen = cycles_of(5)
-    endings = learnt(seen, beyond_by_steps([5], acceptance)[0], over=True)
-    for steps in (0, 2):
+    endings = learnt(seen, tokens_beyond(5, acceptance), over=True)
+    found = dict(zip((0, 2, 4), endings.kept_by_steps([0, 2, 4], acceptance), strict=True))
+    for steps, kept in found.items():
         cycles = cycles_of(steps)
-        gained = sum(0.7**depth for depth in range(steps + 1))
         expected = sum(kept for _, kept, _ in cycles) / (len(cycles) + len(lengths))
-        assert endings.kept_of(gained, beyond_by_steps([steps], acceptance)[0]) == pytest.approx(expected, rel=0.01)
+        assert kept == pytest.approx(expected, rel=0.01)
 
 
 def test_without_ends_all_is_kept():
     endings = Endings()
     endings.observe(40, Ends(40, 0), 0.0)
-    assert endings.kept_of(3.0, 1.0) == 3.0
+    assert endings.kept_by_steps([0, 2], [1.0]) == [1.0, 3.0]
 
 
 def test_old_ends_count_less():
@@ -122,4 +130,5 @@ def test_a_state_comes_back_from_json():
     endings = learnt(draw([30] * 10, 3, 0.5), 1.0, over=True)
     other = Endings()
     other.load_state(json.loads(json.dumps(endings.state())))
-    assert other.state() == endings.state() and other.kept_of(3.0, 1.0) == endings.kept_of(3.0, 1.0)
+    assert other.state() == endings.state()
+    assert other.kept_by_steps([0, 3], [0.5]) == endings.kept_by_steps([0, 3], [0.5]) != [1.0, 1.875]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks import small_cpu
 from respec_trainer.speculation.cost import CostModel, Terms
 from respec_trainer.speculation.policy import FixedPolicy
 from respec_trainer.speculation.profiling.profile import CYCLE, Cell, Identity, Profile, Timing
@@ -24,17 +25,7 @@ IDENTITY = Identity(
     tp=1,
 )
 
-# A CPU computes and reads in turns, so times rise with every token. The values are like a 76M model's on one thread.
-CPU = CostModel(
-    {
-        "plain": Terms(fixed=0.010, weights=0.034, kv=4e-7, token=8e-4),
-        "draft": Terms(fixed=0.002, each=5e-5, weights=0.003, kv=3e-8, token=1e-4),
-        "verify": Terms(fixed=0.012, each=1e-4, weights=0.034, kv=5e-7, token=5e-4, pair=2e-8),
-        "extend": Terms(fixed=0.002, each=3e-5, weights=0.003, kv=3e-8, token=1e-4, pair=1e-8),
-        "catch_up": Terms(fixed=0.003, token=9e-5, pair=1e-8),
-        "prefill": Terms(fixed=0.040, token=6e-4, pair=2e-8),
-    }
-)
+CPU = small_cpu.CPU  # made-up costs that benchmarks use as well
 # A GPU computes while it reads: a pass takes the same time until its tokens are many.
 GPU = CostModel(
     {
