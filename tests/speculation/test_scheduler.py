@@ -20,6 +20,7 @@ from respec_trainer.speculation.simulation.trace import Trace
 from tests.support.speculation import CPU, GPU, references, skewed_trace
 
 STEPS = (0, 1, 2, 3, 5)
+BARE = {"plain": Terms(fixed=1.0), "draft": Terms(), "extend": Terms()}  # without the verification
 NEUTRAL = (0.7,) * 5
 
 
@@ -163,7 +164,8 @@ class Counting(DepthScheduler):
     within, base = False, 0
 
     def choose(self, batch, context, missed):
-        self.within, steps = self.trying > 0, super().choose(batch, context, missed)
+        self.within = self.trying > 0
+        steps = super().choose(batch, context, missed)
         taken = self.times.at(batch, context)
         self.elapsed += taken[self.policy.current]
         if self.within:
@@ -178,12 +180,65 @@ class Counting(DepthScheduler):
         return began
 
 
+def counting(explore: float = 0.005, costs=CPU) -> Counting:
+    return Counting(StepTimes(costs, STEPS, 64, 3000), NEUTRAL, explore)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
 def test_tries_cost_no_more_than_their_share(share):
     """Count costs by the cost model as if no tried draft were kept; the batch changes a little within a try."""
-    scheduler = Counting(StepTimes(CPU, STEPS, 64, 3000), NEUTRAL, 0.005)
+    scheduler = counting()
     replay(skewed_trace(acceptance=[share], longest=1000), CPU, scheduler)
     assert 0 < scheduler.spent <= 0.0055 * scheduler.elapsed
+
+
+def test_tries_at_the_start_of_rollouts_are_paid_before_the_next_one():
+    """Of 20 short rollouts, in each of which all tokens are read at first: one try may be in debt, not one of each."""
+    scheduler = counting()
+    for seed in range(20):
+        trace = skewed_trace(acceptance=[0.0], longest=80, seed=seed)
+        replay(trace, CPU, scheduler)
+    longest = 4 * CPU.step_seconds(64, 200)
+    assert 0.5 * longest < scheduler.spent <= 0.0055 * scheduler.elapsed + longest
+    assert 0.005 * scheduler.elapsed < 0.5 * scheduler.spent + longest, "otherwise the time pays for a try of each"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.integers(1, 300), st.booleans()), min_size=1, max_size=8),
+    st.floats(0.1, 1.0),
+    st.sampled_from([1.0, 10.0]),
+)
+def test_no_try_costs_more_than_four_batches(phases, explore, steepness):
+    """However much has been earned, and also at the start of a rollout. Without a draft that is kept, a deeper
+    candidate costs what its cycle takes more, in every batch of the try."""
+    draft = Terms(fixed=0.002 * steepness, weights=0.003 * steepness)
+    scheduler = counting(explore, CostModel(CPU.pieces | {"draft": draft}))
+    for batch, length, fresh in phases:
+        for age in range(length):
+            missed = 0 if fresh and not age else min(age, 50)
+            before = scheduler.spent
+            began = not scheduler.trying
+            steps = scheduler.choose(batch, 300.0, missed)
+            taken = scheduler.times.at(batch, 300.0)
+            if began and scheduler.within:
+                price = scheduler.spent - before - (taken[scheduler.policy.current] - taken[scheduler.base])
+                extra = taken[scheduler.policy.current] - taken[scheduler.base]
+                assert price + extra * (scheduler.trying + 1) <= 4 * taken[scheduler.base] * (1 + 1e-9)
+            scheduler.observe(steps, batch, [0] * steps)
+
+
+def test_a_try_is_cut_to_what_it_may_cost():
+    """A depth whose cycle takes 1.5 times as long as a plain step, at the start of a rollout: 16 batches with one
+    sequence each would give the evidence, and eight are allowed; at 2.5 times, two, which are too few to begin."""
+    for extra, batches in ((0.5, 8), (1.5, 0)):
+        costs = CostModel(BARE | {"verify": Terms(fixed=1.0 + extra)})
+        scheduler = DepthScheduler(StepTimes(costs, (0, 3), 64, 3000), (0.1,) * 3, 1e-6)
+        for _ in range(60):
+            scheduler.choose(64, 300.0, 5.0)
+            assert not scheduler.trying
+        chosen = scheduler.choose(1, 300.0, 0.0)
+        assert (chosen, scheduler.trying) == ((3, batches - 1) if batches else (0, 0))
 
 
 def test_a_try_waits_until_the_drafter_has_caught_up():

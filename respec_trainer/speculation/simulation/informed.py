@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.policy import FixedPolicy, tokens_by_steps
+from respec_trainer.speculation.policy import FixedPolicy
 from respec_trainer.speculation.shape import chain
 from respec_trainer.speculation.simulation.trace import conditional
 
@@ -35,10 +35,17 @@ class InformedPolicy(FixedPolicy):
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         taken = np.array([self.costs.cycle_seconds(chain(steps), batch, context) for steps in self.candidates])
-        if self.kind != "critical":
-            weights = self.remaining if self.kind == "weighted" else None
-            paces = taken / tokens_by_steps(self.candidates, conditional(self.acceptance, weights))
-        else:  # each choice is judged by the response that would end last with it
-            gains = np.array([tokens_by_steps(self.candidates, row) for row in self.acceptance.tolist()])
-            paces = taken * (self.remaining[:, None] / gains).max(0)
-        return self.candidates[int(paces.argmin())]
+        return self.candidates[int((taken * self._passes()).argmin())]
+
+    def _passes(self) -> np.ndarray:
+        """Passes that each candidate needs, in proportion: for a token, or for the response that would end last."""
+        if self.kind == "critical":
+            return (self.remaining[:, None] / self._gains(self.acceptance)).max(0)
+        weights = self.remaining if self.kind == "weighted" else None
+        return 1 / self._gains(np.array([conditional(self.acceptance, weights)]))[0]
+
+    def _gains(self, acceptance: np.ndarray) -> np.ndarray:
+        """Expected tokens a cycle, of acceptance [B, D] with each candidate [B, candidates]."""
+        depths = np.minimum(np.arange(max(self.candidates)), acceptance.shape[1] - 1)
+        tokens = 1 + acceptance[:, depths].cumprod(1).cumsum(1)
+        return np.concatenate([np.ones((len(acceptance), 1)), tokens], 1)[:, self.candidates]
