@@ -126,6 +126,14 @@ def test_old_ends_count_less():
     assert endings.ended / endings.kept == pytest.approx(1 / 1000, rel=0.1)
 
 
+def test_tokens_do_not_age_what_was_seen():
+    """A long response takes many batches to end, and weighs no more or less for it."""
+    endings = Endings(memory=10)
+    for _ in range(1000):
+        endings.observe(64, Ends(64, 0), 0.0)
+    assert endings.kept == 64_000
+
+
 def test_a_state_comes_back_from_json():
     endings = learnt(draw([30] * 10, 3, 0.5), 1.0, over=True)
     other = Endings()

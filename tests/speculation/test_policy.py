@@ -99,6 +99,21 @@ def test_going_off_and_going_on_with_nothing_missed_are_free():
     assert choices(policy, [0], 1.0) + choices(policy, [0], 0.0) + choices(policy, [0], 1.0) == [1, 0, 1]
 
 
+def test_deeper_drafts_have_no_catch_up_of_their_own():
+    """The drafter is reading already, over several batches; the tokens that it has not read do not make it dearer."""
+    policy = adaptive(BY_HAND, [0, 1, 3])
+    policy.change(1)
+    assert choices(policy, [20], 1.0) == [2], "the index of three drafts"
+
+
+def test_a_change_forgets_what_was_lost():
+    policy = adaptive(BY_HAND, [0, 1])
+    assert choices(policy, [0], 0.0) + choices(policy, [20, 20], 1.0) == [0, 0, 0]
+    assert policy.lost[1] > 0
+    policy.change(1)
+    assert policy.lost == [0.0, 0.0] and policy.current == 1
+
+
 def test_every_change_costs_a_switch():
     """A switch costs 0.5 s; a cycle that gains one token loses 0.5 s against a plain step."""
     policy = adaptive(CostModel(BY_HAND.pieces | {"switch": Terms(fixed=0.5)}), [0, 1])
