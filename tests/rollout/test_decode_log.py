@@ -110,6 +110,7 @@ def test_a_log_is_the_same_after_bytes():
     log = replace(recorder.take(failures=2), state='{"turn": 3}')
     back = DecodeLog.of_bytes(log.to_bytes())
     assert back.failures == 2 and back.dropped == 0 and back.state == log.state
+    assert type(back.failures) is type(back.dropped) is int, "metrics are written as JSON"
     for name, column in log.to_arrays().items():
         np.testing.assert_array_equal(getattr(back, name), column)
         assert np.asarray(getattr(back, name)).dtype == column.dtype
