@@ -13,14 +13,14 @@ from statistics import fmean, median
 import numpy as np
 
 from respec_trainer.rollout.decode_log import DecodeLog
-from respec_trainer.speculation.policy import FixedPolicy, index_of
+from respec_trainer.speculation.policy import FixedPolicy, index_of, middle_of
 from respec_trainer.speculation.shape import Shape
 from respec_trainer.speculation.simulation.informed import InformedPolicy
 from respec_trainer.speculation.simulation.simulator import Setting, simulate
 from respec_trainer.speculation.simulation.trace import Trace
 
-Place = tuple[int, int]  # sequences, and policy.index_of their mean context
-NEAR = 0.25  # a place within this distance (`distance`) counts as measured
+Place = tuple[int, int]  # policy.index_of the sequences, and of their mean context
+NEAR = 0.25  # a place within this distance (`nearest`) counts as measured
 SEEDS = 8  # simulated rollouts of each reference, whose mean counts
 
 
@@ -46,19 +46,23 @@ class CycleTable:
             rows = zip(log.batch, log.context, log.steps, cycles(log), strict=True)
             for batch, context, taken_steps, seconds in rows:
                 if taken_steps == steps and not np.isnan(seconds):
-                    found[int(batch), index_of(int(context))][steps].append(float(seconds))
+                    found[index_of(int(batch)), index_of(int(context))][steps].append(float(seconds))
         whole = {place: row for place, row in found.items() if set(row) == set(self.candidates)}
         if not whole:
             raise ValueError(f"no batch size and context was measured with each of {list(self.candidates)} steps")
         self.seconds = {place: [median(row[steps]) for steps in self.candidates] for place, row in whole.items()}
-        self._places = np.array(list(self.seconds))
+        self._places = list(self.seconds)
+        self._logs = np.log([[middle_of(index) for index in place] for place in self._places])
 
     def nearest(self, batch: float, context: float) -> tuple[Place, float]:
-        """Return the nearest place, and its distance: the logarithms of the ratios of batch and context, added."""
-        batches, contexts = self._places.T
-        apart = np.abs(np.log(batches / batch)) + np.abs(contexts - index_of(int(context))) * np.log(2) / 4
+        """Return the nearest place, and its distance: the logarithms of the ratios of batch and context, added.
+
+        Both count as the middles of all that share their index.
+        """
+        here = np.log([middle_of(index_of(int(each))) for each in (batch, context)])
+        apart = np.abs(self._logs - here).sum(1)
         best = int(apart.argmin())
-        return tuple(self._places[best].tolist()), float(apart[best])
+        return self._places[best], float(apart[best])
 
     def at(self, batch: float, context: float) -> list[float]:
         """Return the seconds of each candidate's cycle at the nearest place."""

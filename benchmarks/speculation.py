@@ -71,6 +71,9 @@ def main() -> None:
     run.add_argument("--prompt", type=int, default=32, help="tokens of a random prompt")
     run.add_argument("--arms", nargs="+", help="beside adaptive; of plain, s=0 (off), s=1, ..., switched; default: all")
     run.add_argument("--rounds", type=int, default=3)
+    run.add_argument(
+        "--timed", action="store_true", help="on a CPU, log only the time in which the engine's thread computed"
+    )
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("overrides", nargs="*", metavar="section.key=value")
     replayed = commands.add_parser("simulate")
@@ -90,6 +93,7 @@ class Bench:
     costs: CostModel
     requests: list[Request]
     longest: int  # most tokens of a sequence
+    timed: bool  # logs hold the computing time of the engine's thread: other work on the machine is not in them
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -103,7 +107,7 @@ class Bench:
 
     def steps(self, arm: str, accept: float | None) -> DepthSettings:
         common = {"candidates": self.candidates, "max_batch": len(self.requests), "max_context": self.longest}
-        common["simulated_accept_length"] = accept
+        common |= {"simulated_accept_length": accept, "timed": self.timed}
         if arm in (ADAPTIVE, WARM):
             return adaptive_settings(self.costs, **common)
         steps, _, largest = arm.removeprefix("s=").partition("<=")
@@ -153,7 +157,7 @@ def prepare_bench(args: argparse.Namespace) -> Bench:
         Request(str(row), tuple(prompt), replace(how, max_new_tokens=int(length)))
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
-    return Bench(config, profile, fit_costs(profile), requests, longest_sequence(config, model))
+    return Bench(config, profile, fit_costs(profile), requests, longest_sequence(config, model), args.timed)
 
 
 def prompts_of_run(config: Config, count: int) -> list[tuple[int, ...]]:

@@ -40,11 +40,13 @@ def test_a_cycle_ends_where_the_next_batch_starts():
 
 
 def test_medians_by_place():
-    """Contexts count with all that share an index of the tables; other batches are not mixed in."""
+    """Contexts count with all that share an index of the tables, and so do batches; other batches are not mixed in."""
     logs = [log_of([{"seconds": each, "context": 96.0 + i} for i, each in enumerate((1.0, 7.0, 2.0, 0.0))])]
     drafting = [log_of([{"steps": 2, "seconds": 5.0, "context": 97.0}] * 2 + [{"steps": 2, "batch": 8}] * 3)]
     table = CycleTable({0: logs, 2: drafting})
     assert list(table.seconds.values()) == [[2.0, 5.0]], "a batch of 8 was measured with drafts only"
+    shared = CycleTable({0: [steady(0, {40: 3.0})], 2: [steady(2, {42: 5.0})]})
+    assert [3.0, 5.0] in shared.seconds.values() and len(shared.seconds) == 1
     assert table.at(1, 100) == [2.0, 5.0] == table.at(300, 9000), "the nearest place"
     assert table.cycle_seconds(OFF, 1, 100) == 2.0 and table.cycle_seconds(chain(2), 1, 100) == 5.0
     with pytest.raises(ValueError, match=r"measured with each of \[0, 3\] steps"):
@@ -53,11 +55,11 @@ def test_medians_by_place():
 
 def test_places_are_near_by_ratio():
     table = CycleTable({steps: [steady(steps, {4: 1.0, 32: 2.0})] for steps in (0, 1)})
-    assert [table.nearest(batch, 100)[0][0] for batch in (1, 4, 11, 12, 64)] == [4, 4, 4, 32, 32]
-    assert table.nearest(8, 100)[1] == pytest.approx(np.log(2))
-    assert table.nearest(4, 400)[1] == pytest.approx(np.log(4))
-    seen = log_of([{"batch": 4}, {"batch": 5}, {"batch": 12}, {"batch": 4, "context": 400.0}, {"prefill": True}])
-    assert table.covered(seen) == 2 / 4
+    assert [table.at(batch, 100)[0] for batch in (2, 4, 10, 14, 64)] == [1.0, 1.0, 1.0, 2.0, 2.0]
+    assert table.nearest(2, 100)[1] == pytest.approx(np.log(2)) and table.nearest(4, 111)[1] == 0.0
+    assert table.nearest(4, 400)[1] == pytest.approx(np.log(415.5 / 103.5))
+    rows = [{"batch": 4}, {"batch": 5}, {"batch": 12}, {"batch": 4, "context": 400.0}, {"batch": 33}]
+    assert table.covered(log_of([*rows, {"batch": 12, "prefill": True}])) == 3 / 5
 
 
 def test_what_a_rollout_spent_by_the_table():

@@ -98,6 +98,7 @@ def test_a_whole_cycle_counts_where_it_was_measured():
 def test_digests_depend_on_shapes_alone():
     config = {"hidden_size": 64, "num_hidden_layers": 2, "_name_or_path": "a"}
     assert shapes_digest(config) == shapes_digest(config | {"_name_or_path": "b", "eos_token_id": 3})
+    assert shapes_digest(config) == shapes_digest(config | {"num_experts": None}), "as transformers writes it"
     assert shapes_digest(config) != shapes_digest(config | {"hidden_size": 128})
 
 

@@ -64,6 +64,14 @@ def test_a_batch_before_prompts_or_before_the_end_has_no_length():
     assert "0.plain" not in reading
 
 
+def test_a_resume_reads_one_token_of_each_sequence():
+    """A pass over more of the backlog takes longer, and is none."""
+    decode = {"batch": 2, "context": 9.0, "taken": 9.0}
+    rows = [decode | {"caught_up": count, "catch_up": 0.1 * count} for count in (8, 2, 4, 1)]
+    assert read_log(log_of([*rows, decode]), 2)["0.resume"] == pytest.approx(0.2)
+    assert "0.resume" not in read_log(log_of([rows[0], decode]), 2)
+
+
 class MadeUp:
     """An engine with the exact times of a cost model; its draft steps are random."""
 
