@@ -120,7 +120,7 @@ class Job:
     def timelines(self) -> list[Timeline]:
         """Return the timelines of the phase just collected, if engines log it, with the profile's plain decoding."""
         settings = self.depth_settings
-        costs = CostModel.of_tuples(settings.costs) if settings and settings.costs else None
+        costs = CostModel.of_tuples(settings.costs, settings.graph_sizes) if settings and settings.costs else None
         return [Timeline.of(log, costs.step_seconds if costs else None) for log in self.generation.take_decode_log()]
 
     def my_rows(self, total: int) -> torch.Tensor:

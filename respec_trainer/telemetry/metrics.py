@@ -63,8 +63,9 @@ def speculation_metrics(
 ) -> dict[str, float | list[float]]:
     """The `spec/*` metrics. lossy is 1 if verification may accept drafts that do not follow the policy's distribution.
 
-    accept_length counts tokens a verify pass, the bonus token included. accept_by_depth[d-1] is the share of drafts
-    accepted at depth d, given that those before it were. off_fraction is the share of tokens drawn without speculation.
+    accept_length counts the tokens that responses kept a verify pass, the bonus token included. accept_by_depth[d-1] is
+    the share of drafts accepted at depth d, given that those before it were, of all that were verified: also of those
+    behind the end of a response, which it does not keep. off_fraction is the share of tokens drawn without speculation.
     It leaves out the first token of each response, which comes with the prompt, before any verify pass. For engines
     that log their batches, `step_metrics` adds metrics, and replaces shares of tokens by shares of time.
     """

@@ -88,6 +88,8 @@ def test_the_estimate_follows_what_it_sees():
         estimate.observe([32, 16, 4])
     # At depth 2 the prior's 10 drafts have fallen to 10 e^(-1600 / 500) = 0.4 of some 500.
     assert estimate.by_depth == pytest.approx([0.5, 0.25, 0.9], abs=4e-3)
+    # A draft loses weight as others follow, not as batches do: 32 (1 + x + x^2 + ...) with x = e^(-32 / 500).
+    assert estimate.tried[0] == pytest.approx(32 / (1 - np.exp(-32 / 500)), rel=0.01)
     estimate.observe([32])  # a batch without drafts changes nothing
     estimate.observe([32, 0, 0])  # depths that are not reached keep their estimate
     assert estimate.by_depth[0] < 0.5 and estimate.by_depth[1:] == pytest.approx([0.25, 0.9], abs=4e-3)

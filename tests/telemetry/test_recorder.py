@@ -60,12 +60,24 @@ def test_rollout_metrics():
 
 def test_speculation_metrics_count_the_bonus_token():
     # 10 passes: 2 accepted nothing, 3 one draft, 1 two, 4 three: 17 drafts, so 27 tokens in 10 passes.
-    first, second = sample(verify=4, histogram=[1, 1, 0, 2]), sample(verify=6, histogram=[1, 2, 1, 2])
+    first = sample(tokens=1 + 11, verify=4, histogram=[1, 1, 0, 2])
+    second = sample(tokens=1 + 16, verify=6, histogram=[1, 2, 1, 2])
     metrics = speculation_metrics([first, second], SpeculationConfig())
     assert metrics["spec/accept_length"] == pytest.approx(2.7)
     assert metrics["spec/accept_by_depth"] == pytest.approx([8 / 10, 5 / 8, 4 / 5])
     assert metrics["spec/off_fraction"] == 0.0
     assert first.accept_length == pytest.approx(1 + 7 / 4)
+
+
+@pytest.mark.parametrize("tokens", range(9, 13))
+def test_what_lies_behind_a_response_s_end_is_not_gained(tokens):
+    """The last of four passes accepted three drafts and drew one more; the response ends at one of these tokens."""
+    cut = sample(tokens=tokens, verify=4, histogram=[1, 1, 0, 2])
+    whole = sample(tokens=1 + 16, verify=6, histogram=[1, 2, 1, 2])
+    assert cut.accept_length == (tokens - 1) / 4
+    metrics = speculation_metrics([cut, whole], SpeculationConfig())
+    assert metrics["spec/accept_length"] == pytest.approx((tokens - 1 + 16) / 10)
+    assert metrics["spec/accept_by_depth"] == pytest.approx([8 / 10, 5 / 8, 4 / 5]), "of all drafts that were verified"
 
 
 def test_tokens_without_a_draft_are_counted_as_off_but_for_a_response_s_first():
