@@ -65,7 +65,7 @@ def test_a_step_without_rows():
 
 def test_its_state_is_the_whole_of_it():
     rows = [stored_row(stored_snapshot(8), hidden=8, response=5 + n, seed=n) for n in range(6)]
-    step = StoredStep.of([r for r in rows], 2, 0.4, torch.Generator().manual_seed(1))
+    step = StoredStep.of(rows, 2, 0.4, torch.Generator().manual_seed(1))
     step.cut(0.5)
     other = StoredStep.of_state(copy.deepcopy(step.state_dict()))
     assert (other.number, other.lot, other.share, other.nbytes) == (2, 0.4, 0.5, step.nbytes)
