@@ -46,7 +46,7 @@ def response_weights(
     if weighting not in ("reward", "advantage"):
         raise ValueError(f"unknown weighting {weighting!r}")
     known = rewards[scored]
-    if known.isinf().any() or _alike(known):
+    if _alike(known):
         return ones, True
     weights = torch.ones_like(rewards)
     pools = (1, -1) if weighting == "reward" and scope == "batch" else rewards.shape
@@ -66,7 +66,8 @@ def _relative_weights(rewards: torch.Tensor, weighting: Literal["reward", "advan
 
 
 def _alike(rewards: torch.Tensor) -> bool:
-    """Return whether rewards [n] are equal up to rounding, or there are none."""
+    """Return whether rewards [n] are equal up to rounding, or there are none, or one is infinite."""
     if not len(rewards):
         return True
+    # Where one is infinite, both sides are.
     return bool(rewards.amax() - rewards.amin() <= ROUNDING * rewards.abs().amax())

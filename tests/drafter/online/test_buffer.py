@@ -184,6 +184,13 @@ def test_a_step_without_rows_is_the_newest_and_nothing_is_measured_twice():
     assert len(buffer) == 4 and buffer.newest() == [] and len(buffer.choose(1.0)) == 4
 
 
+def test_a_step_without_rows_is_forgotten_with_those_of_its_time():
+    buffer = ReplayBuffer(SMALL.nbytes * 3 + 20 * row_bytes(60))
+    for number in range(12):
+        buffer.add(sized_rows([60] * 8 if number % 2 else [], number), batch=1)
+    assert [step.number for step in buffer.steps if step.rows] == [7, 9, 11] and len(buffer.steps) <= 5
+
+
 def test_choosing_takes_its_share_once_each():
     buffer = ReplayBuffer(64 * MB)
     buffer.add(rows_of(0, count=7), batch=2)
@@ -223,6 +230,12 @@ def test_a_budget_below_one_batch_is_refused_with_what_is_needed():
     ReplayBuffer(2 * MB).add(rows, batch=4)
 
 
+def test_a_first_step_smaller_than_a_batch_is_not_refused():
+    buffer = ReplayBuffer(2 * MB)
+    buffer.add(rows_of(0, count=3), batch=8)
+    assert len(buffer) == 3
+
+
 def test_what_a_refusal_asks_for_is_enough_for_any_draw():
     lengths = [9000, 100, 100, 200, 6000, 100]
     with pytest.raises(ConfigError, match="set it 1 or more higher"):
@@ -259,6 +272,19 @@ def test_its_state_goes_on_in_another(retention):
             assert kept[0] == kept[1]
         assert [r.response for r in buffer.choose(1.0)] == [r.response for r in other.choose(1.0)]
         assert all(row.snapshot is step.snapshot for step in other.steps for row in step.rows)
+
+
+def test_a_restored_reservoir_admits_no_step_below_one_that_it_dropped():
+    """Steps of one row: where a long one of a high lot was dropped, a short one of a lower lot would fit after it."""
+    for seed in range(20):
+        buffer, other = (ReplayBuffer(SMALL.nbytes * 9 + row_bytes(900), "reservoir", n) for n in (seed, 99))
+        lengths = torch.randint(5, 400, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for number, length in enumerate(lengths):
+            if number == 20:
+                other.load_state_dict(copy.deepcopy(buffer.state_dict()))
+            for one in (buffer, other) if number >= 20 else (buffer,):
+                one.add(sized_rows([length], number), batch=1)
+            assert number < 20 or [step.number for step in buffer.steps] == [step.number for step in other.steps]
 
 
 def test_a_state_is_loaded_into_a_smaller_budget():

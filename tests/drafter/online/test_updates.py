@@ -199,6 +199,16 @@ def test_an_update_that_is_not_finite_changes_nothing():
     assert torch.equal(*moments) and updates.state_dict()["schedules"] == state["schedules"] == [1]
 
 
+def test_a_gradient_that_is_not_finite_is_not_applied_though_its_loss_is():
+    updates = make()
+    before = [weight.clone() for weight in updates.parameters]
+    hook = updates.drafter.fc.weight.register_hook(lambda gradient: gradient * torch.inf)
+    outcome = updates.step(micros(4), totals(), yes)
+    hook.remove()
+    assert not outcome.applied and not outcome.finite and outcome.loss > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, updates.parameters, strict=True))
+
+
 def test_running_out_of_memory_drops_the_update_and_not_the_next():
     updates = make()
 
