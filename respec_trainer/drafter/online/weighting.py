@@ -67,7 +67,6 @@ def _relative_weights(rewards: torch.Tensor, weighting: Literal["reward", "advan
 
 def _alike(rewards: torch.Tensor) -> bool:
     """Return whether rewards [n] are equal up to rounding, or there are none, or one is infinite."""
-    if not len(rewards):
+    if not len(rewards) or rewards.isinf().any():
         return True
-    # Where one is infinite, both sides are.
     return bool(rewards.amax() - rewards.amin() <= ROUNDING * rewards.abs().amax())
