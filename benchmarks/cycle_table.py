@@ -7,12 +7,13 @@ policy chooses, shows as regret.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 
 import numpy as np
 
 from respec_trainer.rollout.decode_log import DecodeLog
+from respec_trainer.rollout.ends import Ends
 from respec_trainer.speculation.policy import FixedPolicy, index_of, middle_of
 from respec_trainer.speculation.shape import Shape
 from respec_trainer.speculation.simulation.informed import InformedPolicy
@@ -21,7 +22,7 @@ from respec_trainer.speculation.simulation.trace import Trace
 
 Place = tuple[int, int]  # policy.index_of the sequences, and of their mean context
 NEAR = 0.25  # a place within this distance (`nearest`) counts as measured
-SEEDS = 8  # simulated rollouts of each reference, whose mean counts
+SEEDS = 8  # simulated rollouts of each policy, whose mean counts
 
 
 def cycles(log: DecodeLog) -> np.ndarray:
@@ -73,14 +74,6 @@ class CycleTable:
         rows = np.flatnonzero(~log.prefill)
         return fmean(self.nearest(log.batch[row], log.context[row])[1] <= NEAR for row in rows)
 
-    def spent(self, log: DecodeLog) -> float:
-        """Return the seconds of a rollout's choices by this table, with the log's own catching up and switching."""
-        rows = np.flatnonzero(~log.prefill)
-        by_table = sum(
-            self.at(log.batch[row], log.context[row])[self.candidates.index(int(log.steps[row]))] for row in rows
-        )
-        return float(by_table + log.catch_up[rows].sum() + log.switch[rows].sum())
-
     # Costs, as `simulate` calls them. Prompts take as long with every policy, and switching is free in references.
 
     def has(self, _piece: str) -> bool:
@@ -93,39 +86,67 @@ class CycleTable:
         return self.at(batch, context)[self.candidates.index(shape.steps)]
 
 
-def references(table: CycleTable, trace: Trace) -> dict[str, float]:
-    """Return the seconds of decoding `trace` by each policy that regret is measured against, by the table's times.
+class Replayed(FixedPolicy):
+    """Chooses as a rollout did when its responses had as many tokens as now."""
 
-    They are those of `speculation/simulation/replay.py`, all simulated: with the acceptance of the trace, drawn anew.
+    def __init__(self, log: DecodeLog):
+        rows = ~log.prefill
+        self.taken, self.before = log.steps[rows], np.cumsum(log.tokens[rows]) - log.tokens[rows]
+        self.tokens = 0.0
+
+    def choose(self, batch: int, context: float, missed: float) -> int:
+        return int(self.taken[np.searchsorted(self.before, self.tokens, side="right") - 1])
+
+    def observe(self, steps: int, batch: int, survivors: Sequence[float], ends: Ends) -> None:
+        self.tokens += ends.tokens
+
+
+def mean_seconds(table: CycleTable, trace: Trace, make: Callable[[], FixedPolicy]) -> float:
+    """Return the seconds of decoding `trace` with a policy by the table's times: the mean of some draws of drafts."""
+    settings = [Setting(slots=len(trace), seed=seed) for seed in range(SEEDS)]
+    return fmean(simulate(trace, table, make, setting).makespan for setting in settings)
+
+
+def references(table: CycleTable, trace: Trace) -> dict[str, float]:
+    """Return the seconds of decoding `trace` by each policy that regret is measured against.
+
+    They are those of `speculation/simulation/replay.py`.
     """
     makers = {kind: InformedPolicy(kind, table, table.candidates) for kind in ("greedy", "weighted", "critical")}
     makers |= {f"s={steps}": FixedPolicy(steps) for steps in table.candidates}
+    return {name: mean_seconds(table, trace, lambda policy=policy: policy) for name, policy in makers.items()}
 
-    def seconds(policy: FixedPolicy) -> float:
-        settings = [Setting(slots=len(trace), seed=seed) for seed in range(SEEDS)]
-        return fmean(simulate(trace, table, lambda: policy, setting).makespan for setting in settings)
 
-    return {name: seconds(policy) for name, policy in makers.items()}
+def spent(table: CycleTable, trace: Trace, log: DecodeLog) -> float:
+    """Return the seconds of a rollout's choices, with the log's own catching up and switching.
+
+    The choices are simulated like the references, with the same draws: how many passes the last response needs is luck,
+    which differs more between rollouts than policies do.
+    """
+    rows = ~log.prefill
+    changes = log.catch_up[rows].sum() + log.switch[rows].sum()
+    return mean_seconds(table, trace, lambda: Replayed(log)) + float(changes)
 
 
 def regrets(
-    fixed: Mapping[int, Sequence[DecodeLog]], logs: Sequence[DecodeLog], trace: Trace
-) -> list[tuple[float, float]]:
-    """Return (regret, share of batches that are covered) of each round of an arm.
+    fixed: Mapping[int, Sequence[DecodeLog]], logs: Mapping[str, Sequence[DecodeLog]], trace: Trace
+) -> dict[str, list[tuple[float, float]]]:
+    """Return (regret, share of batches that are covered) of each round, for each arm.
 
     The rounds with even numbers are judged by the table of the odd ones, and the other way round, so that no noise is
     on both sides. Raises ValueError with fewer than two rounds.
 
     Args:
         fixed: the logs of all rounds for each fixed number of steps.
-        logs: of the arm, one a round.
+        logs: of each arm, one a round.
     """
-    if len(logs) < 2:
+    if any(len(some) < 2 for some in (*fixed.values(), *logs.values())):
         raise ValueError("regret needs two rounds: one is judged by the times of the other")
-    found: list[tuple[float, float]] = [(0.0, 0.0)] * len(logs)
-    for half in (0, 1):
-        table = CycleTable({steps: some[1 - half :: 2] for steps, some in fixed.items()})
-        best = min(references(table, trace).values())
-        for number in range(half, len(logs), 2):
-            found[number] = table.spent(logs[number]) / best - 1, table.covered(logs[number])
-    return found
+    halves = [CycleTable({steps: some[half::2] for steps, some in fixed.items()}) for half in (0, 1)]
+    best = [min(references(table, trace).values()) for table in halves]
+
+    def judged(number: int, log: DecodeLog) -> tuple[float, float]:
+        other = 1 - number % 2
+        return spent(halves[other], trace, log) / best[other] - 1, halves[other].covered(log)
+
+    return {arm: [judged(*numbered) for numbered in enumerate(some)] for arm, some in logs.items()}

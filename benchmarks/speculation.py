@@ -309,7 +309,7 @@ def show_regrets(bench: Bench, logs: dict[str, list[DecodeLog]], trace: Trace, o
     if any(len(some) < 2 for some in fixed.values()):
         print("  no regret: it needs every fixed arm, and two rounds")
         return
-    found = {arm: regrets(fixed, some, trace) for arm, some in logs.items()}
+    found = regrets(fixed, logs, trace)
     for arm, rounds in found.items():
         values = ", ".join(f"{value:.1%}" for value, _ in rounds)
         print(f"  regret of {arm:16s} {values}; {min(share for _, share in rounds):.0%} of its batches were measured")

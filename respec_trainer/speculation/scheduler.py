@@ -97,8 +97,7 @@ class DepthScheduler:
             self.estimate.observe([batch, *survivors])
             self.seen = max(self.seen, steps)
             self.estimate.follow(self.seen)
-        if steps or ends is not None and (ends.ended or ends.over):
-            self.tokens = self._expected(self.estimate.by_depth)
+        self.tokens = self._expected(self.estimate.by_depth)
 
     def predicted(self) -> float:
         """Return the predicted speed-up of the latest choice over plain decoding; 0 if plain is not a candidate."""

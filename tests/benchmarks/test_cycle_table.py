@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.cycle_table import CycleTable, cycles, references, regrets
+from benchmarks.cycle_table import CycleTable, cycles, references, regrets, spent
 from respec_trainer.rollout.decode_log import DecodeLog
 from respec_trainer.speculation.shape import OFF, chain
 from respec_trainer.speculation.simulation.trace import Trace
@@ -18,6 +18,7 @@ def log_of(rows: list[dict]) -> DecodeLog:
     log = DecodeLog(start=np.cumsum([0.0, *(row["seconds"] for row in rows)])[:-1])
     for name in ("prefill", "batch", "context", "steps", "catch_up", "switch"):
         setattr(log, name, np.array([row[name] for row in rows]))
+    log.tokens = log.batch * (1 + log.steps)  # all drafts are kept
     return log
 
 
@@ -62,18 +63,20 @@ def test_places_are_near_by_ratio():
     assert table.covered(log_of([*rows, {"batch": 12, "prefill": True}])) == 3 / 5
 
 
-def test_what_a_rollout_spent_by_the_table():
-    table = CycleTable({0: [steady(0, {1: 1.0, 4: 2.0})], 2: [steady(2, {1: 3.0, 4: 5.0})]})
-    rows = [
-        {"prefill": True, "batch": 4, "seconds": 50.0, "catch_up": 9.0},
-        {"batch": 4, "steps": 2, "seconds": 70.0},
-        {"batch": 4, "steps": 0, "seconds": 80.0, "switch": 0.5},
-        {"batch": 1, "steps": 2, "seconds": 90.0, "catch_up": 0.25, "switch": 0.5},
-    ]
-    assert table.spent(log_of(rows)) == pytest.approx(5.0 + 2.0 + 0.5 + 3.0 + 0.25 + 0.5)
-
-
 TRACE = Trace(np.array([100, 100]), np.array([41, 81]), np.arange(2), np.array([[1.0], [1.0]]))
+
+
+def test_what_a_rollout_s_choices_take():
+    """Its own clock and its own number of passes do not count, but for what changing took."""
+    table = CycleTable({0: [steady(0, {1: 1.0, 2: 2.0})], 1: [steady(1, {1: 5.0, 2: 3.0})]})
+    rows = [
+        {"prefill": True, "batch": 2, "seconds": 50.0, "catch_up": 9.0},
+        *[{"batch": 2, "steps": 0, "seconds": 80.0}] * 20,  # 40 tokens, then 20 cycles of four: here 10 are left
+        {"batch": 2, "steps": 1, "seconds": 70.0, "catch_up": 0.25, "switch": 0.5},
+        *[{"batch": 2, "steps": 1, "seconds": 70.0}] * 9,
+        *[{"batch": 1, "steps": 0, "seconds": 80.0}] * 3,
+    ]
+    assert spent(table, TRACE, log_of(rows)) == pytest.approx(20 * 2.0 + 10 * 3.0 + 40 * 1.0 + 0.25 + 0.5)
 
 
 def test_references_take_what_the_table_says():
@@ -99,20 +102,21 @@ def test_each_half_is_judged_by_the_other_ones_times():
         fixed[1].append(steady(1, {1: 5.0 * slow, 2: 3.0 * slow}))
     best = rollout([(2, 1, 20), (1, 0, 40)])  # 100 s by the odd rounds' times
     paid = log_of([{"batch": 1, "catch_up": 10.0}])  # and 10 s that do not scale
-    paid.steps, paid.batch = best.steps, best.batch
+    paid.steps, paid.batch, paid.tokens = best.steps, best.batch, best.tokens
     paid.start, paid.prefill, paid.context = best.start, best.prefill, best.context
     paid.catch_up, paid.switch = np.append(10.0, np.zeros(59)), np.zeros(60)
     never = rollout([(2, 0, 40), (1, 0, 40)])
-    found = regrets(fixed, [never, never, paid, paid], TRACE)
-    assert [value for value, _ in found] == pytest.approx([0.2, 0.2, 10 / 100, 10 / 200])
-    assert [share for _, share in found] == [1.0] * 4
+    found = regrets(fixed, {"a": [never, never, paid, paid], "b": [never, paid]}, TRACE)
+    assert [value for value, _ in found["a"]] == pytest.approx([0.2, 0.2, 10 / 100, 10 / 200])
+    assert [value for value, _ in found["b"]] == pytest.approx([0.2, 10 / 200])
+    assert [share for _, share in found["a"]] == [1.0] * 4
 
 
 def test_times_of_one_half_are_not_those_of_the_other():
     """Drafting with one sequence is quick in even rounds alone. By these it is right in odd rounds, and only there."""
     fixed = {0: [steady(0, {1: 1.0, 2: 2.0})] * 2, 1: [steady(1, {1: t, 2: 3.0}) for t in (1.0, 5.0)]}
     drafting = rollout([(2, 1, 20), (1, 1, 20)])
-    first, second = (value for value, _ in regrets(fixed, [drafting, drafting], TRACE))
+    first, second = (value for value, _ in regrets(fixed, {"a": [drafting, drafting]}, TRACE)["a"])
     assert first == pytest.approx(160 / 100 - 1) and second == pytest.approx(0.0)
     with pytest.raises(ValueError, match="two rounds"):
-        regrets(fixed, [drafting], TRACE)
+        regrets(fixed, {"a": [drafting]}, TRACE)

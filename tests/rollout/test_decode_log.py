@@ -134,6 +134,19 @@ def test_an_adaptive_chooser_asks_its_policy():
     assert DepthChooser(FIXED).predicted() == 0.0, "unknown"
 
 
+def test_a_policy_may_go_off_without_a_candidate_for_it():
+    """Every engine has the state without speculation, because a failed chooser needs it."""
+    chooser = DepthChooser(replace(FIXED, candidates=(1, 3), **chosen_by("Scripted", [3, 0])))
+    assert [chooser.choose(4, 10.0, 0.0).steps for _ in range(2)] == [3, 0] and not chooser.failed
+
+
+def test_after_a_failure_the_drafter_reads_nothing(capsys):
+    """Not even in the batch for which the policy fails."""
+    chooser = DepthChooser(replace(FIXED, off="warm", **chosen_by("Broken", [0])))
+    assert [chooser.choose(4, 10.0, 0.0) for _ in range(6)] == [(0, True)] * 4 + [(0, False)] * 2
+    assert "Traceback" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("broken", ["raises", "is no candidate", "observes", "predicts"])
 def test_a_policy_that_fails_turns_speculation_off(broken, capsys):
     policy = {"raises": "Broken", "predicts": "Unpredictable"}.get(broken, "Scripted")

@@ -65,11 +65,13 @@ def test_draws_have_their_probabilities(acceptance, seed):
 
 def test_a_token_is_as_predictable_under_every_policy():
     """A draft at one position gets the same random number from every cycle; other responses get other numbers."""
-    acceptance = np.full((1, 1), 0.5)
+    acceptance, compared = np.full((1, 1), 0.5), set()
     for position in range(50):
         (whole,) = survivals(acceptance, 4, np.array([7]), np.array([position]), Setting())
         (later,) = survivals(acceptance, 3, np.array([7]), np.array([position + 1]), Setting())
         assert not whole[0] or (whole[1:] == later).all()
+        compared.add(tuple(later) if whole[0] else ())
+    assert compared == {(), (0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)}, "positions differ"
     numbers = uniform(0, np.arange(100, dtype=np.uint64)[:, None], np.arange(100, dtype=np.uint64))
     assert len(np.unique(numbers)) == 10_000
     assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 0.05  # five standard deviations

@@ -251,6 +251,19 @@ def test_no_try_costs_more_than_four_batches(phases, explore, steepness):
             scheduler.observe(steps, batch, [0] * steps)
 
 
+def test_a_try_lasts_until_enough_drafts_reach_the_new_depth():
+    """Of eight sequences a quarter keeps the first draft, so eight batches bring 16 drafts to the second depth."""
+    costs = CostModel(BARE | {"plain": Terms(fixed=3.0), "draft": Terms(weights=0.1), "verify": Terms(fixed=1.0)})
+    scheduler = DepthScheduler(StepTimes(costs, (0, 1, 3), 64, 3000), (0.25,) * 3, 1.0)
+    tries = []
+    for _ in range(120):
+        steps = scheduler.choose(8, 300.0, 0.0)
+        scheduler.observe(steps, 8, [2, 0, 0][:steps])
+        tries.append(scheduler.trying)
+    began = [after for before, after in zip(tries, tries[1:], strict=False) if after > before]
+    assert began[1:] == [8 - 1] * 2, "the first was cut to what had been earned"
+
+
 def test_a_try_is_cut_to_what_it_may_cost():
     """A depth whose cycle takes 1.5 times as long as a plain step, at the start of a rollout: 16 batches with one
     sequence each would give the evidence, and eight are allowed; at 2.5 times, two, which are too few to begin."""
@@ -302,12 +315,14 @@ def test_responses_that_differ(costs, share):
 
 
 def play(scheduler: DepthScheduler, batches: list, missed: int = 0) -> list:
-    """Return its choice and prediction for each batch of (sequences, drafts kept of each)."""
+    """Return its choice and prediction for each batch of (sequences, drafts kept of each). Every third ends one."""
     chosen = []
-    for batch, kept in batches:
+    for number, (batch, kept) in enumerate(batches):
         steps = scheduler.choose(batch, 300.0, missed)
         chosen.append((steps, scheduler.predicted()))
-        scheduler.observe(steps, batch, [batch if depth < kept else 0 for depth in range(steps)])
+        drafts, ended = min(kept, steps), number % 3 == 0
+        ends = Ends(batch * (1 + drafts) - ended * (drafts // 2), int(ended), int(ended))
+        scheduler.observe(steps, batch, [batch if depth < kept else 0 for depth in range(steps)], ends)
     return chosen
 
 
