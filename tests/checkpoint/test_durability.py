@@ -10,7 +10,9 @@ import pytest
 
 from respec_trainer.checkpoint.files import write_text
 from respec_trainer.checkpoint.new_folder import new_folder
+from respec_trainer.checkpoint.resume import restore_logs
 from respec_trainer.checkpoint.store import begin, point, publish, retain, tidy
+from tests.support.checkpoints import ToyRun, toy_config
 
 META = {"step": 7, "tp": 1, "dp": 1, "zero": 1, "dtype": "fp32", "optimizer": True, "model": {}, "parameters": {}}
 PID = os.getpid()
@@ -108,6 +110,20 @@ def test_a_converted_folder_is_on_the_disk_before_it_has_its_name(tmp_path, even
     inside = {("fsync", f"{scratch}/sub"), ("fsync", f"{scratch}/sub/file"), ("fsync", scratch)}
     assert set(events[:3]) == inside
     assert events[3:] == [("rename", scratch, "out"), ("fsync", "."), ("rmtree", scratch)]
+
+
+def test_the_logs_are_on_the_disk_before_their_lengths_are(tmp_path, events):
+    run = ToyRun(tmp_path / "run", toy_config(tmp_path, {"checkpoint.background": False}))
+    events.clear()
+    run.work(1)
+    state = f"run/checkpoints/.step_1.partial-{PID}/state.json"
+    assert events.index(("fsync", "run/metrics.jsonl")) < events.index(("fsync", state))
+
+
+def test_a_log_that_was_cut_is_on_the_disk(tmp_path, events):
+    (tmp_path / "metrics.jsonl").write_text("one\ntwo\n")
+    restore_logs(tmp_path, tmp_path, {"metrics.jsonl": 4, "samples.jsonl": 0})
+    assert events == [("fsync", "metrics.jsonl")]
 
 
 def test_a_text_file_is_on_the_disk_when_its_facts_are_known(tmp_path, events):

@@ -24,6 +24,7 @@ def reward(response: str, answer: str) -> float:
         ("#### 1,000", "1000"),
         ("#### $18.00", "She makes <<9*2=18>>18 dollars\n#### 18"),
         ("#### 7.", "7"),
+        ("#### .5", "0.5"),
         ("#### -3", "-3"),
         ("#### 5\n#### 6", "6"),  # the last marker counts
         ("#### 7\nand more words", "7"),

@@ -66,6 +66,31 @@ def test_who_has_finished_or_only_lost_contact_is_not_to_blame():
     assert verdict.text.startswith("rank 2 on b (process 102) gave no sign")
 
 
+def test_who_lost_contact_must_still_send_beats():
+    court = judge(2)
+    court.record(beat(0, state="broken"), 0.0)
+    court.record(beat(1), LOST + 1)
+    assert court.decide(LOST + 1).text.startswith("rank 0 on a (process 100) gave no sign")
+
+
+def test_the_most_certain_cause_comes_first():
+    """Who says why it failed, then who died, then who is silent, then who was ended by a signal."""
+    here = Process.this()
+    gone = replace(here, born=here.born - 60)  # another process has its number now
+    court = Judge(range(4), here.home, LOST, HANG)
+    court.met(0.0)
+    hear_all(court, 0.0, beat(0, state="ended", note="signal 15"), beat(1), beat(2, process=gone))
+    court.record(beat(3, state="failed", note="ValueError: no"), 0.0)
+    late = 2 * LOST
+    assert court.decide(late).text.startswith("rank 3 on b (process 103) failed")
+    court.record(beat(3), late)
+    assert court.decide(late).text.startswith("rank 2 on") and "ended without a message" in court.decide(late).text
+    court.record(beat(2, process=gone, state="done"), late)
+    assert court.decide(late).text.startswith("rank 1 on a (process 101) gave no sign")
+    court.record(beat(1), late)
+    assert court.decide(late).text.startswith("rank 0 on a (process 100) ended by signal 15")
+
+
 def test_who_was_ended_by_a_launcher_is_not_to_blame_unless_nobody_else_is():
     court = judge(3)
     court.record(beat(1, state="ended", note="signal 15"), 1.0)
@@ -128,6 +153,14 @@ def test_of_ranks_in_one_phase_that_hangs_which_is_in_no_collective():
     )
     verdict = court.hanging(5.0)
     assert verdict.text.startswith("rank 2") and "sleeps here" in verdict.text and "its stack" not in verdict.text
+
+
+def test_if_all_wait_for_each_other_all_hang():
+    court = judge(3)
+    hear_all(court, 5.0, *(beat(rank, still=HANG + 1, stack="its stack", waits=True) for rank in range(3)))
+    verdict = court.hanging(5.0)
+    assert verdict.text.startswith("ranks 0, 1 on a and rank 2 on b (process 102) hang")
+    assert [process.pid for process in verdict.lost] == [100, 101, 102]
 
 
 def test_the_stacks_are_waited_for_but_not_for_ever():
