@@ -30,6 +30,13 @@ def test_a_place_is_adopted(told):
 
 
 @pytest.mark.parametrize("told", [OPENMPI, SLURM])
+def test_a_port_that_is_set_is_kept(told):
+    environment = told | {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+    adopt_place(environment)
+    assert environment == told | PLACE | {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+
+
+@pytest.mark.parametrize("told", [OPENMPI, SLURM])
 def test_the_address_must_be_set(told):
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set.*deepspeed_env"):
         adopt_place(dict(told))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import xxhash
 
 from respec_trainer.config import DataConfig
 from respec_trainer.data.prompts import Prompt, PromptStream, check_tokenizer_fits, load_prompts
@@ -128,6 +129,16 @@ def test_a_stream_of_other_prompts_is_refused():
     for stream, message in others:
         with pytest.raises(DataError, match=message):
             stream.load_state_dict(state)
+
+
+def test_a_state_is_read_by_later_versions():
+    """The digest is of key, text and answer of each prompt, each ended by a zero, and of its row if it has one."""
+    content = "".join(f"{i}\0{i}\0{i}\0" for i in range(6)) + '6\0006\0006\0{"a": [1], "b": 2}'
+    prompts = [*PROMPTS[:-1], replace(PROMPTS[-1], row={"b": 2, "a": [1]})]
+    expected = {"epoch": 0, "position": 0, "seed": 3, "shuffle": True, "prompts": 7}
+    assert PromptStream(prompts, seed=3).state_dict() == expected | {
+        "digest": xxhash.xxh3_64_hexdigest(content.encode())
+    }
 
 
 def test_the_rest_of_an_epoch_comes_before_the_next_one():
