@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from respec_trainer.checkpoint.files import write_text
+from respec_trainer.checkpoint.files import write_tensors, write_text
 from respec_trainer.checkpoint.new_folder import new_folder
 from respec_trainer.checkpoint.resume import restore_logs
 from respec_trainer.checkpoint.store import begin, point, publish, retain, tidy
@@ -126,6 +127,11 @@ def test_a_log_that_was_cut_is_on_the_disk(tmp_path, events):
     assert events == [("fsync", "metrics.jsonl")]
 
 
-def test_a_text_file_is_on_the_disk_when_its_facts_are_known(tmp_path, events):
-    facts = write_text(tmp_path / "state.json", "four")
-    assert events == [("fsync", "state.json")] and facts["bytes"] == 4
+@pytest.mark.parametrize(
+    "write", [lambda path: write_text(path, "x" * 9999), lambda path: write_tensors(path, {"a": torch.zeros(10_000)})]
+)
+def test_a_file_is_on_the_disk_whole_when_its_facts_are_known(tmp_path, monkeypatch, write):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size) or fsync(handle))
+    facts = write(tmp_path / "file")
+    assert synced == [facts["bytes"]] == [(tmp_path / "file").stat().st_size] and facts["bytes"] >= 9999
