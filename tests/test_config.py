@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from respec_trainer.config import Config
+from respec_trainer.config import Config, OptimConfig, Section
 from respec_trainer.config_file import dump_config, load_config, valid_keys
 from respec_trainer.errors import ConfigError
 from respec_trainer.placement import check_world
@@ -206,3 +206,60 @@ def test_steps_that_adapt(write):
 def test_steps_that_cannot_adapt(write, overrides, words):
     with pytest.raises(ConfigError, match=words):
         load_config(write(), overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5e-4", 5e-4), ("5.e-4", 5e-4), (".5e-3", 5e-4), ("0.5E-3", 5e-4), ("+5e-4", 5e-4), ("5_0e-5", 5e-4)],
+)
+def test_numbers_may_be_written_with_an_exponent_in_every_usual_way(write, text, value):
+    assert load_config(write(), [f"actor.optim.lr={text}"]).actor.optim.lr == value
+
+
+@pytest.mark.parametrize("text", ["e5", "1e", "1e-5x", "x1e-5"])
+def test_what_only_looks_like_a_number_is_a_text(write, text):
+    assert f"(got '{text}')" in refused(write(), f"actor.optim.lr={text}")
+    assert load_config(write(), [f"run.dir={text}"]).run.dir == text
+
+
+def test_keys_that_are_missing_are_named_with_their_sections(write):
+    message = refused(write("run: {name: tiny}\nmodel: {path: a}\ndata: {path: b, prompts_per_step: 4}\n"))
+    assert message.splitlines()[1:] == ["  run.steps: required, but not given", "  rollout: required, but not given"]
+
+
+def test_a_key_given_twice_is_named_with_its_line(write):
+    message = refused(write("run:\n  name: tiny\n  steps: 1\n  name: other\n"))
+    assert "key 'name' is given twice" in message and "line 2" in message
+
+
+def test_a_value_that_is_wrong_is_shown_and_a_reason_of_several_keys_is_not_repeated(write):
+    assert "  run.steps: Input should be a valid integer (got 'two')" in refused(write(), "run.steps=two")
+    message = refused(write(), "objective.minibatches=3")
+    assert message.splitlines()[1].startswith("  objective.minibatches=3 must divide") and "got" not in message
+    assert "  data: template must contain {prompt}, where the prompt column's text goes" in refused(
+        write(), "data.template=x"
+    )
+
+
+def test_overrides_make_sections_and_the_last_one_wins(write):
+    config = load_config(write(), ["actor.optim.lr=0.5", "actor.optim.lr=0.25", " run.steps =7", "run.dir=a=b"])
+    assert (config.actor.optim.lr, config.run.steps, config.run.dir) == (0.25, 7, "a=b")
+
+
+def test_settings_that_an_algorithm_refuses_name_the_file(write):
+    path = write()
+    message = refused(path, "drafter.path=null")
+    assert message.startswith(f"{path}:\n  ") and "drafter.path" in message
+
+
+def test_another_kind_of_file_has_its_own_keys(write):
+    class Recipe(Section):
+        steps: int = 3
+        actor: OptimConfig = OptimConfig()
+
+    assert load_config(write("actor: {lr: 1e-3}"), ["steps=4"], kind=Recipe) == Recipe(
+        steps=4, actor=OptimConfig(lr=1e-3)
+    )
+    with pytest.raises(ConfigError, match="unknown key; did you mean actor.lr"):
+        load_config(write("actor: {lrr: 1e-3}"), kind=Recipe)
+    assert valid_keys(Recipe)[:3] == ["steps", "actor", "actor.lr"]

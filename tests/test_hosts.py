@@ -6,6 +6,7 @@ import platform
 import socket
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -123,9 +124,13 @@ def test_the_code_digest_sees_the_names_and_contents_of_all_python_files(tmp_pat
         seen.add(code_digest(tmp_path))
 
 
-def test_the_code_digest_does_not_depend_on_where_the_code_lies(tmp_path):
+def test_the_code_digest_does_not_depend_on_where_the_code_lies(tmp_path, monkeypatch):
     for place in ("one", "two"):
         (tmp_path / place / "sub").mkdir(parents=True)
         for name in ("b.py", "a.py", "sub/c.py") if place == "one" else ("sub/c.py", "a.py", "b.py"):
             (tmp_path / place / name).write_text(name)
-    assert code_digest(tmp_path / "one") == code_digest(tmp_path / "two")
+    digest = code_digest(tmp_path / "one")
+    assert code_digest(tmp_path / "two") == digest
+    rglob = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: reversed(list(rglob(folder, pattern))))
+    assert code_digest(tmp_path / "one") == digest, "nor on the order in which a file system lists it"

@@ -29,6 +29,19 @@ def test_a_place_is_adopted(told):
     assert environment == told | {"MASTER_ADDR": "node0"} | PLACE
 
 
+def test_two_tasks_are_a_job_already():
+    environment = SLURM | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    assert adopt_place(environment := environment | {"MASTER_ADDR": "node0"}) == (1, 2)
+    assert environment["LOCAL_SIZE"] == "2"
+
+
+@pytest.mark.parametrize("told", [OPENMPI, SLURM])
+def test_a_port_that_is_set_is_kept(told):
+    environment = told | {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+    adopt_place(environment)
+    assert environment == told | PLACE | {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+
+
 @pytest.mark.parametrize("told", [OPENMPI, SLURM])
 def test_the_address_must_be_set(told):
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set.*deepspeed_env"):
@@ -42,6 +55,7 @@ def test_the_address_must_be_set(told):
         ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
         (SLURM | {"RANK": "0"}, (0, 1)),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1)),
+        ({"RANK": "3"}, (3, 1)),
     ],
 )
 def test_who_has_a_place_or_none_keeps_it(environment, place):

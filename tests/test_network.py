@@ -72,3 +72,21 @@ def test_a_system_that_takes_all_still_has_one(system_takes, first):
 def test_a_system_that_does_not_say(monkeypatch, tmp_path):
     monkeypatch.setattr(network, "LINUX_RANGE", tmp_path / "absent")
     assert FIRST <= free_port() < 49152
+
+
+def test_a_host_without_a_free_port_says_so(monkeypatch):
+    closed = []
+
+    class Refused(socket.socket):
+        def bind(self, address):
+            raise OSError("address in use")
+
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr(socket, "socket", Refused)
+    with pytest.raises(OSError, match="this host has no free TCP port"):
+        free_port()
+    assert len(closed) > 100, "after many tries, whose sockets are closed"
+    assert not is_free(8000)

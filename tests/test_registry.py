@@ -32,3 +32,9 @@ def test_a_name_is_given_once():
     with pytest.raises(ValueError, match="'grpo' is taken"):
         registry.add("grpo", 3)
     assert registry["grpo"] == 1
+
+
+def test_entries_that_were_given_stay_as_they_were():
+    given = {"grpo": 1}
+    Registry("objective.kind", given).add("rloo", 2)
+    assert given == {"grpo": 1}

@@ -93,3 +93,12 @@ def test_tp_and_key_value_heads_must_be_multiples_of_each_other():
     config = tiny_config("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=6, intermediate_size=96)
     with pytest.raises(ConfigError, match="neither a divisor nor a multiple of the model's 6 key/value heads"):
         check_model(config, 4)
+
+
+def test_tp_must_divide_the_fused_rows_of_queries_keys_and_values():
+    """(8 query heads + 2 of keys + 2 of values) * head size 3 are 36 rows, which 8 ranks cannot share."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 3, "intermediate_size": 96}
+    config = tiny_config("qwen3", **sizes)
+    check_model(config, 4)
+    with pytest.raises(ConfigError, match="tp=8 does not divide the rows of the query, key and value .* 1, 2, 4$"):
+        check_model(config, 8)

@@ -57,6 +57,52 @@ def test_values_and_gradients_are_those_of_the_whole_distribution(group, chunk, 
     assert not found[1][VOCAB:].any(), "padding has no gradient"
 
 
+class TwoRanks:
+    """Stands in for two processes: what each of them gives to a reduction is kept for the other's next run."""
+
+    def __init__(self):
+        self.rank, self.calls, self.given = 0, 0, {}
+
+    def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None):
+        self.calls += 1
+        self.given[self.rank, self.calls] = tensor.clone()
+        other = self.given.get((1 - self.rank, self.calls))
+        if other is not None:
+            tensor.copy_(torch.maximum(tensor, other) if op == dist.ReduceOp.MAX else tensor + other)
+
+
+def test_two_ranks_with_half_of_the_vocabulary_each_have_the_values_of_the_whole(monkeypatch):
+    ranks, generator = TwoRanks(), torch.Generator().manual_seed(3)
+    monkeypatch.setattr(dist, "all_reduce", ranks.all_reduce)
+    monkeypatch.setattr(dist, "get_rank", lambda group: ranks.rank)
+    hidden = 3 * torch.randn(COUNT, HIDDEN, generator=generator)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator)
+    weight[0] *= 30  # the largest logits are on the first rank, by far
+    targets, factors = torch.arange(4, 4 + COUNT), torch.randn(2, COUNT, generator=generator)
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 1))  # six rows each, the last one padding
+    for _ in range(3):  # the largest logits are right in the second run, the sums in the third
+        found = []
+        for ranks.rank in range(2):
+            ranks.calls = 0
+            mine = [hidden.clone().requires_grad_(), padded[6 * ranks.rank :][:6].clone().requires_grad_()]
+            options = {"vocab_size": VOCAB, "temperature": 0.5, "chunk": 100, "group": None}
+            outputs = chunked_logprobs(*mine, targets, **options)
+            loss = (outputs[0] * factors[0] + outputs[1] * factors[1]).sum()
+            found.append(
+                [*outputs[:2], *torch.autograd.grad(loss, mine)]
+            )  # computes the chunk again, and reduces again
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    expected = (exact[0] @ exact[1].t() / 0.5).log_softmax(-1)
+    logprobs, entropies = expected.gather(1, targets[:, None])[:, 0], -(expected.exp() * expected).sum(-1)
+    for values in found:
+        torch.testing.assert_close(values[0].double(), logprobs, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(values[1].double(), entropies, rtol=1e-5, atol=1e-4)
+    gradients = torch.autograd.grad((logprobs * factors[0] + entropies * factors[1]).sum(), exact)
+    torch.testing.assert_close((found[0][2] + found[1][2]).double(), gradients[0], rtol=1e-4, atol=1e-3)
+    whole = torch.cat([values[3] for values in found])[:VOCAB]
+    torch.testing.assert_close(whole.double(), gradients[1], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_one_of_the_two_may_be_differentiated_alone(group, wanted):
     hidden, weight = torch.randn(COUNT, HIDDEN, requires_grad=True), torch.randn(VOCAB, HIDDEN)

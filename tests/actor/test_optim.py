@@ -45,9 +45,12 @@ def test_never_above_one_never_below_the_ratio_and_falling_after_warm_up(config,
 def test_only_matrices_decay():
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (3,), (4, 4), ())]
     frozen = torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False)
-    optimizer = setup_optimizer([*parameters, frozen], OptimConfig(weight_decay=0.1, lr=1e-3, betas=[0.8, 0.9]))
+    optimizer = setup_optimizer(
+        [*parameters, frozen], OptimConfig(weight_decay=0.1, lr=1e-3, betas=[0.8, 0.9], eps=1e-5)
+    )
     decayed, kept = optimizer.param_groups
     assert [p.dim() for p in decayed["params"]] == [2, 2]
     assert [p.dim() for p in kept["params"]] == [1, 0]
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    assert (decayed["lr"], decayed["betas"]) == (1e-3, (0.8, 0.9))
+    for group in (decayed, kept):
+        assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (1e-3, (0.8, 0.9), 1e-5, True)

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from respec_trainer.checkpoint.files import write_text
+from respec_trainer.checkpoint.files import write_tensors, write_text
 from respec_trainer.checkpoint.new_folder import new_folder
+from respec_trainer.checkpoint.resume import restore_logs
 from respec_trainer.checkpoint.store import begin, point, publish, retain, tidy
+from tests.support.checkpoints import ToyRun, toy_config
 
 META = {"step": 7, "tp": 1, "dp": 1, "zero": 1, "dtype": "fp32", "optimizer": True, "model": {}, "parameters": {}}
 PID = os.getpid()
@@ -110,6 +113,25 @@ def test_a_converted_folder_is_on_the_disk_before_it_has_its_name(tmp_path, even
     assert events[3:] == [("rename", scratch, "out"), ("fsync", "."), ("rmtree", scratch)]
 
 
-def test_a_text_file_is_on_the_disk_when_its_facts_are_known(tmp_path, events):
-    facts = write_text(tmp_path / "state.json", "four")
-    assert events == [("fsync", "state.json")] and facts["bytes"] == 4
+def test_the_logs_are_on_the_disk_before_their_lengths_are(tmp_path, events):
+    run = ToyRun(tmp_path / "run", toy_config(tmp_path, {"checkpoint.background": False}))
+    events.clear()
+    run.work(1)
+    state = f"run/checkpoints/.step_1.partial-{PID}/state.json"
+    assert events.index(("fsync", "run/metrics.jsonl")) < events.index(("fsync", state))
+
+
+def test_a_log_that_was_cut_is_on_the_disk(tmp_path, events):
+    (tmp_path / "metrics.jsonl").write_text("one\ntwo\n")
+    restore_logs(tmp_path, tmp_path, {"metrics.jsonl": 4, "samples.jsonl": 0})
+    assert events == [("fsync", "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: write_text(path, "x" * 9999), lambda path: write_tensors(path, {"a": torch.zeros(10_000)})]
+)
+def test_a_file_is_on_the_disk_whole_when_its_facts_are_known(tmp_path, monkeypatch, write):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size) or fsync(handle))
+    facts = write(tmp_path / "file")
+    assert synced == [facts["bytes"]] == [(tmp_path / "file").stat().st_size] and facts["bytes"] >= 9999

@@ -57,6 +57,15 @@ def test_what_was_sealed_is_read_again(tmp_path):
     assert {key: read[key] for key in META} == META
 
 
+def test_the_order_of_its_keys_does_not_matter(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text(sealed(META | {"model": {"b": 1, "a": {"d": 2, "c": 3}}}))
+    read = read_meta(tmp_path)
+    model = {"a": {"c": 3, "d": 2}, "b": 1}
+    path.write_text(json.dumps(dict(reversed(read.items())) | {"model": model}))
+    assert read_meta(tmp_path) == read
+
+
 def change(folder: Path, **values) -> None:
     path = folder / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

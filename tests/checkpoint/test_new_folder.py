@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -72,14 +73,29 @@ def test_leftovers_that_fill_the_disk_do_not_stand_in_the_way(tmp_path, monkeypa
         return SimpleNamespace(free=0 if list(tmp_path.iterdir()) else 100)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    check_place(tmp_path / "out", 50)
+    check_place(tmp_path / "out", 100)
     with pytest.raises(ConfigError, match="make room"):
-        check_place(tmp_path / "out", 500)
+        check_place(tmp_path / "out", 101)
 
 
-def test_a_full_disk_is_reported(tmp_path):
+def test_only_leftovers_of_the_same_folder_go(tmp_path):
+    """Its name may hold characters that a pattern would match others with."""
+    for name in (".out[1].partial-11", ".out1.partial-12", ".out[1]2.partial-13"):
+        (tmp_path / name).mkdir()
+    check_place(tmp_path / "out[1]", 0)
+    assert {path.name for path in tmp_path.iterdir()} == {".out1.partial-12", ".out[1]2.partial-13"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_reported(tmp_path, number):
     with pytest.raises(RespecError, match="out is full"), new_folder(tmp_path / "out"):
-        raise OSError(28, "No space left on device")
+        raise OSError(number, "No space left on device, or for this user")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_error_of_the_disk_stays_what_it_is(tmp_path):
+    with pytest.raises(PermissionError), new_folder(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied")
     assert not list(tmp_path.iterdir())
 
 

@@ -94,6 +94,9 @@ def test_a_copy_is_not_changed_by_what_follows_but_for_what_never_changes():
     assert copied["learner/bufferless"].tolist() == [0, 0]
     assert copied["learner"]["buffer"][0].data_ptr() == tree["learner"]["buffer"][0].data_ptr()
     assert copied["learner"]["buffer"] is not tree["learner"]["buffer"]
+    assert_same(copy_tree(TREE), TREE)
+    with pytest.raises(TypeError, match="a/1: set has no place"):
+        copy_tree({"a": (0, {1})})
 
 
 def test_another_file_and_a_truncated_one_are_named(tmp_path):
@@ -113,7 +116,8 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     import numpy as np
 
     def draw():
-        return random.random(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002
+        # NumPy draws normal numbers in pairs, and keeps the second one.
+        return random.random(), random.gauss(), np.random.rand(), np.random.normal(), torch.rand(3).tolist()  # noqa: NPY002
 
     draw()
     save_tree(tmp_path / "rng.safetensors", RandomStates().state_dict())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import xxhash
 
 from respec_trainer.config import DataConfig
 from respec_trainer.data.prompts import Prompt, PromptStream, check_tokenizer_fits, load_prompts
@@ -120,11 +121,32 @@ def test_a_stream_of_other_prompts_is_refused():
         (PromptStream(PROMPTS, seed=3, shuffle=False), "shuffle is True, but now it is False"),
         (PromptStream(PROMPTS[:-1], seed=3), "prompts is 7, but now it is 6"),
         (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], answer="?")], seed=3), "digest is"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], text="?")], seed=3), "digest is"),
+        (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], key="?")], seed=3), "digest is"),
+        (PromptStream([PROMPTS[1], PROMPTS[0], *PROMPTS[2:]], seed=3), "digest is"),
         (PromptStream([*PROMPTS[:-1], replace(PROMPTS[-1], row={"level": 1})], seed=3), "digest is"),
     ]
     for stream, message in others:
         with pytest.raises(DataError, match=message):
             stream.load_state_dict(state)
+
+
+def test_a_state_is_read_by_later_versions():
+    """The digest is of key, text and answer of each prompt, each ended by a zero, and of its row if it has one."""
+    content = "".join(f"{i}\0{i}\0{i}\0" for i in range(6)) + '6\0006\0006\0{"a": [1], "b": 2}'
+    prompts = [*PROMPTS[:-1], replace(PROMPTS[-1], row={"b": 2, "a": [1]})]
+    expected = {"epoch": 0, "position": 0, "seed": 3, "shuffle": True, "prompts": 7}
+    assert PromptStream(prompts, seed=3).state_dict() == expected | {
+        "digest": xxhash.xxh3_64_hexdigest(content.encode())
+    }
+
+
+def test_the_rest_of_an_epoch_comes_before_the_next_one():
+    stream = PromptStream(PROMPTS, seed=0, shuffle=False)
+    taken = ["".join(p.key for p in stream.next(5)) for _ in range(3)]
+    assert taken == ["01234", "56012", "34560"] and (stream.epoch, stream.position) == (2, 1)
+    stream.next(6)
+    assert (stream.epoch, stream.position) == (2, 7), "the next epoch begins when a prompt of it is taken"
 
 
 def test_more_than_an_epoch_at_once():

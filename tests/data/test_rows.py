@@ -59,3 +59,14 @@ def test_files_that_are_not_there_or_not_data(tmp_path):
         list(read_rows(config(write(tmp_path / "r.csv", ["a,b"]))))
     with pytest.raises(DataError, match="not a parquet file"):
         list(read_rows(config(write(tmp_path / "r.parquet", ["text"]))))
+
+
+def test_blank_lines_are_passed_over_and_counted(tmp_path):
+    rows = list(read_rows(config(write(tmp_path / "r.jsonl", [ROWS[0], "", "  ", ROWS[1]]))))
+    assert [row.line for row in rows] == [1, 4]
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    (tmp_path / "r.jsonl").write_bytes('{"question": "Où?", "answer": "25 €"}\n'.encode())
+    ((_, question, answer, others),) = read_rows(config(tmp_path / "r.jsonl"))
+    assert (question, answer, others) == ("Où?", "25 €", {})

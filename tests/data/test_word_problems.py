@@ -57,6 +57,24 @@ def test_the_question_states_every_number_that_the_solution_uses():
         assert not Counter(used) - stated, problem
 
 
+# The words of a question for each kind of event.
+GAINED = r"buys|finds|A friend gives|earns|wins|arrive|A bus brings"
+LOST = r"gives away|sells \d|loses|spends \d|pays|leave|A bus takes"
+WORDS = {"+": GAINED, "-": LOST, "*": r"doubles|boxes with|hours for|tents with", "/": r"half of|Half of"}
+
+
+def test_the_question_tells_what_the_solution_computes():
+    for problem in SOME:
+        signs = Counter(left.split()[1] for left, _ in equations(problem))
+        told = {sign: len(re.findall(words, problem.question)) for sign, words in WORDS.items()}
+        assert told == {sign: signs[sign] for sign in WORDS}, problem
+
+
+def test_what_is_halved_is_even_and_more_than_three():
+    halved = {int(left.split()[0]) for problem in SOME for left, _ in equations(problem) if "/" in left}
+    assert min(halved) == 4 and all(number % 2 == 0 for number in halved)
+
+
 def test_difficulty_follows_the_mix():
     counts = Counter(problem.steps for problem in problems_of({1: 3, 3: 1}, 2000))
     assert set(counts) == {1, 3}

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make mutation", description=__doc__)
     parser.add_argument("packages", nargs="*", help="names of tables in tests/mutation/modules.toml; default: all")
-    parser.add_argument("--most", type=int, default=20, help="mutants a module (default 20)")
+    parser.add_argument("--most", type=int, default=12, help="most mutants a module (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="draws other mutants (default 0)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--module", help="only modules whose path contains this text")

@@ -90,7 +90,7 @@ def _unary(node: ast.UnaryOp) -> Texts:
 def _call(node: ast.Call) -> Texts:
     for keyword in node.keywords:
         others = [other for other in node.keywords if other is not keyword]
-        if keyword.arg is not None:
+        if keyword.arg is not None and ast.unparse(keyword) != "strict=False":  # which is the default
             yield ast.unparse(ast.Call(node.func, node.args, others))
     name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
     if name in SIMILAR:

@@ -62,6 +62,11 @@ def test_values_outside_the_mask_are_not_looked_at_and_those_inside_are_not_hidd
         assert numbers == pytest.approx(dict.fromkeys("mls", expected), nan_ok=True)
 
 
+def test_an_extreme_on_the_far_side_of_zero_is_found():
+    values, mask = torch.tensor([[-3.0, -2.0, 5.0]]), torch.tensor([[True, True, False]])
+    assert finish({"l": Tokens(mask).largest(values), "s": Tokens(mask).smallest(-values)}) == {"l": -2.0, "s": 2.0}
+
+
 def test_long_sums_are_kept_in_double_precision():
     ones = Tokens(torch.ones(1, 1, dtype=torch.bool))
     parts = [{"mean": ones.mean(torch.tensor([[value]]))} for value in (2.0**24, 1.0, 1.0)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from respec_trainer.errors import ProofError, ResyncError
-from respec_trainer.resync.proof import Held, check, check_architecture
+from respec_trainer.resync.proof import Held, as_sent, check, check_architecture
 from respec_trainer.rollout.digest import digest
 from respec_trainer.rollout.sglang.inside.digest import named_parts
 
@@ -64,6 +64,24 @@ def test_differences_are_named(sent, held, message):
 def test_many_differences_are_counted():
     with pytest.raises(ProofError, match="a differs, b differs, c differs, d differs, e differs and 2 more"):
         check("target", Held("actor-3", dict.fromkeys("abcdefg", "1")), dict.fromkeys("abcdefg", "2"))
+
+
+def test_as_many_as_are_listed_are_not_counted():
+    with pytest.raises(ProofError, match="a differs, b differs, c differs, d differs, e differs$"):
+        check("target", Held("actor-3", dict.fromkeys("abcde", "1")), dict.fromkeys("abcde", "2"))
+
+
+@pytest.mark.parametrize(
+    ("held", "sent"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", "midlayer.self_attn.q_proj.weight"),
+        ("model.norm.weight", "norm.weight"),
+        ("layers.0.block.layers.0.weight", "midlayer.block.layers.0.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_a_drafter_s_weights_are_sent_without_the_engine_s_outer_modules(held, sent):
+    assert as_sent(held, "draft") == sent and as_sent(held, "target") == held
 
 
 def test_a_drafter_goes_by_its_stored_names_and_shares_the_embedding():

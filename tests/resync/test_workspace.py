@@ -12,7 +12,7 @@ def test_a_buffer_is_used_again_and_grows():
     first = workspace.take("bucket", 100, torch.float32)
     assert first.shape == (100,) and first.dtype == torch.float32
     again = workspace.take("bucket", 50, torch.bfloat16)
-    assert again.data_ptr() == first.data_ptr() and again.dtype == torch.bfloat16
+    assert again.data_ptr() == first.data_ptr() and again.dtype == torch.bfloat16 and again.shape == (50,)
     larger = workspace.take("bucket", 101, torch.float32)
     assert larger.numel() == 101
     assert workspace.take("shards", 10, torch.float32).data_ptr() != larger.data_ptr()
@@ -33,3 +33,17 @@ def test_release_keeps_a_cpus_memory_and_gives_a_gpus_back():
         workspace.take("bucket", 4, torch.float32)
         workspace.release()
         assert len(workspace.buffers) == kept
+
+
+def test_buffers_lie_on_the_workspaces_device():
+    assert Workspace(torch.device("meta")).take("bucket", 4, torch.float32).device.type == "meta"
+
+
+def test_an_old_buffer_is_freed_before_a_larger_one_is_made(monkeypatch):
+    workspace, held, empty = Workspace(torch.device("cpu")), [], torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, **options: held.append(list(workspace.buffers)) or empty(*args, **options)
+    )
+    for numel in (4, 8):
+        workspace.take("bucket", numel, torch.float32)
+    assert held == [[], []]

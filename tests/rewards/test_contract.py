@@ -91,6 +91,7 @@ def test_a_part_that_is_no_number_is_named():
     [
         ([1.0], "returned 1 results for a batch of 2 items"),
         ([], "returned 0 results for a batch of 2 items"),
+        ([1.0, 0.0, 1.0], "returned 3 results for a batch of 2 items"),
         (None, "returned None for a batch of 2"),
         ("10", "returned '10' for a batch"),
         ({0: 1.0, 1: 0.0}, "returned {0: 1.0, 1: 0.0} for a batch"),

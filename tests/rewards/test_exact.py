@@ -24,6 +24,8 @@ def reward(response: str, answer: str) -> float:
         ("#### 1,000", "1000"),
         ("#### $18.00", "She makes <<9*2=18>>18 dollars\n#### 18"),
         ("#### 7.", "7"),
+        ("#### .5", "0.5"),
+        ("####\n7", "7"),  # the answer on the next line
         ("#### -3", "-3"),
         ("#### 5\n#### 6", "6"),  # the last marker counts
         ("#### 7\nand more words", "7"),
@@ -66,6 +68,7 @@ def test_different_answers(response, answer):
 def test_a_number_is_read_however_it_is_written(number):
     for text in (f"{number:,}", f"{number}.0", f" ${number} ", f"{number}."):
         assert as_number(text) == number
+    assert as_number("\t$50.\n") == as_number("50 %") == 50 and as_number("50 apples") is None
 
 
 def test_a_batch_is_scored_in_order():

@@ -9,7 +9,7 @@ from respec_trainer.errors import ConfigError
 from respec_trainer.registry import Registry
 from respec_trainer.rewards import registry
 from respec_trainer.rewards.contract import Score
-from respec_trainer.rewards.registry import REWARDS, setup_reward
+from respec_trainer.rewards.registry import REWARDS, reward_name, setup_reward
 from respec_trainer.rewards.scoring import Scorer
 from tests.support import brevity
 from tests.support.configs import smallest_config
@@ -19,6 +19,11 @@ from tests.support.rewards import item
 def test_an_unknown_kind_is_refused_with_the_nearest_one():
     with pytest.raises(ConfigError, match=r"reward\.kind=exact_anwser: .*did you mean 'exact_answer'\?.*function"):
         setup_reward(RewardConfig(kind="exact_anwser"))
+
+
+def test_a_reward_is_named_by_the_key_that_chose_it():
+    assert reward_name(RewardConfig(kind="exact_answer")) == "reward.kind=exact_answer"
+    assert reward_name(RewardConfig(kind="function", function="a.py:f")) == "reward.function=a.py:f"
 
 
 def test_a_new_reward_takes_one_file_and_one_line(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,15 +82,27 @@ def test_a_number_that_is_not_finite_is_named_on_every_rank(tmp_path):
 def test_shares_are_whole_groups_that_follow_each_other(prompts, dp):
     shares = [Share(dp, rank).samples(prompts, group=3) for rank in range(dp)]
     assert [index for share in shares for index in range(3 * prompts)[share]] == list(range(3 * prompts))
-    sizes = [share.stop - share.start for share in shares]
+    sizes = [len(range(3 * prompts)[share]) for share in shares]
     assert all(size % 3 == 0 for size in sizes) and max(sizes) - min(sizes) <= 3
     assert Share(dp, 0, tp_rank=1).samples(prompts, 3) == slice(0, 0)
+
+
+def test_a_rank_s_share_follows_from_its_place():
+    assert Share.of(SimpleNamespace(dp=4, dp_rank=3, tp_rank=1, tp=2)) == Share(dp=4, dp_rank=3, tp_rank=1)
+    assert Share() == Share(dp=1, dp_rank=0, tp_rank=0)
 
 
 def test_one_rank_scores_everything_without_processes(tmp_path):
     Path(tmp_path / "mine.py").write_text("def reward(response, answer):\n    return None if 'a' in response else 2\n")
     scorer = Scorer(RewardConfig(kind="function", function=f"{tmp_path / 'mine.py'}:reward"))
     assert scorer(ITEMS, GROUP) == [None, Score(2.0)] * 3
+
+
+def test_one_rank_raises_the_error_of_its_reward(tmp_path):
+    config = reward_file(tmp_path, "def reward(response, answer):\n    return 1 / (response != '2b')\n")
+    with pytest.raises(RewardError, match="response '2b', answer '7': ZeroDivisionError") as caught:
+        Scorer(config)(ITEMS, GROUP)
+    assert isinstance(caught.value.__cause__, RewardError)
 
 
 def test_skipped_samples_are_nan_among_float32():

@@ -54,7 +54,7 @@ def test_a_silent_host_is_named_with_its_ranks_and_where_the_others_are():
     verdict = court.decide(LOST + 1)
     assert "ranks 2, 3 on b gave no sign of life for 11 s (run.lost_after)" in verdict.text
     assert "last in phase 'train' of step 3" in verdict.text
-    assert "ranks 0, 1 in phase 'generate' of step 4" in verdict.text
+    assert verdict.text.splitlines()[1] == "ranks 0, 1 in phase 'generate' of step 4", "the others alone"
     assert [process.pid for process in verdict.lost] == [102, 103]
 
 
@@ -64,6 +64,31 @@ def test_who_has_finished_or_only_lost_contact_is_not_to_blame():
     court.record(beat(1, state="done"), 0.0)
     verdict = court.decide(2 * LOST)
     assert verdict.text.startswith("rank 2 on b (process 102) gave no sign")
+
+
+def test_who_lost_contact_must_still_send_beats():
+    court = judge(2)
+    court.record(beat(0, state="broken"), 0.0)
+    court.record(beat(1), LOST + 1)
+    assert court.decide(LOST + 1).text.startswith("rank 0 on a (process 100) gave no sign")
+
+
+def test_the_most_certain_cause_comes_first():
+    """Who says why it failed, then who died, then who is silent, then who was ended by a signal."""
+    here = Process.this()
+    gone = replace(here, born=here.born - 60)  # another process has its number now
+    court = Judge(range(4), here.home, LOST, HANG)
+    court.met(0.0)
+    hear_all(court, 0.0, beat(0, state="ended", note="signal 15"), beat(1), beat(2, process=gone))
+    court.record(beat(3, state="failed", note="ValueError: no"), 0.0)
+    late = 2 * LOST
+    assert court.decide(late).text.startswith("rank 3 on b (process 103) failed")
+    court.record(beat(3), late)
+    assert court.decide(late).text.startswith("rank 2 on") and "ended without a message" in court.decide(late).text
+    court.record(beat(2, process=gone, state="done"), late)
+    assert court.decide(late).text.startswith("rank 1 on a (process 101) gave no sign")
+    court.record(beat(1), late)
+    assert court.decide(late).text.startswith("rank 0 on a (process 100) ended by signal 15")
 
 
 def test_who_was_ended_by_a_launcher_is_not_to_blame_unless_nobody_else_is():
@@ -130,6 +155,14 @@ def test_of_ranks_in_one_phase_that_hangs_which_is_in_no_collective():
     assert verdict.text.startswith("rank 2") and "sleeps here" in verdict.text and "its stack" not in verdict.text
 
 
+def test_if_all_wait_for_each_other_all_hang():
+    court = judge(3)
+    hear_all(court, 5.0, *(beat(rank, still=HANG + 1, stack="its stack", waits=True) for rank in range(3)))
+    verdict = court.hanging(5.0)
+    assert verdict.text.startswith("ranks 0, 1 on a and rank 2 on b (process 102) hang")
+    assert [process.pid for process in verdict.lost] == [100, 101, 102]
+
+
 def test_the_stacks_are_waited_for_but_not_for_ever():
     court = judge(2)
     hear_all(court, 5.0, beat(0, still=HANG + 1), beat(1, still=HANG + 1))
@@ -154,9 +187,13 @@ def test_a_dead_process_of_this_machine_is_seen_at_once():
     child.wait()
     assert verdict.text.startswith(f"rank 1 on {here.host} (process {child.pid}) has ended without a message")
     assert replace(here, born=here.born - 60).here() is None, "another process of the same number"
+    assert replace(here, born=here.born - 1.0).here() is replace(here, born=here.born + 1.0).here() is None
+    assert here.here().pid == replace(here, born=here.born + 0.9).here().pid == here.pid, "clocks are not that exact"
+    assert process.here() is None, "its parent has waited for it, so there is none of its number"
 
 
 def test_messages_survive_the_way():
+    assert (beat(2).note, beat(2).stack, beat(2).waits) == ("", "", False)
     sent = beat(2, note="ä", stack="x" * 4000, waits=True)
     assert decode_beat(encode(sent)) == sent
     answer = Answer(sent, True, Verdict("why", (sent.process,)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -72,3 +73,19 @@ def test_only_lost_processes_of_this_machine_are_killed():
 def test_the_stack_is_the_main_thread_s():
     stack, waits = main_stack()
     assert "test_the_stack_is_the_main_thread_s" in stack and not waits
+
+
+def test_a_long_stack_keeps_its_end(monkeypatch):
+    monkeypatch.setattr("traceback.format_list", lambda frames: ["x" * 5000, "the last call"])
+    assert main_stack()[0] == "x" * (3000 - 13) + "the last call"  # a third of a datagram's text
+    shown = []
+    monkeypatch.setattr("traceback.format_list", lambda frames: shown.extend(frames) or [""])
+    (lambda: (lambda: main_stack())())()
+    assert len(shown) == 30 and shown[-1].name == "main_stack"
+
+
+def test_a_rank_in_a_collective_waits(monkeypatch):
+    frame = SimpleNamespace(filename="/site-packages/torch/distributed/distributed_c10d.py")
+    monkeypatch.setattr("traceback.extract_stack", lambda _: [frame])
+    monkeypatch.setattr("traceback.format_list", lambda frames: ["all_reduce"])
+    assert main_stack() == ("all_reduce", True)

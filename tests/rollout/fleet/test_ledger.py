@@ -27,7 +27,9 @@ def test_unfinished_responses_continue_after_their_tokens():
     assert (rest.key, rest.prompt_ids, rest.sampling.max_new_tokens) == ("b", (1, 2, 7, 8, 9), 7)
     assert fresh == REQUESTS[2]
     ledger.add([drawn("b", [3], "lost", prompt=rest.prompt_ids), drawn("c", [4], "lost", drafter="d1")])
-    ledger.add([drawn("b", [2], "length", drafter="d1"), drawn("c", [6], drafter="d1")])
+    rest, last = ledger.remaining()
+    assert (rest.prompt_ids, last.prompt_ids) == ((1, 2, 7, 8, 9, 3), (1, 2, 4))
+    ledger.add([drawn("b", [2], "length", "actor-1", "d1", rest.prompt_ids), drawn("c", [6], drafter="d1")])
     a, b, c = ledger.samples()
     assert (a.response_ids, a.restarts) == ([5, 6], 0)
     assert (b.prompt_ids, b.response_ids, b.finish_reason) == ([1, 2], [7, 8, 9, 3, 2], "length")

@@ -155,6 +155,15 @@ def test_limits_differ_from_row_to_row():
     assert sampling.top_p_renorm_prob(probs, torch.tensor([0.4, 0.6])).count_nonzero(1).tolist() == [1, 2]
 
 
+def test_at_the_very_limit_the_next_token_is_kept():
+    """As in sglang's own filter, which drops a token if the mass before it is larger than top_p."""
+    probs = torch.tensor([[0.25, 0.5, 0.25]])
+    assert sampling.top_p_renorm_prob(probs, torch.tensor([0.5])).tolist() == [
+        [pytest.approx(1 / 3), pytest.approx(2 / 3), 0]
+    ]
+    assert sampling.top_p_renorm_prob(probs, torch.tensor([0.499])).tolist() == [[0, 1, 0]]
+
+
 def test_every_sequence_of_the_star_is_possible():
     parents, tokens = TREES["star"]
     masses = exact(parents, tokens, torch.full((4, VOCAB), 1 / VOCAB))
@@ -234,3 +243,36 @@ def test_a_single_threshold_accepts_drafts_of_at_least_that_probability(shape):
     assert exact_output[0] not in tokens[1:2] or shape == "star"
     assert accepted[0] == tokens[1] and len(accepted) == depth(parents) + 1
     assert verify(parents, tokens, probs, too_large, threshold_single=0.26) == exact_output
+
+
+@pytest.mark.parametrize("shape", ["chain", "star"])
+def test_a_number_equal_to_a_draft_s_probability_is_outside_of_it(shape):
+    """Numbers are drawn from [0, 1): those below p are a share of p of them, and none is below 0."""
+    parents, tokens = TREES[shape]
+    draft = tokens[1]
+    for p, uniform, accepted in ((0.25, 0.25, False), (0.25, 0.2499, True), (0.0, 0.0, False)):
+        probs = [0.0] * VOCAB
+        probs[3], probs[draft] = 1 - p, p  # token 3 is no child of the root
+        out = verify(parents, tokens, probs, [uniform, *[0.999] * (len(parents) - 1)])
+        assert out[0] == (draft if accepted else 3) and len(out) == 1 + accepted
+
+
+def verify_chain(probs, proposals, uniform, tokens, last=0.5) -> list[int]:
+    """Return the output of one chain of drafts whose uniform numbers are given."""
+    n = len(tokens)
+    predicts, accept_index = torch.zeros(n, dtype=torch.int32), torch.full((1, n), -1, dtype=torch.int32)
+    count = torch.empty(1, dtype=torch.int32)
+    request = [torch.tensor(tokens)[None], torch.arange(n)[None], None, None, torch.tensor(uniform)[None]]
+    given = torch.tensor(probs).expand(1, n, VOCAB), torch.tensor(proposals).expand(1, n - 1, VOCAB)
+    sampling.chain_speculative_sampling(predicts, accept_index, count, *request, torch.tensor([last]), *given)
+    return predicts[accept_index[0, : int(count) + 1].long()].tolist()
+
+
+def test_rejection_sampling_at_its_bounds():
+    probs, proposals = [0.0, 0.25, 0.5, 0.25, 0.0], [0.5, 0.5, 0.0, 0.0, 0.0]
+    # A draft is accepted if u * q < p: here below 0.25 / 0.5.
+    assert verify_chain(probs, proposals, [0.5, 0.0], [4, 1]) == [2], "then max(p - q, 0) is 0.5 and 0.25"
+    assert verify_chain(probs, proposals, [0.4999, 0.0], [4, 1]) == [1, 2]
+    assert verify_chain(probs, proposals, [0.0, 0.0], [4, 2]) == [2], "not accepted: the drafter cannot have drawn it"
+    assert verify_chain(probs, proposals, [0.0, 0.0], [4, 0], last=0.99) == [3]
+    assert verify_chain(probs, proposals, [0.0, 0.0, 0.0], [4, 1, 1], last=0.0) == [1, 1, 1], "all accepted: from p"
