@@ -25,6 +25,7 @@ from respec_trainer.rollout.sample import SamplingParams
 from respec_trainer.speculation.algorithms import is_lossy
 
 ROWS = 16  # responses in a pass, whose logits are in memory at once
+ELEMENTS = 2**25  # probabilities, tokens times vocabulary, that are sorted at once
 # Probability that one test fails a correct run: small, because a run has many audits and a failure ends it.
 LEVEL = 1e-6
 
@@ -75,11 +76,16 @@ class StepAudit:
 
     def _part(self, rows: Batch) -> ScoreSums:
         logits = self.actor.logits_at(rows.tokens, rows.response_mask.roll(-1, 1)).cpu()
-        some, tokens = laws(logits, self.params), rows.tokens[rows.response_mask].cpu()
-        count = torch.arange(len(tokens))
+        tokens = rows.tokens[rows.response_mask].cpu()
         sampler = rows.sampler_logprobs[rows.response_mask].cpu().double()
-        ratios = (some.probs[count, tokens].log() - sampler).exp()
-        return score_sums(some, Draws(count, tokens, torch.ones_like(ratios), ratios))
+        size = max(1, ELEMENTS // logits.shape[1])
+        parts = [self._scores(*some) for some in zip(*(x.split(size) for x in (logits, tokens, sampler)), strict=True)]
+        return sum(parts[1:], parts[0])
+
+    def _scores(self, logits: torch.Tensor, tokens: torch.Tensor, sampler: torch.Tensor) -> ScoreSums:
+        some, rows = laws(logits, self.params), torch.arange(len(tokens))
+        ratios = (some.probs[rows, tokens].log() - sampler).exp()
+        return score_sums(some, Draws(rows, tokens, torch.ones_like(ratios), ratios))
 
     def _over_copies(self, sums: ScoreSums) -> ScoreSums:
         names, parts = zip(*((name, torch.as_tensor(part)) for name, part in vars(sums).items()), strict=True)

@@ -56,11 +56,12 @@ def score_sums(laws: Laws, draws: Draws) -> ScoreSums:
     centred = (scores - moments.means[draws.rows]) * inside[:, None]
     visits = torch.zeros(len(laws), dtype=torch.float64).index_add_(0, draws.rows, draws.counts)
     reached = visits * moments.mass
-    excess = draws.ratios**2 - draws.ratios
+    ratios = torch.where(inside, draws.ratios, 0.0)
+    excess = ratios**2 - ratios
     sizes = torch.cat([torch.ones_like(centred[:, :-1]), centred[:, -1:] ** 2], 1)
-    beyond = draws.ratios * inside - moments.mass[draws.rows]
+    beyond = ratios - moments.mass[draws.rows]
     return ScoreSums(
-        difference=((draws.counts * draws.ratios)[:, None] * centred).sum(0).numpy(),
+        difference=((draws.counts * ratios)[:, None] * centred).sum(0).numpy(),
         expected=(reached[:, None, None] * moments.covariances).sum(0).numpy(),
         excess=(centred.T @ ((draws.counts * excess)[:, None] * centred)).numpy(),
         largest=(draws.counts @ (excess[:, None] * sizes) ** 4).numpy(),

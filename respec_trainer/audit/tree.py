@@ -24,7 +24,7 @@ Tree = Mapping[Prefix, Counter[int]]  # how often each next token followed a pre
 LawsAfter = Callable[[Sequence[Prefix]], Laws]
 
 LEAST_VISITS = 40  # least responses that reach a prefix that is a test of its own
-PREFIXES_A_PASS = 1024
+PREFIXES_A_PASS = 512
 
 
 def tree_of(draws: Sequence[tuple[Prefix, Sequence[int]]]) -> dict[Prefix, Counter[int]]:

@@ -104,6 +104,9 @@ def test_tokens_that_are_not_certain_do_not_count():
     one = torch.ones(2, dtype=torch.float64)
     sums = score_sums(Laws(probs, certain), Draws(torch.tensor([0, 0]), torch.tensor([2, 3]), one, one))
     assert not sums.difference.any() and sums.ratio == pytest.approx(-1.6) and sums.uncertain == pytest.approx(1.6)
+    huge = torch.tensor([9.0, math.inf], dtype=torch.float64)
+    sums = score_sums(Laws(probs, certain), Draws(torch.tensor([0, 0]), torch.tensor([2, 3]), one, huge))
+    assert not sums.largest.any() and not sums.excess.any() and sums.ratio == pytest.approx(-1.6)
 
 
 def test_a_token_of_probability_zero_is_as_surprising_as_can_be():
