@@ -20,7 +20,7 @@ from respec_trainer.actor.parallel import init_parallel
 from respec_trainer.audit.cells import Cell, Mode, speculation_of
 from respec_trainer.audit.draws import NEW_TOKENS, Plan, examine
 from respec_trainer.audit.ends import Ends, check_switched
-from respec_trainer.audit.law import laws
+from respec_trainer.audit.law import FLOAT32_ODDS, laws
 from respec_trainer.audit.prefixes import LogitsCache
 from respec_trainer.audit.prepare import audit_prompts
 from respec_trainer.audit.report import CellResult, Standard
@@ -148,7 +148,7 @@ class Auditor:
             name=cell.name,
             prompts=self.prompts,
             params=params,
-            laws_after=lambda prefixes: laws(self.logits(prefixes), params),
+            laws_after=lambda prefixes: laws(self.logits(prefixes), params, FLOAT32_ODDS),
             limits=LIMITS if cell.ends else (),
             check=check,
         )

@@ -13,8 +13,9 @@ import torch
 from respec_trainer.rollout.sample import SamplingParams
 
 # Engine and actor may differ about which tokens top_k and top_p keep. Tokens that both keep as long as they agree about
-# the odds of any two sets of tokens up to this factor are certain. Rounding in bf16 changes odds by a factor of 1.3.
+# the odds of any two sets of tokens up to a factor are certain. Rounding in bf16 changes odds by a factor of 1.3.
 ODDS = 3.0
+FLOAT32_ODDS = 1.001
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Laws:
         return len(self.probs)
 
 
-def laws(logits: torch.Tensor, params: SamplingParams) -> Laws:
-    """Return the laws from logits [R, V]."""
-    return Laws(shaped(logits, params), certain(logits, params))
+def laws(logits: torch.Tensor, params: SamplingParams, odds: float = ODDS) -> Laws:
+    """Return the laws from logits [R, V], where engine and actor agree about odds up to this factor."""
+    return Laws(shaped(logits, params), certain(logits, params, odds))
 
 
 def shaped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -61,16 +62,16 @@ def _keep(probs: torch.Tensor, wanted: Callable[[torch.Tensor], torch.Tensor]) -
     return probs / probs.sum(-1, keepdim=True)
 
 
-def certain(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Return which tokens top_k and top_p keep [R, V], also if all odds were different by a factor of up to ODDS.
+def certain(logits: torch.Tensor, params: SamplingParams, odds: float = ODDS) -> torch.Tensor:
+    """Return which tokens top_k and top_p keep [R, V], also if all odds were different by a factor of up to `odds`.
 
-    Tokens that are at least 1 / ODDS times as probable as a token may come before it. If even all of these do, there
+    Tokens that are at least 1 / odds times as probable as a token may come before it. If even all of these do, there
     must be fewer than top_k of them, and the share of the mass that they may then have must not exceed top_p.
     """
     if params.temperature == 0 or (params.top_k <= 0 and params.top_p >= 1):
         return torch.ones_like(logits, dtype=torch.bool)
     ordered, order = (logits.double() / params.temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
-    before = torch.searchsorted(-ordered, -ordered / ODDS, right=True) - 1  # the token itself is not before it
+    before = torch.searchsorted(-ordered, -ordered / odds, right=True) - 1  # the token itself is not before it
     kept = torch.ones_like(ordered, dtype=torch.bool)
     if params.top_k > 0:
         kept = before < params.top_k
@@ -78,5 +79,5 @@ def certain(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         ordered = ordered / ordered.sum(-1, keepdim=True)
     if params.top_p < 1:
         share = ordered.cumsum(-1).gather(-1, before) - ordered
-        kept &= ODDS * share / (1 + (ODDS - 1) * share) <= params.top_p
+        kept &= odds * share / (1 + (odds - 1) * share) <= params.top_p
     return torch.zeros_like(kept).scatter_(-1, order, kept)

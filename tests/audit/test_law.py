@@ -57,6 +57,14 @@ def test_tokens_that_are_certain_to_be_kept(law, params, kept):
     assert "".join(str(int(found[int((order == rank).nonzero())])) for rank in range(4)) == kept
 
 
+def test_engines_that_agree_better_are_certain_of_more():
+    """Before the third token is a share of 0.8 / 0.95, or odds of 5.33; top_p allows odds of 6.69, 1.255 times that."""
+    params = SamplingParams(1, top_k=3, top_p=0.87)
+    assert certain(LOGITS, params, odds=1.25).tolist() == [[True, True, True, False]]
+    assert certain(LOGITS, params, odds=1.26).tolist() == [[True, True, False, False]]
+    assert torch.equal(laws(LOGITS, params, odds=1.25).certain, certain(LOGITS, params, odds=1.25))
+
+
 @pytest.mark.parametrize("params", [{"top_p": 0.9}, {"top_p": 0.5}, {"top_k": 5}, {"top_k": 6, "top_p": 0.8}])
 def test_certain_tokens_are_kept_by_every_engine_that_agrees_about_the_odds(params):
     """Each logit changes by up to log(3) / 2, so odds of two sets of tokens change by a factor of 3 at most."""
