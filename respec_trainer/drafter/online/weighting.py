@@ -67,6 +67,5 @@ def _relative_weights(rewards: torch.Tensor, weighting: Literal["reward", "advan
 
 def _alike(rewards: torch.Tensor) -> bool:
     """Return whether rewards [n] are equal up to rounding, or there are none, or one is infinite."""
-    if not len(rewards) or rewards.isinf().any():
-        return True
-    return bool(rewards.amax() - rewards.amin() <= ROUNDING * rewards.abs().amax())
+    largest = rewards.abs().amax() if len(rewards) else 0.0
+    return largest in (0.0, torch.inf) or bool(rewards.amax() - rewards.amin() <= ROUNDING * largest)

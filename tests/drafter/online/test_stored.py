@@ -33,8 +33,14 @@ def test_a_step_shrinks_and_never_grows():
     step = stored()
     order = [row.response for row in step.rows]
     assert sorted(order) == sorted(LENGTHS)
-    cuts = ((1.0, 1.0, 10), (0.6, 0.6, 6), (0.9, 0.6, 6), (0.3, 0.3, 3), (0.0, 0.0, 0), (0.5, 0.0, 0))
-    for share, left, count in cuts:
+    for share, left, count in (
+        (1.0, 1.0, 10),
+        (0.6, 0.6, 6),
+        (0.9, 0.6, 6),
+        (0.3, 0.3, 3),
+        (0.0, 0.0, 0),
+        (0.5, 0.0, 0),
+    ):
         step.cut(share)
         assert step.share == left and [row.response for row in step.rows] == order[:count]
     assert step.nbytes == 0, "the snapshot goes with the last row"

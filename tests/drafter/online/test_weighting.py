@@ -52,7 +52,17 @@ def test_one_success_among_many_is_bounded(weighting):
 
 
 @pytest.mark.parametrize("weighting", ["reward", "advantage"])
-@pytest.mark.parametrize("bad", [[[0.5, 0.5]], [[1.0, -torch.inf]], [[torch.inf, 0.0]], [[torch.inf, -torch.inf]]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [[0.5, 0.5]],
+        [[1.0, -torch.inf]],
+        [[torch.inf, 0.0]],
+        [[torch.inf, -torch.inf]],
+        [[torch.inf, torch.inf]],
+        [[0.0, 0.0]],
+    ],
+)
 def test_rewards_without_differences_have_equal_weights(weighting, bad):
     weights, fell_back = response_weights(torch.tensor(bad), weighting)
     assert fell_back and torch.equal(weights, torch.ones(1, 2))

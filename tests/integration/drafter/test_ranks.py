@@ -34,7 +34,7 @@ def train(configs: list, steps: int, lengths=LENGTHS) -> list[tuple]:
     topology, results = init_parallel(configs[0]), []
     for config in configs:
         actor = Actor(config, topology, total_updates=steps)
-        learner = setup_learner(config, actor.hf_config, LearnerRank.of(topology))
+        learner = setup_learner(config, actor.hf_config, LearnerRank.of(topology, config.objective.minibatches))
         share = len(lengths) // topology.dp
         rows = slice(topology.dp_rank * share, (topology.dp_rank + 1) * share)
         norms, metrics = [], []
@@ -106,7 +106,7 @@ def keep(config, steps: int) -> list[tuple]:
     from respec_trainer.drafter.online.setup import setup_learner
 
     topology, history = init_parallel(config), []
-    learner = setup_learner(config, target_config(), LearnerRank.of(topology))
+    learner = setup_learner(config, target_config(), LearnerRank.of(topology, config.objective.minibatches))
     # Rank 1's responses are four times as long as rank 0's.
     lengths = [(3, 5 + 2 * i) for i in range(16)] + [(3, 4 * (5 + 2 * i)) for i in range(16)]
     model = tiny_model(target_config())
