@@ -6,11 +6,15 @@
 
 Response lengths are heavy-tailed and the same for all arms. The arms take turns in a random order each round: an engine
 without speculation, and an engine whose draft steps can change, with these policies: off; every fixed number of steps;
-switched, a fixed number of steps up to a batch size and off above it (both chosen in hindsight, by replaying the
-trace); and adaptive. `--accept` gives simulated accept lengths of the longest chain, on random prompts; `drafter`
-stands for the acceptance of the run's own drafter on its data. The arm `adaptive` starts from the neutral prior every
-time, like a run's first rollout. The arm `warm` starts from the state at the end of its last rollout, like a run's
-later rollouts; its first state comes from an adaptive rollout that is not counted.
+switched, a fixed number of steps up to a batch size and off above it (both chosen by replaying the trace with the times
+of one round of the fixed arms, which is not counted); and adaptive. `--accept` gives simulated accept lengths of the
+longest chain, on random prompts; `drafter` stands for the acceptance of the run's own drafter on its data. The arm
+`adaptive` starts from the neutral prior every time, like a run's first rollout. The arm `warm` starts from the state at
+the end of its last rollout, like a run's later rollouts; its first state comes from an adaptive rollout that is not
+counted.
+
+Regret needs all fixed arms and two rounds. It is against the best of what cycle_table.references names, by times that
+the fixed arms took in the other half of the rounds; no cost model is in it.
 
 `simulate` replays the recorded rollouts with the simulator of tools/simulate_rollout.py and prints its errors.
 """
@@ -28,6 +32,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from cycle_table import CycleTable, regrets
 
 from respec_trainer.config import Config
 from respec_trainer.config_file import load_config
@@ -36,7 +41,7 @@ from respec_trainer.rollout.sample import Request, SamplingParams
 from respec_trainer.rollout.sglang.inside.simulated_acceptance import kept_rate
 from respec_trainer.speculation.acceptance import depth_acceptance
 from respec_trainer.speculation.cost import CostModel
-from respec_trainer.speculation.policy import tokens_by_steps
+from respec_trainer.speculation.policy import ThresholdPolicy
 from respec_trainer.speculation.profiling.fit import fit_costs
 from respec_trainer.speculation.profiling.machine import identity_of
 from respec_trainer.speculation.profiling.profile import Profile, load_profile
@@ -46,7 +51,6 @@ from respec_trainer.speculation.profiling.settings import (
     longest_sequence,
     read_drafter_config,
 )
-from respec_trainer.speculation.shape import chain
 from respec_trainer.speculation.simulation.replay import candidates_of, policy_named
 from respec_trainer.speculation.simulation.simulator import Setting, simulate
 from respec_trainer.speculation.simulation.trace import Trace
@@ -67,6 +71,9 @@ def main() -> None:
     run.add_argument("--prompt", type=int, default=32, help="tokens of a random prompt")
     run.add_argument("--arms", nargs="+", help="beside adaptive; of plain, s=0 (off), s=1, ..., switched; default: all")
     run.add_argument("--rounds", type=int, default=3)
+    run.add_argument(
+        "--timed", action="store_true", help="on a CPU, log only the time in which the engine's thread computed"
+    )
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("overrides", nargs="*", metavar="section.key=value")
     replayed = commands.add_parser("simulate")
@@ -86,6 +93,7 @@ class Bench:
     costs: CostModel
     requests: list[Request]
     longest: int  # most tokens of a sequence
+    timed: bool  # logs hold the computing time of the engine's thread: other work on the machine is not in them
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -99,7 +107,7 @@ class Bench:
 
     def steps(self, arm: str, accept: float | None) -> DepthSettings:
         common = {"candidates": self.candidates, "max_batch": len(self.requests), "max_context": self.longest}
-        common["simulated_accept_length"] = accept
+        common |= {"simulated_accept_length": accept, "timed": self.timed}
         if arm in (ADAPTIVE, WARM):
             return adaptive_settings(self.costs, **common)
         steps, _, largest = arm.removeprefix("s=").partition("<=")
@@ -149,7 +157,7 @@ def prepare_bench(args: argparse.Namespace) -> Bench:
         Request(str(row), tuple(prompt), replace(how, max_new_tokens=int(length)))
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
     ]
-    return Bench(config, profile, fit_costs(profile), requests, longest_sequence(config, model))
+    return Bench(config, profile, fit_costs(profile), requests, longest_sequence(config, model), args.timed)
 
 
 def prompts_of_run(config: Config, count: int) -> list[tuple[int, ...]]:
@@ -221,12 +229,14 @@ def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, ar
     """Run all arms in turns; write each rollout's log, and a table."""
     name = "drafter" if accept is None else f"{accept:g}"
     acceptance = measured_acceptance(bench, engine) if accept is None else simulated_acceptance(bench, accept)
-    threshold = best_threshold(bench, bench.trace(acceptance))
+    trace = bench.trace(acceptance)
+    threshold = best_threshold(bench, engine, accept, trace) if "switched" in (args.arms or ["switched"]) else ""
     known = {"plain": PLAIN, **{f"s={steps}": f"s={steps}" for steps in bench.candidates}, "switched": threshold}
     arms = [*(known[arm] for arm in args.arms or known), ADAPTIVE, WARM]
     print(f"accept {name}: acceptance {', '.join(f'{a:.2f}' for a in acceptance)}; switched: {threshold}", flush=True)
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     clocked: dict[str, list[float]] = {}
+    logs: dict[str, list[DecodeLog]] = {}
     state = generate(bench, engine, ADAPTIVE, accept)[1].state
     for number in range(args.rounds):
         for arm in random.Random(f"{args.seed}:{number}").sample(arms, len(arms)):
@@ -238,13 +248,15 @@ def compare_arms(bench: Bench, plain: PlainArm, engine, accept: float | None, ar
             seconds[arm].append(taken)
             if len(log):
                 clocked.setdefault(arm, []).append(engine_seconds(log))
+                logs.setdefault(arm, []).append(log)
             if arm not in (PLAIN, WARM):
                 path = args.out / f"{name}_{arm.replace('<=', 'upto')}_{number}.npz"
                 record(path, bench, arm, acceptance, log)
-            print(f"  round {number} {arm:16s} {taken:7.2f} s  {describe(bench, log, acceptance)}", flush=True)
+            print(f"  round {number} {arm:16s} {taken:7.2f} s  {describe(log)}", flush=True)
     summarize(name, seconds, threshold, args.out / f"summary_{name}.json")
     print("  by the engine's own clock:")
     summarize(name, clocked, threshold, args.out / f"clocked_{name}.json")
+    show_regrets(bench, logs, trace, args.out / f"regret_{name}.json")
 
 
 def generate(bench: Bench, engine, arm: str, accept: float | None, state: str = "") -> tuple[float, DecodeLog]:
@@ -275,35 +287,36 @@ def measured_acceptance(bench: Bench, engine) -> list[float]:
     return depth_acceptance([before - after for before, after in zip(kept, [*kept[1:], 0], strict=True)])
 
 
-def best_threshold(bench: Bench, trace: Trace) -> str:
-    """Return the name of the fastest policy for this trace among fixed draft steps that are off above a batch size."""
-    sizes = sorted({cell.batch for cell in bench.profile.cells})
-    names = [f"s={steps}<={size}" for steps in bench.candidates[1:] for size in sizes]
+def best_threshold(bench: Bench, engine, accept: float | None, trace: Trace) -> str:
+    """Return the name of the fastest policy for this trace among fixed draft steps that are off above a batch size.
 
-    def makespan(name: str) -> float:
-        make = policy_named(name, bench.costs, bench.candidates, trace, Setting())
-        return simulate(trace, bench.costs, make, Setting(sampled=False)).makespan
-
-    return min(names, key=makespan)
-
-
-def regret(bench: Bench, log: DecodeLog, acceptance: list[float]) -> float:
-    """Compute the regret of a rollout's choices by the cost model, against the best choice of each batch.
-
-    For the best choices switching costs nothing.
+    By the times of one rollout with each fixed number of steps, made for this.
     """
-    spent = best = 0.0
-    for row in np.flatnonzero(~log.prefill):
-        batch, context, steps = int(log.batch[row]), float(log.context[row]), int(log.steps[row])
-        tokens = tokens_by_steps(bench.candidates, acceptance)
-        cycles = [bench.costs.cycle_seconds(chain(each), batch, context) for each in bench.candidates]
-        spent += cycles[bench.candidates.index(steps)] + log.catch_up[row] + log.switch[row]
-        gained = tokens[bench.candidates.index(steps)]
-        best += gained * min(taken / made for taken, made in zip(cycles, tokens, strict=True))
-    return spent / best - 1
+    logs = {steps: [generate(bench, engine, f"s={steps}", accept)[1]] for steps in bench.candidates}
+    table, setting = CycleTable(logs), Setting(slots=len(trace), sampled=False)
+    sizes = sorted({cell.batch for cell in bench.profile.cells})
+
+    def makespan(choice: tuple[int, int]) -> float:
+        return simulate(trace, table, lambda: ThresholdPolicy(*choice), setting).makespan
+
+    steps, size = min(((steps, size) for steps in bench.candidates[1:] for size in sizes), key=makespan)
+    return f"s={steps}<={size}"
 
 
-def describe(bench: Bench, log: DecodeLog, acceptance: list[float]) -> str:
+def show_regrets(bench: Bench, logs: dict[str, list[DecodeLog]], trace: Trace, out: Path) -> None:
+    """Print and write each arm's regret by round; nothing without all fixed arms or with one round."""
+    fixed = {steps: logs.get(f"s={steps}", []) for steps in bench.candidates}
+    if any(len(some) < 2 for some in fixed.values()):
+        print("  no regret: it needs every fixed arm, and two rounds")
+        return
+    found = regrets(fixed, logs, trace)
+    for arm, rounds in found.items():
+        values = ", ".join(f"{value:.1%}" for value, _ in rounds)
+        print(f"  regret of {arm:16s} {values}; {min(share for _, share in rounds):.0%} of its batches were measured")
+    out.write_text(json.dumps(found, indent=1))
+
+
+def describe(log: DecodeLog) -> str:
     if not len(log):
         return ""
     decode = ~log.prefill
@@ -311,8 +324,7 @@ def describe(bench: Bench, log: DecodeLog, acceptance: list[float]) -> str:
     changes = int((np.diff(log.steps[decode]) != 0).sum())
     gained = log.tokens[decode].sum() / log.batch[decode].sum()
     failed = f"  FAILURES {log.failures}" if log.failures else ""
-    lost = regret(bench, log, acceptance)
-    return f"off {off:4.0%}  changes {changes:3d}  tokens a batch {gained:.2f}  regret {lost:.1%}{failed}"
+    return f"off {off:4.0%}  changes {changes:3d}  tokens a sequence and batch {gained:.2f}{failed}"
 
 
 def engine_seconds(log: DecodeLog) -> float:

@@ -15,7 +15,7 @@ from respec_trainer.data.prompts import Prompt
 from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.format import load_drafter
-from respec_trainer.drafter.loss import DepthSums
+from respec_trainer.drafter.loss import DepthSums, drafted_weights
 from respec_trainer.drafter.online.updates import DrafterUpdates, Micro, drafter_loss
 from respec_trainer.drafter.online.weighting import response_weights
 from respec_trainer.drafter.teacher import HFTeacher
@@ -138,7 +138,9 @@ def train(
     learner = DrafterUpdates(drafter, settings, temperature=1.0)
     for micros in updates:
         weighted = [(replace(batch, weights=weights[batch.weights.long()]), teacher) for batch, teacher in micros]
-        outcome = learner.step([lambda micro=micro: micro for micro in weighted], may_go_on=lambda: True)
+        parts = [drafted_weights(b.response_mask.sum(1), b.weights, settings.unroll) for b, _ in weighted]
+        totals = torch.stack(parts).sum(0).tolist()
+        outcome = learner.step([lambda micro=micro: micro for micro in weighted], totals, may_go_on=lambda: True)
         if not outcome.applied:
             raise SystemExit(f"loss {loss}, weighting {weighting}: an update was not finite; lower drafter.lr")
     return drafter

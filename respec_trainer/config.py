@@ -86,10 +86,32 @@ class RewardConfig(Section):
 class SamplingConfig(Section):
     temperature: NonNegativeFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = -1  # -1: no limit
+    top_k: int = -1  # -1: no limit
+    # true: log-probs are of the whole vocabulary although top_k or top_p truncate what is sampled. The policy that is
+    # trained is then not the one that samples. Draft sources that cannot report truncated log-probs need it.
+    allow_untruncated: bool = False
     max_new_tokens: PositiveInt
     stop: list[str] = []
     seeded: bool = False  # every draw depends only on run.seed, step, prompt and index in the group
+
+    @property
+    def truncates(self) -> bool:
+        """True if top_k or top_p leave out a part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1
+
+    @property
+    def untruncated(self) -> bool:
+        """True if the log-probs are of the whole vocabulary, and the samples are not."""
+        return self.truncates and self.allow_untruncated
+
+    @model_validator(mode="after")
+    def _responses_can_differ(self) -> SamplingConfig:
+        if self.top_k < -1 or self.top_k in (0, 1):
+            raise ValueError(
+                f"top_k={self.top_k} must be -1 (no limit) or at least 2: with one token to choose from, the responses "
+                "to a prompt are all alike, so every advantage is zero"
+            )
+        return self
 
 
 class EngineConfig(Section):
@@ -137,15 +159,6 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"placement={self.placement} with engine_ranks={self.engine_ranks}: disaggregated engines need ranks, "
                 "colocated ones are on all; set both, or neither"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _audit_has_one_distribution(self) -> RolloutConfig:
-        if self.audit_every and self.sampling.top_k > 0 and self.sampling.top_p < 1:
-            raise ValueError(
-                "audit_every supports top_k or top_p, not both: sglang applies them together without drafts, but one "
-                "after the other when it verifies drafts; set one of them, or audit_every=0"
             )
         return self
 

@@ -70,8 +70,8 @@ class Job:
         self.report.loaded(prompts)
         self.prompts = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
         self.scorer = Scorer(config.reward, Share.of(self.topology), self.control)
-        rank_info = LearnerRank.of(self.topology)
-        self.learner = setup_learner(config, self.actor.hf_config, rank_info, self.control, self.report.notify)
+        self.rank_info = LearnerRank.of(self.topology, config.objective.minibatches)
+        self.learner = setup_learner(config, self.actor.hf_config, self.rank_info, self.control, self.report.notify)
         self.depth_settings = depth_settings(config, self.actor.hf_config, self.topology.device.type)
         self.report.phase("starting the rollout engine")
         if config.rollout.placement == "colocated":
@@ -120,13 +120,12 @@ class Job:
     def timelines(self) -> list[Timeline]:
         """Return the timelines of the phase just collected, if engines log it, with the profile's plain decoding."""
         settings = self.depth_settings
-        costs = CostModel.of_tuples(settings.costs) if settings and settings.costs else None
+        costs = CostModel.of_tuples(settings.costs, settings.graph_sizes) if settings and settings.costs else None
         return [Timeline.of(log, costs.step_seconds if costs else None) for log in self.generation.take_decode_log()]
 
-    def my_rows(self, total: int) -> slice:
-        """The rows of a step's samples that this data-parallel rank trains on."""
-        share = total // self.topology.dp
-        return slice(self.topology.dp_rank * share, (self.topology.dp_rank + 1) * share)
+    def my_rows(self, total: int) -> torch.Tensor:
+        """Return the numbers of the samples of a step that this data-parallel rank trains on, in order."""
+        return torch.tensor(self.rank_info.rows(total))
 
     def save_bad_batch(self, step: int, batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> Path:
         """Save the rows of a refused update, one file for each data-parallel rank. Return the folder."""

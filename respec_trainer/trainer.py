@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +70,7 @@ class Trainer:
             advantages = job.objective.advantages(rewards).flatten()
             stats = self.train(step, batch, old.logprobs, advantages, ~rewards.flatten().isnan())
         self.resync()
-        generation = rollout_metrics(samples, clock.seconds["generate"])
+        generation = rollout_metrics(samples, clock.seconds["generate"], self.config.rollout.sampling)
         speculation = speculation_metrics(samples, self.config.speculation, timelines)
         speculation |= self.check_acceptance(speculation.get("spec/accept_by_depth", []), samples[0].drafter_version)
         outcome = reward_metrics(samples) | generation | speculation | stats | audit
@@ -77,10 +78,14 @@ class Trainer:
 
     def requests(self, step: int, prompts: list[Prompt]) -> list[Request]:
         """Return `samples_per_prompt` requests for each prompt; the requests of one prompt are next to each other."""
-        settings = self.config.rollout.sampling
-        sampling = SamplingParams(**settings.model_dump(exclude={"seeded"}))
-        group = range(self.config.rollout.samples_per_prompt)
-        requests = [Request(f"{step}:{prompt.key}:{i}", prompt.ids, sampling) for prompt in prompts for i in group]
+        settings, group = self.config.rollout.sampling, self.config.rollout.samples_per_prompt
+        sampling = SamplingParams(**settings.model_dump(exclude={"seeded", "allow_untruncated"}))
+        requests, seen = [], Counter()
+        for prompt in prompts:
+            # A prompt may come twice in a step. Its later requests have keys, and so seeds, of their own.
+            first = seen[prompt.key]
+            seen[prompt.key] += group
+            requests += [Request(f"{step}:{prompt.key}:{first + i}", prompt.ids, sampling) for i in range(group)]
         return [with_seed(request, self.config.run.seed) for request in requests] if settings.seeded else requests
 
     def score(self, step: int, samples: list[Sample], prompts: list[Prompt]) -> torch.Tensor:

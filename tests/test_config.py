@@ -171,11 +171,15 @@ def test_seeds_and_a_drafter_that_draws_are_refused(write):
     assert "seeded does not seed the draws of the drafter" in refused(write(), *both)
 
 
-def test_an_audit_has_one_distribution(write):
-    filters = ["rollout.sampling.top_k=5", "rollout.sampling.top_p=0.9"]
-    assert load_config(write(), filters).rollout.audit_every == 0
-    assert load_config(write(), ["rollout.audit_every=1", filters[0]]).rollout.audit_every == 1
-    assert "not both" in refused(write(), "rollout.audit_every=1", *filters)
+@pytest.mark.parametrize("top_k", [-2, 0, 1])
+def test_one_token_to_choose_from_is_refused(write, top_k):
+    assert f"top_k={top_k} must be -1 (no limit) or at least 2" in refused(write(), f"rollout.sampling.top_k={top_k}")
+
+
+def test_sampling_that_truncates(write):
+    for overrides, truncates in ([], False), (["top_k=2"], True), (["top_p=0.99"], True), (["top_p=1.0"], False):
+        sampling = load_config(write(), [f"rollout.sampling.{each}" for each in overrides]).rollout.sampling
+        assert sampling.truncates == truncates and not sampling.allow_untruncated
 
 
 ADAPTIVE = ["speculation.policy=adaptive", "speculation.profile=p.json"]

@@ -59,7 +59,7 @@ def make(tmp_path):
             config=smallest_config(tmp_path, *shape),
             tokenizer=Tokenizer(),
             scorer=lambda items, group: scorer.score(items, group),
-            my_rows=lambda total: slice(0, total),
+            my_rows=torch.arange,
             actor=Actor(set(bad)),
             report=SimpleNamespace(samples=lambda *a: recorded.append(a), notify=said.append),
             save_bad_batch=lambda *a: saved.append(a) or "folder",
@@ -80,6 +80,16 @@ def test_requests_keep_groups_together(make):
     assert [r.key for r in requests] == ["4:a:0", "4:a:1", "4:b:0", "4:b:1"]
     assert [r.prompt_ids for r in requests] == [(1, 2), (1, 2), (3,), (3,)]
     assert requests[0].sampling.temperature == 0.5 and requests[0].sampling.max_new_tokens == 8
+
+
+def test_a_prompt_that_comes_twice_in_a_step_draws_other_responses(make):
+    trainer = make()
+    sampling = trainer.config.rollout.sampling.model_copy(update={"seeded": True})
+    rollout = trainer.config.rollout.model_copy(update={"sampling": sampling})
+    trainer.config = trainer.config.model_copy(update={"rollout": rollout})
+    requests = trainer.requests(4, [PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    assert [r.key for r in requests] == ["4:a:0", "4:a:1", "4:b:0", "4:b:1", "4:a:2", "4:a:3"]
+    assert len({r.sampling.seed for r in requests}) == 6
 
 
 def test_seeds_follow_from_the_run_and_the_request(make):

@@ -27,9 +27,9 @@ def main() -> int:
         "--total-variation",
         type=float,
         default=0.02,
-        help="draw until a distribution this wrong would be detected (default 0.02)",
+        help="draw until a distribution that moves this mass where the actor is uncertain would be detected (0.02)",
     )
-    parser.add_argument("--draws", type=int, help="least responses drawn for a cell (default 6144, control 20000)")
+    parser.add_argument("--draws", type=int, help="least responses drawn for a cell")
     parser.add_argument("--limit", type=int, default=40_000, help="most responses drawn for a cell")
     parser.add_argument("--json", type=Path, help="also write the outcome here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -55,12 +55,13 @@ def audit(args: argparse.Namespace) -> int:
     from respec_trainer.audit.auditor import Auditor
     from respec_trainer.audit.draws import ROUND
 
-    draws = args.draws or (20_000 if args.control else ROUND)
-    auditor = Auditor(config, standard, draws, args.limit, notify=lambda text: console.print(f"[dim]{text}[/]"))
+    auditor = Auditor(
+        config, standard, args.draws or ROUND, args.limit, notify=lambda text: console.print(f"[dim]{text}[/]")
+    )
     results = []
     for result in auditor.run(cells, modes):
         results.append(result)
-        console.print(f"  p = {result.evidence.p_value:.3g} over {result.tokens:,} tokens in {result.seconds:.0f} s")
+        console.print(f"  p = {min(result.p_values):.3g} over {result.tokens:,} tokens in {result.seconds:.0f} s")
     verdicts = judge(results, standard)
     console.print(table(verdicts, standard))
     passed = all(verdict.passed for verdict in verdicts)

@@ -57,7 +57,6 @@ def main() -> int:
 def profile(args: argparse.Namespace) -> int:
     from respec_trainer.compat import prepare, resolve_device
     from respec_trainer.config_file import load_config
-    from respec_trainer.speculation.profiling.profile import Profile
     from respec_trainer.speculation.shape import parse_shape
     from respec_trainer.speculation.simulation.replay import parse_acceptance
 
@@ -70,7 +69,8 @@ def profile(args: argparse.Namespace) -> int:
     found = measure_chains(args, config, device)
     for shape in trees:
         cells = measure_tree(config, device, shape, found, 1 if args.quick else 3, args.minutes / 3)
-        found = Profile(identity=found.identity, cells=[cell for cell in found.cells if cell.shape != shape] + cells)
+        cells += [cell for cell in found.cells if cell.shape != shape]
+        found = found.model_copy(update={"cells": cells})
         found.save(args.out)
     report(found, args.out, acceptance)
     return 0
@@ -143,7 +143,8 @@ def report(found, out: Path, acceptance: list[float]) -> None:
     from rich.console import Console
 
     from respec_trainer.speculation.acceptance import ranks
-    from respec_trainer.speculation.profiling.fit import held_out
+    from respec_trainer.speculation.profiling.fit import describe_forms, fit_forms
+    from respec_trainer.speculation.profiling.held_out import held_out
     from respec_trainer.speculation.profiling.solver import Solver, measured_table
     from respec_trainer.speculation.profiling.table import write_engine_table
     from respec_trainer.speculation.profiling.view import heat_map, render
@@ -153,6 +154,7 @@ def report(found, out: Path, acceptance: list[float]) -> None:
     spread = sorted(cell.times["plain"].spread for cell in found.cells if "plain" in cell.times)
     console.print(f"{out}: {len(found.cells)} cells, repeats of plain steps spread by {spread[len(spread) // 2]:.1%}")
     console.print(str(held_out(found)))
+    console.print(describe_forms(*fit_forms(found.cells, found.graph_sizes)))
     solver = Solver.of(found)
     chains = Solver(solver.costs, tuple(shape for shape in solver.shapes if shape.is_chain))
     plain = [cell for cell in found.cells if cell.shape == OFF and cell.decodes]

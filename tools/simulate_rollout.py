@@ -3,9 +3,10 @@
     python tools/simulate_rollout.py --profile profile.json --lengths trace.jsonl --policy adaptive
     python tools/simulate_rollout.py --profile profile.json --lengths trace.jsonl --policy s=3 --engines 8 --slots 32
 
-Prints the duration of the rollout under the policy, without speculation, and under the oracle, which chooses by the
-true costs and acceptance at every moment. The costs are fitted to the profile, which must be of the hardware and models
-in question. The format of the trace is described in respec_trainer/speculation/simulation/trace.py.
+Prints the duration of the rollout under the policy, under every fixed number of steps, and under three policies that
+choose by the true costs, acceptance and remaining tokens at every moment: `greedy`, `weighted` and `critical`. Regret
+is against the fastest of these. The costs are fitted to the profile, which must be of the hardware and models in
+question. The format of the trace is described in respec_trainer/speculation/simulation/trace.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path, required=True, help="profile of the costs, as JSON")
     parser.add_argument("--lengths", type=Path, required=True, help="length trace, as JSONL")
-    parser.add_argument("--policy", default="adaptive", help="adaptive, off, oracle, s=K, s=K<=B (default adaptive)")
+    parser.add_argument("--policy", default="adaptive", help="adaptive, s=K, s=K<=B (default adaptive)")
     parser.add_argument("--engines", type=int, default=1, help="engines that share the rollout (default 1)")
     parser.add_argument("--slots", type=int, default=64, help="sequences an engine runs at most (default 64)")
     parser.add_argument(

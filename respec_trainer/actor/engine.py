@@ -40,7 +40,7 @@ class NonFiniteStep(TrainingError):
 class Inference:
     """The policy's scores of a batch. Entry t is for token t given those before it; 0 outside the response."""
 
-    logprobs: torch.Tensor  # [B, S] float32, at the sampling temperature
+    logprobs: torch.Tensor  # [B, S] float32, at the sampling temperature, after top_k and top_p
     entropy: torch.Tensor  # [B, S] float32
     captured: Captured | None = None  # the data that a learner requested
 
@@ -59,8 +59,7 @@ class Actor:
         self.hf_config = load_hf_config(config.model.path)
         self.multiple_of = topology.tp if config.actor.parallel.sequence_parallel else 1
         dtype = DTYPES[config.model.dtype]
-        temperature = config.rollout.sampling.temperature
-        model = build_model(self.hf_config, config.actor, dtype, topology.device, temperature)
+        model = build_model(self.hf_config, config.actor, dtype, topology.device, config.rollout.sampling)
         load_weights(model, self.hf_config, config.model.path, topology)
         optim = config.actor.optim
         optimizer = setup_optimizer(model.parameters(), optim)

@@ -22,8 +22,9 @@ from megatron.core.transformer import TransformerConfig
 from respec_trainer.actor.check import check_model
 from respec_trainer.actor.layers import decoder_spec, tag_sharded_parameters
 from respec_trainer.actor.logprob import chunked_logprobs, mask_padding
+from respec_trainer.actor.truncation import Truncation
 from respec_trainer.capture import LayerOutputs
-from respec_trainer.config import ActorConfig
+from respec_trainer.config import ActorConfig, SamplingConfig
 from respec_trainer.models.registry import family_of
 from respec_trainer.models.rules import head_dim, padded_vocab_size
 
@@ -31,7 +32,7 @@ from respec_trainer.models.rules import head_dim, padded_vocab_size
 class PolicyModel(GPTModel):
     """A GPTModel whose forward pass returns the log-probs of given tokens, not all logits."""
 
-    def __init__(self, hf_config, config: TransformerConfig, temperature: float, chunk: int):
+    def __init__(self, hf_config, config: TransformerConfig, sampling: SamplingConfig, chunk: int):
         super().__init__(
             config=config,
             transformer_layer_spec=decoder_spec(config),
@@ -41,7 +42,8 @@ class PolicyModel(GPTModel):
             position_embedding_type="rope",
             parallel_output=True,
         )
-        self.true_vocab_size, self.temperature, self.chunk = hf_config.vocab_size, temperature, chunk
+        self.true_vocab_size, self.temperature, self.chunk = hf_config.vocab_size, sampling.temperature, chunk
+        self.truncation = Truncation() if sampling.allow_untruncated else Truncation(sampling.top_k, sampling.top_p)
         self.rotary_pos_emb.inv_freq = rope_frequencies(hf_config)
 
     def forward(
@@ -54,10 +56,10 @@ class PolicyModel(GPTModel):
         """Score `tokens` [B, S], right-padded; S must be a multiple of tp under sequence parallelism.
 
         "logprobs": `mask` [B, S] marks the n tokens to score, none of them a row's first. Returns log-probs and
-        entropies [B, S] in float32: entry t is for token t given those before it, at the model's temperature; 0 where
-        the mask is False. With `layers` it returns three more tensors: the hidden states that predict the marked
-        tokens, after the final norm, row by row [n, H]; their log-sum-exps at the model's temperature [n]; and the
-        outputs of those layers [B, S, len(layers) * H].
+        entropies [B, S] in float32: entry t is for token t given those before it, at the model's temperature and
+        truncation; 0 where the mask is False. With `layers` it returns three more tensors: the hidden states that
+        predict the marked tokens, after the final norm, row by row [n, H]; their log-sum-exps at the model's
+        temperature [n], of the whole vocabulary; and the outputs of those layers [B, S, len(layers) * H].
 
         "logits": `mask` [B, S] marks n positions. Returns the logits at them, [n, V / tp], at temperature 1.
         """
@@ -76,6 +78,7 @@ class PolicyModel(GPTModel):
             tokens[mask],
             vocab_size=self.true_vocab_size,
             temperature=self.temperature,
+            truncation=self.truncation,
             chunk=self.chunk,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
@@ -111,12 +114,12 @@ class PolicyModel(GPTModel):
 
 
 def build_model(
-    hf_config, actor: ActorConfig, dtype: torch.dtype, device: torch.device, temperature: float
+    hf_config, actor: ActorConfig, dtype: torch.dtype, device: torch.device, sampling: SamplingConfig
 ) -> PolicyModel:
     """Return the model with undefined weights, its shards marked for DeepSpeed. Needs Megatron's process groups."""
     check_model(hf_config, actor.parallel.tp)
     config = megatron_config(hf_config, actor, dtype, device)
-    model = PolicyModel(hf_config, config, temperature, actor.logprob_chunk)
+    model = PolicyModel(hf_config, config, sampling, actor.logprob_chunk)
     tag_sharded_parameters(model)
     return model
 

@@ -20,9 +20,10 @@ from respec_trainer.actor.parallel import init_parallel
 from respec_trainer.audit.cells import Cell, Mode, speculation_of
 from respec_trainer.audit.draws import NEW_TOKENS, Plan, examine
 from respec_trainer.audit.ends import Ends, check_switched
-from respec_trainer.audit.law import shaped
+from respec_trainer.audit.law import FLOAT32_ODDS, laws
+from respec_trainer.audit.prefixes import LogitsCache
+from respec_trainer.audit.prepare import audit_prompts
 from respec_trainer.audit.report import CellResult, Standard
-from respec_trainer.audit.tree import Prefix
 from respec_trainer.audit.wide_drafter import widen_drafter
 from respec_trainer.config import Config
 from respec_trainer.data.prompts import load_prompts
@@ -52,8 +53,6 @@ OVERRIDES = (
 )
 LIMITS = (3, 8, 13, NEW_TOKENS)  # token limits of the responses in turn, in cells with different limits
 SWITCH_AT = 48  # batch size from which speculation is off, of at most 64
-PROMPTS = 2
-DEEP = 12  # response tokens in a deep prompt
 UPDATES = 2  # updates of the actor before a resync, so that the test detects stale weights
 
 
@@ -73,18 +72,13 @@ class Auditor:
         self.device = self.topology.device.type
         self.control = dist.new_group(backend="gloo")
         self.actor = Actor(config, self.topology, total_updates=UPDATES)
+        self.logits = LogitsCache(self.actor.logits_at, self.actor.multiple_of)
         self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         starts = [p.ids for p in load_prompts(config.data, self.tokenizer, config.data.max_prompt_tokens)]
-        self.prompts, self.continuations = self._prompts(starts[:PROMPTS])
+        self.prompts, self.continuations = audit_prompts(
+            starts, self.actor.generate_greedy, self.end_tokens, NEW_TOKENS
+        )
         self.resync: Resync | None = None
-
-    def _prompts(self, starts: Sequence[Prefix]) -> tuple[list[Prefix], list[list[int]]]:
-        """(the prompts, and each again with the actor's likeliest first tokens; those tokens without the prompts)."""
-        answers, _ = self.actor.generate_greedy(starts, DEEP)
-        ends = self.end_tokens
-        cut = [answer[: next((i for i, t in enumerate(answer) if t in ends), DEEP)] for answer in answers]
-        deep = [(*start, *answer) for start, answer in zip(starts, cut, strict=True)]
-        return [tuple(start) for start in starts] + deep, cut
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -154,7 +148,7 @@ class Auditor:
             name=cell.name,
             prompts=self.prompts,
             params=params,
-            law=lambda prefixes: shaped(self.actor.logits_after(prefixes).cpu(), params),
+            laws_after=lambda prefixes: laws(self.logits(prefixes), params, FLOAT32_ODDS),
             limits=LIMITS if cell.ends else (),
             check=check,
         )
@@ -177,6 +171,7 @@ class Auditor:
         advantages = torch.tensor([1.0, -1.0] * (len(drawn) // 2))
         for _ in range(UPDATES):
             self.actor.update(batch, self.actor.infer(batch).logprobs, advantages)
+        self.logits.clear()
         if sleep:
             engine.wake("weights")
         self._resync_of(engine).push(whole=sleep)

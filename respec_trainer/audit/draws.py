@@ -6,29 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from respec_trainer.audit.report import CellResult, Standard
 from respec_trainer.audit.statistics import Evidence
-from respec_trainer.audit.tree import Prefix, joint_law
+from respec_trainer.audit.sums import ScoreSums
+from respec_trainer.audit.tree import LawsAfter, Prefix, joint_law, token_scores, tree_of
 from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams, accept_length
 
-ROUND = 6144  # responses drawn between two checks of the power
+ROUND = 4096  # least responses drawn for a cell; after them it is known how many it needs
 NEW_TOKENS = 24
-
-
-class LawCache:
-    """The laws after prefixes, each computed once."""
-
-    def __init__(self, law: Callable[[Sequence[Prefix]], torch.Tensor]):
-        self.law, self.known = law, {}
-
-    def __call__(self, prefixes: Sequence[Prefix]) -> torch.Tensor:
-        new = [prefix for prefix in prefixes if prefix not in self.known]
-        if new:
-            self.known |= dict(zip(new, self.law(new), strict=True))
-        return torch.stack([self.known[prefix] for prefix in prefixes])
+MARGIN = 1.05  # of the number of responses that are expected to suffice
 
 
 @dataclass(frozen=True)
@@ -38,7 +25,7 @@ class Plan:
     name: str
     prompts: Sequence[Prefix]  # token ids; all prompts get the same number of draws
     params: SamplingParams
-    law: Callable[[Sequence[Prefix]], torch.Tensor]  # prefixes -> probabilities [R, V] float64
+    laws_after: LawsAfter
     limits: tuple[int, ...] = ()  # values of max_new_tokens, in turn; (): that of `params`
     # Responses and the parameters of each -> faults that can be found without statistics.
     check: Callable[[Sequence[Sample], Sequence[SamplingParams]], set[str]] = lambda samples, asked: set()
@@ -53,28 +40,48 @@ class Plan:
 def examine(
     engine: RolloutEngine, plan: Plan, standard: Standard, cells: int, limit: int, draws: int = ROUND
 ) -> CellResult:
-    """Draw and test responses, in rounds of `draws`, until the standard's power or `limit` is reached.
+    """Draw and test responses: `draws`, and then as many as the standard's power takes, but at most `limit`.
 
-    The number of draws depends on how the draws spread, never on the statistic: that would change the statistic's law.
+    The number of draws depends on how much the scores vary, never on the scores of the tokens that were drawn: that
+    would change the distribution of the statistics.
 
     Args:
-        cells: number of tests that share the standard's level.
+        cells: number of cells that share the standard's level.
     """
-    began, samples, law = time.perf_counter(), [], LawCache(plan.law)
+    began, samples = time.perf_counter(), []
     faults: set[str] = set()
-    while True:
-        asked = plan.asked(min(draws, limit))
+    scores: ScoreSums | None = None
+    wanted = min(draws, limit)
+    while wanted:
+        asked = plan.asked(wanted)
         prompts = [plan.prompts[i % len(plan.prompts)] for i in range(len(asked))]
         requests = [Request(str(i), *pair) for i, pair in enumerate(zip(prompts, asked, strict=True))]
         drawn = engine.submit(requests).collect()
         faults |= plan.check(drawn, asked)
         samples += drawn
-        evidence = joint_law([(tuple(s.prompt_ids), s.response_ids) for s in samples], law)
-        power = evidence.power(standard.total_variation, standard.level / cells)
-        if power >= standard.power or len(samples) >= limit:
-            return _result(plan.name, evidence, samples, time.perf_counter() - began, tuple(sorted(faults)))
+        more = token_scores(tree_of(_pairs(drawn)), plan.laws_after)
+        scores = more if scores is None else scores + more
+        wanted = min(missing(scores, standard, cells, len(samples)), limit - len(samples))
+    evidence = joint_law(tree_of(_pairs(samples)), plan.laws_after)
+    return _result(plan.name, evidence, scores, samples, time.perf_counter() - began, tuple(sorted(faults)))
 
 
-def _result(name: str, evidence: Evidence, samples: list[Sample], seconds: float, faults: tuple[str, ...]):
+def missing(scores: ScoreSums, standard: Standard, cells: int, draws: int) -> int:
+    """Return how many more responses the standard's power takes, from the sums of `draws` responses."""
+    if standard.power_of(scores, cells) >= standard.power:
+        return 0
+    factor = 1.0
+    while standard.power_of(scores.times(factor), cells) < standard.power and factor < 1000:
+        factor *= 1.02
+    return int(draws * (factor * MARGIN - 1)) + 1
+
+
+def _pairs(samples: Sequence[Sample]) -> list[tuple[Prefix, list[int]]]:
+    return [(tuple(sample.prompt_ids), sample.response_ids) for sample in samples]
+
+
+def _result(
+    name: str, evidence: Evidence, scores: ScoreSums, samples: list[Sample], seconds: float, faults: tuple[str, ...]
+) -> CellResult:
     tokens = sum(len(sample.response_ids) for sample in samples)
-    return CellResult(name, evidence, len(samples), tokens, accept_length(samples), seconds, faults)
+    return CellResult(name, evidence, scores, len(samples), tokens, accept_length(samples), seconds, faults)

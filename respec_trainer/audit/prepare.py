@@ -1,17 +1,29 @@
-"""Prepare an audit: its configuration, the environment of a single rank, and the cells that are possible."""
+"""Prepare an audit: its configuration, the environment of a single rank, its prompts, and the possible cells."""
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
+from itertools import takewhile
 
 from respec_trainer.audit.cells import CONTROL, SHORT, Cell, Mode, all_cells, all_modes
+from respec_trainer.audit.tree import Prefix
 from respec_trainer.config import Config
 from respec_trainer.config_file import load_config
 from respec_trainer.errors import ConfigError
 from respec_trainer.network import free_port
 from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
+
+DEEP = 12  # tokens of an answer in a prompt
+CANDIDATES = 24  # prompts of the data that are considered
+CUTS = (4, 8, 12, 20)  # tokens of a prompt that is cut short
+CUT_PROMPTS = 4
+CLOSE = 0.7  # with a lower largest probability, the actor is uncertain at low temperatures too
+
+# Prompts, number of tokens -> the actor's likeliest continuation of each, and the log-probs of its tokens.
+Continue = Callable[[Sequence[Sequence[int]], int], tuple[list[list[int]], list[list[float]]]]
 
 
 def prepare_audit(path: str, overrides: Sequence[str]) -> Config:
@@ -51,3 +63,43 @@ def wanted_cells(config: Config, part: str, short: bool, control: bool) -> tuple
     if not cells:
         raise ConfigError(f"no cell's name contains {part!r}; they are: {'; '.join(cell.name for cell in possible)}")
     return cells, modes
+
+
+def audit_prompts(
+    prompts: Sequence[Sequence[int]], go_on: Continue, ends: Container[int], steps: int
+) -> tuple[list[Prefix], list[list[int]]]:
+    """Return the prompts of an audit, and the likeliest answers to the first and to the second last.
+
+    They are a whole prompt of the data, prompts that are cut short, and the whole one with its answer's first tokens.
+
+    Args:
+        ends: tokens that end a response.
+        steps: tokens of a response.
+    """
+    chosen = [tuple(prompts[0]), *uncertain_starts(prompts, go_on, ends, steps)]
+    answers, _ = go_on([chosen[0], chosen[-1]], DEEP)
+    answers = [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]
+    return [*chosen, (*chosen[0], *answers[0])], answers
+
+
+def uncertain_starts(
+    prompts: Sequence[Sequence[int]], go_on: Continue, ends: Container[int], steps: int
+) -> list[Prefix]:
+    """Return up to CUT_PROMPTS beginnings of prompts, where the actor is most often uncertain how to go on.
+
+    Wherever the actor is sure, draws prove little. In a response to a whole prompt it is sure of most tokens; what
+    follows half a question is open. A beginning is judged by its likeliest continuation of `steps` tokens.
+
+    Args:
+        ends: tokens that end a response.
+    """
+    cuts = sorted({tuple(prompt[:cut]) for prompt in prompts[:CANDIDATES] for cut in CUTS if cut < len(prompt)})
+    if not cuts:
+        return []
+
+    def uncertain(index: int) -> int:
+        length = len(list(takewhile(lambda token: token not in ends, tokens[index])))
+        return sum(logprob < math.log(CLOSE) for logprob in logprobs[index][: length + 1])
+
+    tokens, logprobs = go_on(cuts, steps)
+    return [cuts[index] for index in sorted(range(len(cuts)), key=uncertain, reverse=True)[:CUT_PROMPTS]]

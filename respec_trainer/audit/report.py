@@ -7,34 +7,50 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from respec_trainer.audit.statistics import Evidence, holm
+from respec_trainer.audit.sums import ScoreSums
+
+TESTS = ("tree", "classes", "surprisal")  # of each cell: the joint law, the classes by rank, the surprisal
 
 
 @dataclass(frozen=True)
 class Standard:
     """The error rates that an audit must keep."""
 
-    level: float = 0.01  # probability of failing a correct engine, over all cells together
-    total_variation: float = 0.02  # a law this far from the right one must be detected ...
+    level: float = 0.01  # probability of failing a correct engine, over all tests of all cells together
+    total_variation: float = 0.02  # a law that moves this mass where the actor is uncertain must be detected ...
     power: float = 0.99  # ... with this probability
+
+    def power_of(self, scores: ScoreSums, cells: int) -> float:
+        """Return the power of the classes' test of one cell, at the lowest level that Holm's correction uses.
+
+        A bound for all tests of the cell: the others can only find more.
+        """
+        return scores.power(self.total_variation, self.level / (cells * len(TESTS)), scores.classes().df)
 
 
 @dataclass(frozen=True)
 class CellResult:
     name: str
-    evidence: Evidence
+    evidence: Evidence  # of the joint law
+    scores: ScoreSums
     draws: int
     tokens: int
     accept_length: float
     seconds: float
     faults: tuple[str, ...] = ()  # found without statistics, such as a response longer than its limit
 
+    @property
+    def p_values(self) -> tuple[float, float, float]:
+        """The p-values of TESTS."""
+        return self.evidence.p_value, self.scores.classes().p_value, self.scores.surprisal().p_value
+
 
 @dataclass(frozen=True)
 class Verdict:
     result: CellResult
-    adjusted: float  # the p-value after Holm's correction
-    power: float  # at the lowest level that the correction uses
-    refuted: bool  # the p-value is below the level
+    adjusted: float  # the smallest of its p-values after Holm's correction
+    power: float
+    refuted: bool  # that p-value is below the level
     passed: bool
 
     @property
@@ -46,18 +62,17 @@ class Verdict:
 
     def row(self) -> dict:
         """Return the verdict as plain data."""
-        result, evidence = self.result, self.result.evidence
+        result = self.result
         return {
             "cell": result.name,
             "draws": result.draws,
             "tokens": result.tokens,
-            "tested_tokens": evidence.draws + evidence.lone,
-            "uncertain_tokens": evidence.draws,
-            "chi_square": evidence.statistic,
-            "df": evidence.df,
-            "p": evidence.p_value,
+            "uncertain_tokens": round(result.scores.uncertain),
+            "chi_square": result.evidence.statistic,
+            "df": result.evidence.df,
+            **{f"p_{test}": p for test, p in zip(TESTS, result.p_values, strict=True)},
             "p_adjusted": self.adjusted,
-            "total_variation": evidence.total_variation,
+            "total_variation": result.scores.total_variation,
             "power": self.power,
             "accept_length": result.accept_length,
             "seconds": result.seconds,
@@ -67,29 +82,38 @@ class Verdict:
 
 
 def judge(results: list[CellResult], standard: Standard) -> list[Verdict]:
-    """Judge each cell: it passes if the test finds no difference from the right law, and has the power to find one."""
-    adjusted = holm([result.evidence.p_value for result in results])
+    """Judge each cell: it passes if no test finds a difference from the right law, and they have the power to."""
+    adjusted = holm([p for result in results for p in result.p_values])
     verdicts = []
-    for result, p in zip(results, adjusted, strict=True):
-        power = result.evidence.power(standard.total_variation, standard.level / len(results))
-        refuted = p < standard.level
+    for index, result in enumerate(results):
+        least = min(adjusted[index * len(TESTS) : (index + 1) * len(TESTS)])
+        power, refuted = standard.power_of(result.scores, len(results)), least < standard.level
         passed = not refuted and power >= standard.power and not result.faults
-        verdicts.append(Verdict(result, p, power, refuted, passed))
+        verdicts.append(Verdict(result, least, power, refuted, passed))
     return verdicts
 
 
 def table(verdicts: list[Verdict], standard: Standard) -> Table:
-    view = Table(title=f"law of the sampled tokens against the actor's own, level {standard.level} over all cells")
-    for name in ("cell", "tested", "uncertain", "chi2 / df", "p", "p (Holm)", "TV", "power", "accept", ""):
+    view = Table(title=f"law of the sampled tokens against the actor's own, level {standard.level} over all tests")
+    for name in (
+        "cell",
+        "draws",
+        "uncertain",
+        *(f"p {test}" for test in TESTS),
+        "p (Holm)",
+        "TV",
+        "power",
+        "accept",
+        "",
+    ):
         view.add_column(name, justify="left" if name == "cell" else "right", no_wrap=name != "")
     for verdict in verdicts:
         row = verdict.row()
         view.add_row(
             row["cell"],
-            f"{row['tested_tokens']:,}",
+            f"{row['draws']:,}",
             f"{row['uncertain_tokens']:,}",
-            f"{row['chi_square']:.0f} / {row['df']}",
-            f"{row['p']:.2g}",
+            *(f"{row[f'p_{test}']:.2g}" for test in TESTS),
             f"{row['p_adjusted']:.2g}",
             f"{row['total_variation']:.4f}",
             f"{row['power']:.3f}",

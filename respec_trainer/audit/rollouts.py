@@ -1,21 +1,22 @@
 """Audit a training step's own rollouts: test every response token against its law under the actor.
 
-The audit draws no samples of its own. No two tokens share a law, so each law is divided into classes by rank: the
-likeliest token, the second, the third, the fourth to eighth, and the rest. The count of draws in each class must agree
-with the sum of its probabilities. Verification that accepts too much, or too little, moves mass between the first ranks
+The audit draws no samples of its own. No two tokens share a law, so it tests the sums of their scores (scores.py):
+classes of rank, and surprisal. Verification that accepts too much, or too little, moves mass between the first ranks
 and the rest.
 
-The engine and the actor round differently, but their errors favor no rank and cancel.
+Engine and actor round differently, and a response may be of older weights than the actor's. So a token counts with the
+ratio of its probability under the actor to that which the engine drew it with. That makes the expectation exact, and is
+itself tested: the ratios average 1 if the engine reports the probabilities that it draws with.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from respec_trainer.actor.engine import Actor
-from respec_trainer.audit.law import shaped
-from respec_trainer.audit.statistics import ClassSums
+from respec_trainer.audit.law import laws
+from respec_trainer.audit.scores import Draws, score_sums
+from respec_trainer.audit.sums import ScoreSums
 from respec_trainer.collectives import sum_over
 from respec_trainer.config import Config
 from respec_trainer.errors import AuditError
@@ -23,9 +24,9 @@ from respec_trainer.rollout.batch import Batch
 from respec_trainer.rollout.sample import SamplingParams
 from respec_trainer.speculation.algorithms import is_lossy
 
-FIRST_RANKS = (0, 1, 2, 3, 8)  # the first rank of each class
 ROWS = 16  # responses in a pass, whose logits are in memory at once
-# Probability that one audit fails a correct run: small, because a run has many audits and a failure ends it.
+ELEMENTS = 2**25  # probabilities, tokens times vocabulary, that are sorted at once
+# Probability that one test fails a correct run: small, because a run has many audits and a failure ends it.
 LEVEL = 1e-6
 
 
@@ -33,13 +34,16 @@ class StepAudit:
     """Audits every `rollout.audit_every`-th step. Collective: every rank must call it."""
 
     def __init__(self, config: Config, actor: Actor):
-        self.every, self.actor, self.lossy = config.rollout.audit_every, actor, is_lossy(config.speculation)
-        self.total: ClassSums | None = None  # sums of all audits so far, which detect smaller errors than one audit
+        self.every, self.actor = config.rollout.audit_every, actor
+        self.lossy = is_lossy(config.speculation) or config.rollout.sampling.untruncated
+        self.total: ScoreSums | None = None  # sums of all audits so far, which detect smaller errors than one audit
         sampling = config.rollout.sampling
         self.params = SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k)
 
     def __call__(self, step: int, batch: Batch) -> dict[str, float]:
         """Audit the rows of all data-parallel ranks; return `audit/*` metrics, or {} on a step without an audit.
+
+        All rows count, those too that the reward skipped: which they are depends on their tokens.
 
         Raises AuditError on every rank if the rows do not follow the actor's law, unless the configuration allows lossy
         speculation.
@@ -48,58 +52,61 @@ class StepAudit:
             return {}
         sums = self._over_copies(self._sums(batch))
         self.total = sums if self.total is None else self.total + sums
-        this_step, all_audits = sums.evidence(), self.total.evidence()
-        for evidence, which in ((this_step, f"step {step + 1}"), (all_audits, f"the audits up to step {step + 1}")):
-            if evidence.p_value < LEVEL and not self.lossy:
-                raise AuditError(
-                    f"the rollouts of {which} do not follow the policy: p = {evidence.p_value:.1g}, chi-square "
-                    f"{evidence.statistic:.0f} with {evidence.df} degrees of freedom over {evidence.draws} tokens; "
-                    "run tools/audit_rollout.py to see which way of sampling is wrong"
-                )
+        if not self.lossy:
+            for some, which in ((sums, f"step {step + 1}"), (self.total, f"the audits up to step {step + 1}")):
+                check(some, which)
         return {
-            "audit/p_value": this_step.p_value,
-            "audit/p_value_run": all_audits.p_value,
-            "audit/total_variation": all_audits.total_variation,
-            "audit/power": all_audits.power(0.02, LEVEL),
-            "audit/tokens": this_step.draws,
+            "audit/p_value": sums.both().p_value,
+            "audit/p_value_run": self.total.both().p_value,
+            "audit/total_variation": self.total.total_variation,
+            "audit/power": self.total.power(0.02, LEVEL, self.total.both().df),
+            "audit/mean_ratio": self.total.mean_ratio,
+            "audit/tokens": sums.draws,
         }
 
     def state_dict(self) -> dict:
         """Return the sums of all audits so far as JSON data, equal on every rank."""
-        total = self.total
-        arrays = {} if total is None else {name: np.asarray(value).tolist() for name, value in vars(total).items()}
-        return {"total": arrays}
+        return {"total": {} if self.total is None else self.total.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        total = state["total"]
-        arrays = {name: np.asarray(value) if isinstance(value, list) else value for name, value in total.items()}
-        self.total = ClassSums(**arrays) if arrays else None
+        self.total = ScoreSums.of_state(state["total"]) if state["total"] else None
 
-    def _sums(self, batch: Batch) -> ClassSums:
-        drawn, masses = [], []
-        for start in range(0, len(batch), ROWS):
-            rows = batch.rows(slice(start, start + ROWS))
-            logits = self.actor.logits_at(rows.tokens, rows.response_mask.roll(-1, 1)).cpu()
-            tokens = rows.tokens[rows.response_mask].cpu()
-            some_drawn, some_masses = rank_classes(shaped(logits, self.params), tokens)
-            drawn.append(some_drawn)
-            masses.append(some_masses)
-        return ClassSums.of(torch.cat(drawn).numpy(), torch.cat(masses).numpy())
+    def _sums(self, batch: Batch) -> ScoreSums:
+        parts = [self._part(batch.rows(slice(start, start + ROWS))) for start in range(0, len(batch), ROWS)]
+        return sum(parts[1:], parts[0])
 
-    def _over_copies(self, sums: ClassSums) -> ClassSums:
-        parts = [torch.as_tensor(part) for part in (sums.seen, sums.expected, sums.products, sums.draws)]
+    def _part(self, rows: Batch) -> ScoreSums:
+        logits = self.actor.logits_at(rows.tokens, rows.response_mask.roll(-1, 1)).cpu()
+        tokens = rows.tokens[rows.response_mask].cpu()
+        sampler = rows.sampler_logprobs[rows.response_mask].cpu().double()
+        size = max(1, ELEMENTS // logits.shape[1])
+        parts = [self._scores(*some) for some in zip(*(x.split(size) for x in (logits, tokens, sampler)), strict=True)]
+        return sum(parts[1:], parts[0])
+
+    def _scores(self, logits: torch.Tensor, tokens: torch.Tensor, sampler: torch.Tensor) -> ScoreSums:
+        some, rows = laws(logits, self.params), torch.arange(len(tokens))
+        ratios = (some.probs[rows, tokens].log() - sampler).exp()
+        return score_sums(some, Draws(rows, tokens, torch.ones_like(ratios), ratios))
+
+    def _over_copies(self, sums: ScoreSums) -> ScoreSums:
+        names, parts = zip(*((name, torch.as_tensor(part)) for name, part in vars(sums).items()), strict=True)
         topology = self.actor.topology
-        *arrays, draws = sum_over(parts, topology.device, topology.dp_group)
-        return ClassSums(*(array.numpy() for array in arrays), int(draws))
+        added = sum_over(parts, topology.device, topology.dp_group)
+        return ScoreSums(
+            **{n: part.numpy() if part.ndim else float(part) for n, part in zip(names, added, strict=True)}
+        )
 
 
-def rank_classes(probs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the class of each of T tokens in its law, [T], and each law's probability of each class, [T, C].
-
-    probs: [T, V] float64. tokens: [T].
-    """
-    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
-    rank = (order == tokens[:, None]).int().argmax(-1)
-    firsts = [first for first in FIRST_RANKS if first < probs.shape[-1]]
-    before = torch.nn.functional.pad(ordered.cumsum(-1), (1, 0))[:, [*firsts, -1]]
-    return torch.bucketize(rank, torch.tensor(firsts), right=True) - 1, before.diff(dim=-1)
+def check(sums: ScoreSums, which: str) -> None:
+    """Raise AuditError if `sums`, which are of the rollouts of `which`, refute that these follow the actor's law."""
+    evidence, hint = sums.both(), "run tools/audit_rollout.py to see which way of sampling is wrong"
+    if evidence.p_value < LEVEL:
+        raise AuditError(
+            f"the rollouts of {which} do not follow the policy: p = {evidence.p_value:.1g}, chi-square "
+            f"{evidence.statistic:.0f} with {evidence.df} degrees of freedom over {evidence.draws:.0f} tokens; {hint}"
+        )
+    if sums.ratio_p_value() < LEVEL:
+        raise AuditError(
+            f"the rollouts of {which} have log-probs that they were not drawn with: the probabilities of actor to "
+            f"sampler average {sums.mean_ratio:.4f}, not 1, over {sums.draws:.0f} tokens; {hint}"
+        )

@@ -16,6 +16,7 @@ from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, distill_loss
 from respec_trainer.drafter.muon import Muon
 from respec_trainer.drafter.teacher import Teacher
+from respec_trainer.drafter.temperature import AtTemperature
 from respec_trainer.errors import TrainingError
 
 
@@ -37,6 +38,7 @@ class DistillSettings:
     clip: float = 1.0  # gradient norm
     chunk: int = 1024  # largest number of tokens whose draft logits are in memory at one time
     bf16: bool = False  # multiply matrices in bf16, in teacher and drafter; weights and updates keep their dtype
+    temperature: float = 1.0  # of the sampling that the drafter drafts for: divides its logits; the teacher has its own
     seed: int = 0  # decides the order of batches
 
 
@@ -109,8 +111,8 @@ def evaluate(drafter: Eagle3Drafter, teacher: Teacher, rollouts: DrafterBatch, s
 
 def _loss(drafter, teacher: Teacher, batch: DrafterBatch, settings: DistillSettings) -> tuple[torch.Tensor, DepthSums]:
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=settings.bf16):
-        target = teacher(batch)
-        return distill_loss(drafter, batch, target, settings.steps, settings.decay, settings.chunk, settings.loss)
+        at, target = AtTemperature(drafter, settings.temperature), teacher(batch)
+        return distill_loss(at, batch, target, settings.steps, settings.decay, settings.chunk, settings.loss)
 
 
 def drafter_optimizers(drafter: Eagle3Drafter, settings: DistillSettings) -> list[torch.optim.Optimizer]:

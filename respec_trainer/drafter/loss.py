@@ -64,11 +64,15 @@ def distill_loss(
     decay: float = 0.8,
     chunk: int = 1024,
     kind: LossKind = "kl",
+    totals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DepthSums]:
     """Return the loss of `batch` over `steps` unrolled steps, a scalar with gradient, and its sums per depth, without.
 
     The loss is a mean over rows weighted by `batch.weights`: equal weights change nothing, and a row of weight zero
     does not affect it. The draft logits of at most `chunk` tokens are in memory at one time.
+
+    `totals` [K] are the `drafted_weights` of all rows of an update of which `batch` is a part: the losses of the parts
+    then add up to that of all rows together. None: the batch is the whole.
     """
     row_of = (batch.response_mask.flatten().cumsum(0) - 1).view_as(batch.response_mask)  # into target's M rows
     columns = []
@@ -83,7 +87,7 @@ def distill_loss(
             hits[..., k][drafted] = target.draft_ids[choices] == shift_left(batch.tokens, 2 + k)[drafted]
     loss, alpha, top1, weight, tokens = (torch.stack(column) for column in zip(*columns, strict=True))
     decays = decay ** torch.arange(steps, device=loss.device, dtype=torch.float32)
-    total = (decays * _weighted_mean(loss, weight)).sum()
+    total = (decays * _weighted_mean(loss, weight if totals is None else totals)).sum()
     walked = target.draft_ids is not None
     passes = verify_passes(hits, batch.response_mask).sum(0).float() * walked
     gained = pass_tokens(batch.response_mask).sum().float().expand(steps) * walked
@@ -93,6 +97,15 @@ def distill_loss(
 def drafted_positions(response_mask: torch.Tensor, depth: int) -> torch.Tensor:
     """Mark [B, S] the positions t where serving drafts x_{t+2+depth}: x_{t+1} and x_{t+2+depth} are response tokens."""
     return shift_left(response_mask, 1) & shift_left(response_mask, 2 + depth)
+
+
+def drafted_weights(responses: torch.Tensor, weights: torch.Tensor, steps: int) -> torch.Tensor:
+    """The sum over all drafted tokens of their rows' weights, at each of `steps` depths: [K] in float64.
+
+    `responses` [B] are the numbers of response tokens, of which R - 1 - k are drafted at depth k; `weights` [B].
+    """
+    counts = (responses[:, None] - 1 - torch.arange(steps, device=responses.device)).clamp(min=0)
+    return (weights.double()[:, None] * counts).sum(0)
 
 
 def predicted_accept_length(acceptance: Sequence[float], steps: int) -> float:
@@ -138,5 +151,5 @@ def _compare(drafter, hidden, target: TeacherOutput, rows, weights, kind: LossKi
 
 
 def _weighted_mean(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return total / weight, and 0 where the weight is 0."""
-    return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1.0), 0.0)
+    """Return total / weight, and 0 where the weight is 0; NaN where it is NaN."""
+    return torch.where(weight == 0, 0.0, total / torch.where(weight == 0, 1.0, weight))

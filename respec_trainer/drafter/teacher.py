@@ -29,7 +29,7 @@ class TeacherOutput:
     features: torch.Tensor  # [B, S, 3H], the three feature layers' outputs, low to high
     embeddings: torch.Tensor  # [B, S, H], of the token at each position
     draft_logits: torch.Tensor  # [M, Vd], the target's logits for each response token, in the draft vocabulary
-    logsumexp: torch.Tensor  # [M] float32, of the logits over the whole vocabulary
+    logsumexp: torch.Tensor  # [M] float32, of the logits over the whole vocabulary; both at the sampling temperature
     draft_ids: torch.Tensor | None = None  # [Vd], the draft vocabulary; None: verify passes are not counted (walk.py)
 
 
@@ -38,13 +38,14 @@ class Teacher(Protocol):
 
 
 class HFTeacher:
-    """The model of a Hugging Face folder as a teacher, at temperature 1.
+    """The model of a Hugging Face folder as a teacher.
 
     Args:
         folder: the actor's folder.
         draft_ids: the draft vocabulary, [Vd].
         feature_layers: 0-based layers whose outputs are the features; never the last.
         device: of the model and its outputs, which are float32.
+        temperature: of the sampling that the drafter drafts for.
 
     Raises ValueError for feature layers that the model does not have, or the last one.
     """
@@ -55,6 +56,7 @@ class HFTeacher:
         draft_ids: torch.Tensor,
         feature_layers: Sequence[int],
         device: torch.device | str = "cpu",
+        temperature: float = 1.0,
     ):
         define_torchvision_operators()
         from transformers import AutoModelForCausalLM
@@ -66,7 +68,7 @@ class HFTeacher:
         if not all(0 <= layer < last for layer in feature_layers):
             raise ValueError(f"feature layers {list(feature_layers)} must be among layers 0 to {last - 1}")
         self.feature_layers = tuple(feature_layers)
-        self.draft_ids = draft_ids.to(device)
+        self.draft_ids, self.temperature = draft_ids.to(device), temperature
 
     @torch.no_grad()
     def __call__(self, batch: DrafterBatch) -> TeacherOutput:
@@ -74,21 +76,23 @@ class HFTeacher:
         with LayerOutputs(self.layers, self.feature_layers) as outputs:
             hidden = self.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
         rows = hidden[:, :-1][batch.response_mask[:, 1:]]  # the position before a token predicts it
-        logits, logsumexp = draft_scores(rows, self.model.get_output_embeddings().weight, self.draft_ids, CHUNK)
+        output = self.model.get_output_embeddings().weight
+        logits, logsumexp = draft_scores(rows, output, self.draft_ids, CHUNK, self.temperature)
         embeddings = self.model.get_input_embeddings()(batch.tokens)
         return TeacherOutput(torch.cat(outputs, -1), embeddings, logits, logsumexp, self.draft_ids)
 
 
 def draft_scores(
-    hidden: torch.Tensor, weight: torch.Tensor, draft_ids: torch.Tensor, chunk: int
+    hidden: torch.Tensor, weight: torch.Tensor, draft_ids: torch.Tensor, chunk: int, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the logits of the draft vocabulary [M, Vd], and log-sum-exps over the whole vocabulary [M] in float32.
 
-    `hidden` [M, H] is after the final norm, `weight` [V, H]. At most `chunk` x V logits are in memory at one time.
+    Both are of logits / temperature. `hidden` [M, H] is after the final norm, `weight` [V, H]. At most `chunk` x V
+    logits are in memory at one time.
     """
     logits, sums = [], []
     for part in hidden.split(chunk):
-        scores = part @ weight.t()
+        scores = part @ weight.t() / temperature
         logits.append(scores[:, draft_ids])
         sums.append(scores.float().logsumexp(-1))
     return torch.cat(logits), torch.cat(sums)

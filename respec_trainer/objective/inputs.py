@@ -11,8 +11,9 @@ import torch
 class LossInputs:
     """B rows (whole responses) of S positions, on one device. Entry [b, t] belongs to token t of row b.
 
-    Log-probs and entropies are in nats, at the sampling temperature, given the tokens before t. Outside `mask` they may
-    have any value, even NaN, and must not affect the loss: `log_ratio` and `log_mismatch` are 0 there.
+    Log-probs and entropies are in nats, given the tokens before t, of the distribution that is sampled: at the sampling
+    temperature, after top_k and top_p. Outside `mask` they may have any value, even NaN, and must not affect the loss:
+    `log_ratio` and `log_mismatch` are 0 there.
     """
 
     logprobs: torch.Tensor  # [B, S] float32, of the current actor; the only entry with a gradient

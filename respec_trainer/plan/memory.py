@@ -128,6 +128,8 @@ def _actor_parts(config: Config, hf_config, layout: Layout, longest: int, width:
     zero = ZeroSizes(actor.parameters, width, layout.dp, settings.zero.stage, actor.largest_parameter())
     tokens = settings.micro_batch_size * longest
     activations = actor.activations(tokens, settings.recompute, settings.parallel.sequence_parallel)
+    truncates = config.rollout.sampling.truncates and not config.rollout.sampling.allow_untruncated
+    logits = actor.logits(settings.logprob_chunk, truncates)
     bucket = 2 * config.resync.bucket_mb * MB
     how = f"{actor.parameters / 1e9:.2f}e9 numbers a rank"
     kept = "layers' inputs and one layer" if settings.recompute else "every layer"
@@ -137,7 +139,7 @@ def _actor_parts(config: Config, hf_config, layout: Layout, longest: int, width:
         Part("actor: gradients", zero.gradients, ("train",), zero.how["gradients"]),
         Part("actor: buffers of an update", zero.update, ("train",), zero.how["update"]),
         Part("actor: activations", activations, ("train",), f"{kept}, {tokens:,} tokens"),
-        Part("actor: logits", actor.logits(settings.logprob_chunk), ("train",), f"{settings.logprob_chunk} tokens"),
+        Part("actor: logits", logits, ("train",), f"{settings.logprob_chunk} tokens"),
         Part("resync: buckets", bucket, ("resync",), f"2 x {config.resync.bucket_mb} MB"),
     ]
 

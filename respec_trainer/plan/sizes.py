@@ -54,14 +54,16 @@ class ActorSizes:
         layers = hf.num_hidden_layers * inputs + layer if recompute else hf.num_hidden_layers * layer
         return tokens * (layers + (4 + 2 * b) * hf.hidden_size + 2 * inputs)
 
-    def logits(self, chunk: int) -> int:
+    def logits(self, chunk: int, truncates: bool = False) -> int:
         """Return the bytes needed to score one chunk of `chunk` tokens.
 
-        These are the logits and their gradient, three float32 tables of the same shape, and the output layer's gradient
-        from the chunk before it is added to the sum.
+        These are the logits and their gradient, three float32 tables of the same shape (five, and two masks, if top_k
+        or top_p are searched for what they keep), and the output layer's gradient from the chunk before it is added to
+        the sum.
         """
         rows = padded_vocab_size(self.hf, self.tp) // self.tp
-        return chunk * rows * (2 * self.width + 3 * FLOAT) + rows * self.hf.hidden_size * self.width
+        tables = (5 * FLOAT + 2) if truncates else 3 * FLOAT
+        return chunk * rows * (2 * self.width + tables) + rows * self.hf.hidden_size * self.width
 
     def largest_parameter(self) -> int:
         return max(math.prod(shape) for shape in megatron_shapes(self.hf, self.tp).values())

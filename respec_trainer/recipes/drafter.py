@@ -40,7 +40,7 @@ from respec_trainer.recipes.folder import fingerprint, make_once
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams
 
 # Increase it whenever an equal recipe gives another result than before: older folders are then made again.
-REVISION = 3
+REVISION = 4
 
 Notify = Callable[[str], None]
 Sampler = Callable[[Sequence[Request]], list[Sample]]
@@ -60,6 +60,7 @@ class RolloutRecipe(Section):
     samples_per_prompt: PositiveInt = 2
     held_out: PositiveInt = 64  # number of prompts whose responses only measure the drafter
     max_new_tokens: PositiveInt
+    temperature: PositiveFloat = 1.0  # rollout.sampling.temperature of the run that the drafter is for
     engine: EngineConfig = EngineConfig()
 
 
@@ -146,7 +147,7 @@ def _make(
     if ids is None:
         ids = draft_vocabulary(seen.token_counts(hf_config.vocab_size), recipe.draft_vocab)
     drafter.to(device)
-    teacher = HFTeacher(actor, ids, drafter.shape.feature_layers, device=device)
+    teacher = HFTeacher(actor, ids, drafter.shape.feature_layers, device, recipe.rollouts.temperature)
     settings = _settings(recipe, device, len(seen))
     distill(drafter, teacher, seen, settings, _progress(notify, settings.updates))
     # Measure the weights as an engine will serve them: as saved, in bf16.
@@ -214,8 +215,9 @@ def _read(recipe: DrafterRecipe, actor: Path, data: Path) -> tuple[Any, list[Pro
 
 
 def _requests(recipe: DrafterRecipe, prompts: list[Prompt]) -> list[Request]:
-    sampling = SamplingParams(max_new_tokens=recipe.rollouts.max_new_tokens, temperature=1.0)
-    group = range(recipe.rollouts.samples_per_prompt)
+    rollouts = recipe.rollouts
+    sampling = SamplingParams(max_new_tokens=rollouts.max_new_tokens, temperature=rollouts.temperature)
+    group = range(rollouts.samples_per_prompt)
     return [Request(f"{prompt.key}:{i}", prompt.ids, sampling) for prompt in prompts for i in group]
 
 
@@ -257,6 +259,7 @@ def _settings(recipe: DrafterRecipe, device: str, responses: int) -> DistillSett
         matrix_lr=training.matrix_lr,
         weight_decay=training.weight_decay,
         bf16=device == "cuda" or bf16_is_quick(),
+        temperature=recipe.rollouts.temperature,
         seed=recipe.seed,
     )
 

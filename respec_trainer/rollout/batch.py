@@ -35,6 +35,20 @@ class Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
+def rows_of_rank(total: int, minibatches: int, dp: int, dp_rank: int) -> list[int]:
+    """Return the rows of a step that one data-parallel rank trains on, in order: its part of each minibatch.
+
+    A minibatch has the same `total` / `minibatches` consecutive rows whatever the number of ranks; each rank takes an
+    equal part. Raises ValueError if they do not divide.
+    """
+    if total % (minibatches * dp):
+        raise ValueError(f"{total} rows do not split into {minibatches} minibatches over {dp} data-parallel ranks")
+    size = total // minibatches
+    share = size // dp
+    firsts = range(dp_rank * share, total, size)
+    return [row for first in firsts for row in range(first, first + share)]
+
+
 def collate(samples: Sequence[Sample], pad_id: int, multiple_of: int = 1) -> Batch:
     """Right-pad samples to their longest, rounded up to `multiple_of`: sequence parallelism splits S over its ranks.
 

@@ -59,6 +59,7 @@ class DepthSettings:
     # For profiles: wait for the GPU between parts, so that each part's time is its own. On a CPU, count only the time
     # in which the engine's thread computed, so that other work on its cores is not included.
     timed: bool = False
+    graph_sizes: tuple[int, ...] = ()  # batch sizes of the CUDA graphs that `costs` were measured with; (): none
     seed: int = 0  # of mode "random"
     # Tests and benchmarks only: drafts are kept at random so that a pass keeps this many tokens, bonus included.
     simulated_accept_length: float | None = None
@@ -93,15 +94,18 @@ class DepthSettings:
         costs = found["costs"]
         if costs is not None:
             costs = {piece: tuple(terms) for piece, terms in costs.items()}
-        return cls(**found | {"costs": costs, "candidates": tuple(found["candidates"]), "prior": tuple(found["prior"])})
+        tuples = {name: tuple(found[name]) for name in ("candidates", "graph_sizes", "prior")}
+        return cls(**found | {"costs": costs} | tuples)
 
 
 @dataclass
 class DecodeLog:
     """The log of the batches that an engine ran: one entry a batch, in columns of length N. Times are seconds.
 
-    `tokens` of a decode batch include the bonus tokens; of a prefill batch they are the prompt tokens read.
-    `survivors[i, d]` counts the sequences that kept at least d + 1 drafts.
+    `tokens` of a decode batch are those that responses kept, bonus tokens included: what was accepted behind the end of
+    a response is not among them. Together they are the tokens of all responses but the first of each, which comes with
+    its prompt. Of a prefill batch they are the prompt tokens read. `survivors[i, d]` counts the sequences that kept at
+    least d + 1 drafts, those behind a response's end included.
     """
 
     start: np.ndarray = field(default_factory=lambda: np.zeros(0))  # on the engine's clock, whose zero is arbitrary
@@ -109,7 +113,7 @@ class DecodeLog:
     batch: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # sequences
     context: np.ndarray = field(default_factory=lambda: np.zeros(0))  # mean tokens of a sequence so far
     steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # drafted; 0: plain decoding
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # gained by all sequences
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # kept by all responses
     survivors: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # [N, most steps]
     draft: np.ndarray = field(default_factory=lambda: np.zeros(0))  # all draft steps
     verify: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the target's pass; with steps=0 a plain one
@@ -122,6 +126,7 @@ class DecodeLog:
     failures: int = 0  # of the depth chooser; after one, speculation stays off
     dropped: int = 0  # entries discarded, the oldest first, because no call took them in time
     state: str = ""  # JSON state of the depth chooser, for `RolloutEngine.restore_depth_chooser`; "": none
+    graph_sizes: tuple[int, ...] = ()  # batch sizes of the engine's CUDA graphs
 
     def __len__(self) -> int:
         return len(self.start)
@@ -143,15 +148,16 @@ class DecodeLog:
 
     def to_bytes(self) -> bytes:
         file = io.BytesIO()
-        np.savez(file, state=self.state, **self.to_arrays())
+        np.savez(file, state=self.state, graph_sizes=np.array(self.graph_sizes, np.int64), **self.to_arrays())
         return file.getvalue()
 
     @classmethod
     def of_bytes(cls, content: bytes) -> DecodeLog:
         """Read the output of `to_bytes`."""
         with np.load(io.BytesIO(content)) as arrays:
-            return replace(cls.of_arrays(dict(arrays)), state=str(arrays["state"]))
+            more = {"state": str(arrays["state"]), "graph_sizes": tuple(arrays["graph_sizes"].tolist())}
+            return replace(cls.of_arrays(dict(arrays)), **more)
 
     @classmethod
     def _names(cls) -> list[str]:
-        return [part.name for part in fields(cls) if part.name != "state"]
+        return [part.name for part in fields(cls) if part.name not in ("state", "graph_sizes")]

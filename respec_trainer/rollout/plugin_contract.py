@@ -17,9 +17,12 @@ SETTINGS = "RESPEC_ENGINE_PLUGIN"  # environment variable of the scheduler's pro
 ORIGINS = "respec_origins"  # of response tokens, in a request's meta_info; absent without speculation
 
 
-def plugin_settings(device: str, seeded: bool, steps: DepthSettings | None = None) -> str:
+def plugin_settings(
+    device: str, seeded: bool, steps: DepthSettings | None = None, truncated_logprobs: bool = True
+) -> str:
     """Return the value of SETTINGS, as JSON. `steps`: how draft steps are chosen; None if they never change."""
-    return json.dumps({"device": device, "seeded": seeded, "steps": steps and steps.to_json()})
+    settings = {"device": device, "seeded": seeded, "steps": steps and steps.to_json()}
+    return json.dumps(settings | {"truncated_logprobs": truncated_logprobs})
 
 
 def read_origins(meta: dict[str, Any], tokens: int, key: str) -> list[int]:

@@ -50,12 +50,13 @@ class Sample:
     key: str
     prompt_ids: list[int]
     response_ids: list[int]
-    sampler_logprobs: list[float]  # at the sampling temperature, from the engine's verification
+    sampler_logprobs: list[float]  # of the distribution drawn from: at the temperature, after top_k and top_p
     finish_reason: FinishReason
     actor_version: str  # of the weights that drew the response
     drafter_version: str
-    verify_count: int = 0  # target passes that verified drafts; 0 without speculation
-    accept_histogram: list[int] = field(default_factory=list)  # [d] = verify passes in which d drafts were accepted
+    verify_count: int = 0  # target passes after the prompt's; 0 without speculation
+    # [d] = passes in which d drafts were accepted, those behind the response's end included
+    accept_histogram: list[int] = field(default_factory=list)
     origins: list[int] = field(default_factory=list)  # UNDRAFTED, ACCEPTED or BONUS
     restarts: int = 0  # times the engine died during this response and continued it after a restart
     reward: float | None = None  # None: not scored yet, or skipped by the reward function
@@ -63,12 +64,17 @@ class Sample:
 
     @property
     def accept_length(self) -> float:
-        """Tokens gained per verify pass, the bonus token included; 1.0 without speculation."""
+        """Tokens that the response kept per verify pass, the bonus token included; 1.0 without speculation."""
         return accept_length([self])
 
 
 def accept_length(samples: Sequence[Sample]) -> float:
-    """Return the tokens gained per verify pass of all samples, the bonus token included; 1.0 without speculation."""
+    """Return the tokens that the samples kept per verify pass, the bonus token included; 1.0 without speculation.
+
+    What a response's last pass accepted behind its end is not counted, and neither is the bonus token of that pass if
+    the response ends with a draft. `accept_histogram` counts both.
+    """
     passes = sum(sample.verify_count for sample in samples)
-    drafts = sum(depth * count for sample in samples for depth, count in enumerate(sample.accept_histogram))
-    return 1.0 + drafts / passes if passes else 1.0
+    drafts = sum(sample.origins.count(ACCEPTED) for sample in samples)
+    cut = sum(sample.origins[-1:] == [ACCEPTED] for sample in samples)
+    return 1.0 + (drafts - cut) / passes if passes else 1.0

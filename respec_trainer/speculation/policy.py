@@ -8,10 +8,12 @@ in plain Python.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from respec_trainer.rollout.decode_log import DepthSettings, check_candidates
+from respec_trainer.rollout.ends import Ends
 from respec_trainer.speculation.cost import CostModel, Work, seconds
 from respec_trainer.speculation.shape import chain
 
@@ -19,15 +21,13 @@ from respec_trainer.speculation.shape import chain
 class FixedPolicy:
     """Always the same number of draft steps; 0 is speculation off."""
 
-    informed = False
-
     def __init__(self, steps: int):
         self.steps = steps
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         return self.steps
 
-    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
+    def observe(self, steps: int, batch: int, survivors: Sequence[float], ends: Ends | None = None) -> None:
         pass
 
 
@@ -50,27 +50,10 @@ class ThresholdPolicy(FixedPolicy):
         return self.steps if batch <= self.largest else 0
 
 
-class OraclePolicy(FixedPolicy):
-    """The fastest choice for every batch by the true costs and the true acceptance; switching costs nothing."""
-
-    informed = True
-
-    def __init__(self, costs: CostModel, candidates: Sequence[int]):
-        self.costs, self.candidates = costs, tuple(candidates)
-        self.acceptance: Sequence[float] = ()
-
-    def set_acceptance(self, acceptance: Sequence[float]) -> None:
-        """Set acceptance[d]: the probability that the draft at depth d + 1 is kept, given that all before it were."""
-        self.acceptance = acceptance
-
-    def choose(self, batch: int, context: float, missed: float) -> int:
-        tokens = tokens_by_steps(self.candidates, self.acceptance)
-        taken = [self.costs.cycle_seconds(chain(steps), batch, context) for steps in self.candidates]
-        return self.candidates[min(range(len(tokens)), key=lambda i: taken[i] / tokens[i])]
-
-
 class StepTimes:
     """A table of the cost model's times of each chain's cycle, and the times of changing to another chain.
+
+    A batch between two sizes of CUDA graphs has the times of the larger graph, whose padding it computes too.
 
     Args:
         costs: seconds by batch and context; catching up costs nothing if the model has no times of it.
@@ -81,7 +64,7 @@ class StepTimes:
 
     def __init__(self, costs: CostModel, candidates: Sequence[int], max_batch: int, max_context: int):
         check_candidates(candidates)
-        self.candidates = tuple(candidates)
+        self.costs, self.candidates = costs, tuple(candidates)
         self.max_batch, self.max_context = max_batch, max_context
         middles = [middle_of(index) for index in range(index_of(max_context) + 1)]
         batch, context = np.meshgrid(np.arange(1.0, max_batch + 1), middles, indexing="ij")
@@ -89,6 +72,12 @@ class StepTimes:
         self.cycles = np.stack(by_steps, -1).tolist()  # [batch - 1][index of the context][candidate]
         self.switch = costs.switch_seconds()
         self.reading = costs.to_tuples().get("catch_up")
+
+    def with_graphs(self, graphs: Sequence[int]) -> StepTimes:
+        """Return the table of an engine whose CUDA graphs have these batch sizes."""
+        if tuple(graphs) == self.costs.graphs:
+            return self
+        return StepTimes(replace(self.costs, graphs=tuple(graphs)), self.candidates, self.max_batch, self.max_context)
 
     def at(self, batch: int, context: float) -> list[float]:
         """Return the seconds of each candidate's cycle."""

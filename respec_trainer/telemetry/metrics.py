@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from respec_trainer.config import SpeculationConfig
+from respec_trainer.config import SamplingConfig, SpeculationConfig
 from respec_trainer.rewards.contract import CORRECT
 from respec_trainer.rollout.sample import UNDRAFTED, Sample, accept_length
 from respec_trainer.speculation.acceptance import depth_acceptance
@@ -43,14 +43,18 @@ def _part_means(samples: Sequence[Sample]) -> dict[str, float]:
     return {f"reward/parts/{name}": statistics.fmean(found) for name, found in values.items()}
 
 
-def rollout_metrics(samples: Sequence[Sample], seconds: float) -> dict[str, float]:
-    """The `rollout/*` metrics: response tokens, the same per second of generation, mean length, share truncated."""
+def rollout_metrics(samples: Sequence[Sample], seconds: float, sampling: SamplingConfig) -> dict[str, float]:
+    """The `rollout/*` metrics: response tokens, the same per second of generation, mean length, share truncated.
+
+    untruncated is 1 if the policy that is trained is not the one that samples (rollout.sampling.allow_untruncated).
+    """
     lengths = [len(sample.response_ids) for sample in samples]
     return {
         "rollout/tokens": sum(lengths),
         "rollout/tokens_per_second": sum(lengths) / seconds,
         "rollout/response_length": statistics.fmean(lengths),
         "rollout/truncated": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        "rollout/untruncated": int(sampling.untruncated),
     }
 
 
@@ -59,8 +63,9 @@ def speculation_metrics(
 ) -> dict[str, float | list[float]]:
     """The `spec/*` metrics. lossy is 1 if verification may accept drafts that do not follow the policy's distribution.
 
-    accept_length counts tokens a verify pass, the bonus token included. accept_by_depth[d-1] is the share of drafts
-    accepted at depth d, given that those before it were. off_fraction is the share of tokens drawn without speculation.
+    accept_length counts the tokens that responses kept a verify pass, the bonus token included. accept_by_depth[d-1] is
+    the share of drafts accepted at depth d, given that those before it were, of all that were verified: also of those
+    behind the end of a response, which it does not keep. off_fraction is the share of tokens drawn without speculation.
     It leaves out the first token of each response, which comes with the prompt, before any verify pass. For engines
     that log their batches, `step_metrics` adds metrics, and replaces shares of tokens by shares of time.
     """

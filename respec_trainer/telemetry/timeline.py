@@ -1,8 +1,9 @@
 """Timeline: one engine's batches in a generation phase, and the time that plain decoding would have taken.
 
-All shares and means are weighted by time. For each batch let t be the seconds it took, k the tokens it drew a sequence,
-and c the seconds of one decode step without speculation. The achieved speed-up is sum(k c) / sum(t). The mean of the
-predicted speed-ups p is sum(p t) / sum(t), which equals the achieved speed-up if every prediction p = k c / t is right.
+All shares and means are weighted by time. For each batch let t be the seconds it took, k the tokens a sequence that
+responses kept of it, and c the seconds of one decode step without speculation. The achieved speed-up is sum(k c) /
+sum(t). The mean of the predicted speed-ups p is sum(p t) / sum(t), which equals the achieved speed-up if every
+prediction p = k c / t is right.
 """
 
 from __future__ import annotations

@@ -1,17 +1,14 @@
-"""audit/law.py and audit/tree.py on laws small enough to write down."""
+"""audit/law.py on laws small enough to write down."""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import pytest
 import torch
 
-from respec_trainer.audit.draws import LawCache
-from respec_trainer.audit.ends import Ends, check_switched
-from respec_trainer.audit.law import shaped
-from respec_trainer.audit.rollouts import rank_classes
-from respec_trainer.audit.tree import branches, joint_law
-from respec_trainer.rollout.sample import Sample, SamplingParams
+from respec_trainer.audit.law import certain, laws, shaped
+from respec_trainer.rollout.sample import SamplingParams
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
@@ -32,80 +29,51 @@ def test_sampling_parameters_shape_the_law(params, law):
     assert torch.allclose(shaped(LOGITS, SamplingParams(1, **params))[0], torch.tensor(law, dtype=torch.float64))
 
 
-def draw_pairs(law, count: int, seed: int) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Draw responses to (7,) of up to four tokens, each from law(prefix); token 0 ends a response."""
-    generator = np.random.default_rng(seed)
-    pairs = []
-    for _ in range(count):
-        row = [7]
-        while len(row) < 5 and row[-1] != 0:
-            row.append(int(generator.choice(4, p=law([tuple(row)])[0].numpy())))
-        pairs.append(((7,), row[1:]))
-    return pairs
-
-
-def right(prefixes):
-    return torch.stack([torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).roll(sum(p) % 3) for p in prefixes])
-
-
-def wrong_late(prefixes):
-    """The law that is right for the first two tokens and wrong after them."""
-    moved = torch.tensor([0.0, 0.06, 0.0, -0.06], dtype=torch.float64)
-    return torch.stack([right([p])[0] + (moved if len(p) > 2 else 0) for p in prefixes])
-
-
-def test_branches_count_what_followed_each_prefix():
-    pairs = [((7,), [1, 2])] * 50 + [((7,), [1, 3])] * 50 + [((7,), [2])] * 10 + [((8,), [1])] * 5
-    assert branches(pairs) == {(7,): {1: 100, 2: 10}, (7, 1): {2: 50, 3: 50}}
-
-
-def test_a_wrong_joint_law_is_detected():
-    pairs = draw_pairs(right, 4000, 0)
-    law = LawCache(right)
-    assert joint_law(pairs, law).p_value > 0.01
-    assert joint_law(pairs, law).p_value == joint_law(pairs, right).p_value
-    assert joint_law(draw_pairs(wrong_late, 4000, 0), law).p_value < 1e-6
-
-
-def test_ranks_are_classed():
-    probs = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.25, 0.25]], dtype=torch.float64)
-    drawn, masses = rank_classes(probs, torch.tensor([0, 2]))
-    assert drawn.tolist() == [2, 2]
-    assert torch.allclose(masses, torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.25, 0.25]], dtype=torch.float64))
-    drawn, masses = rank_classes(torch.full((1, 10), 0.1, dtype=torch.float64), torch.tensor([9]))
-    assert drawn.tolist() == [4] and torch.allclose(masses.sum(), torch.tensor(1.0, dtype=torch.float64))
-
-
-def test_switching_is_seen():
-    def sample(*origins):
-        return Sample("k", [1], [5] * len(origins), [0.0] * len(origins), "length", "a", "d", origins=list(origins))
-
-    never = sample(0, 1, 2, 1, 2), sample(0, 0, 0), sample(0, 0, 1, 2)
-    assert "never" in check_switched(never).pop()
-    assert check_switched([*never, sample(0, 1, 2, 0, 2)]) == set()
-
-
-class Letters:
-    def decode(self, tokens):
-        return "".join("abcdefgh"[t] for t in tokens)
-
-
 @pytest.mark.parametrize(
-    ("tokens", "reason", "fault"),
+    ("law", "params", "kept"),
     [
-        ([1, 2, 3, 4], "length", None),
-        ([1, 0], "stop", None),
-        ([1, 5], "stop", None),
-        ([3, 1, 2], "stop", "without a reason"),
-        ([1, 2, 6], "stop", None),
-        ([1, 2, 6, 3], "length", "went on"),
-        ([1, 0, 3, 4], "length", "went on"),
-        ([1, 2], "length", "cut off"),
-        ([1, 2, 3, 4, 1], "length", "longer"),
+        ([0.5, 0.3, 0.15, 0.05], {}, "1111"),
+        ([0.5, 0.3, 0.15, 0.05], {"temperature": 0.0}, "1111"),
+        ([0.9, 0.06, 0.03, 0.01], {"top_k": 1}, "1000"),  # the second is 15 times rarer than the first
+        ([0.5, 0.3, 0.15, 0.05], {"top_k": 1}, "0000"),  # the first two may change places
+        ([0.5, 0.3, 0.15, 0.05], {"top_k": 2}, "1000"),  # the second three may: 0.15 * 3 > 0.3
+        ([0.5, 0.3, 0.15, 0.05], {"top_k": 3}, "1110"),
+        ([0.5, 0.3, 0.15, 0.05], {"temperature": 0.5, "top_k": 2}, "1100"),  # 0.15 is then 4 times rarer than 0.3
+        # Before the second may be the first and the third, 0.65: with odds three times as high, 0.85.
+        ([0.5, 0.3, 0.15, 0.05], {"top_p": 0.86}, "1100"),
+        ([0.5, 0.3, 0.15, 0.05], {"top_p": 0.84}, "1000"),
+        # Before the first may be the second, 0.3: 0.5625.
+        ([0.5, 0.3, 0.15, 0.05], {"top_p": 0.57}, "1000"),
+        ([0.5, 0.3, 0.15, 0.05], {"top_p": 0.55}, "0000"),
+        # Of the three that top_k keeps, the first and third have the share 0.684: 0.867.
+        ([0.5, 0.3, 0.15, 0.05], {"top_k": 3, "top_p": 0.87}, "1100"),
+        ([0.5, 0.3, 0.15, 0.05], {"top_k": 3, "top_p": 0.86}, "1000"),
     ],
 )
-def test_ends(tokens, reason, fault):
-    params = SamplingParams(4, stop=("cg",), stop_token_ids=(5,))
-    sample = Sample("k", [1], tokens, [0.0] * len(tokens), reason, "a", "d")
-    found = Ends(frozenset([0]), Letters()).fault(sample, params)
-    assert (found is None) if fault is None else (fault in found)
+def test_tokens_that_are_certain_to_be_kept(law, params, kept):
+    order = torch.tensor([2, 0, 3, 1])
+    logits = torch.tensor([law]).log()[:, order]
+    found = certain(logits, SamplingParams(1, **params))[0]
+    assert "".join(str(int(found[int((order == rank).nonzero())])) for rank in range(4)) == kept
+
+
+def test_engines_that_agree_better_are_certain_of_more():
+    """Before the third token is a share of 0.8 / 0.95, or odds of 5.33; top_p allows odds of 6.69, 1.255 times that."""
+    params = SamplingParams(1, top_k=3, top_p=0.87)
+    assert certain(LOGITS, params, odds=1.25).tolist() == [[True, True, True, False]]
+    assert certain(LOGITS, params, odds=1.26).tolist() == [[True, True, False, False]]
+    assert torch.equal(laws(LOGITS, params, odds=1.25).certain, certain(LOGITS, params, odds=1.25))
+
+
+@pytest.mark.parametrize("params", [{"top_p": 0.9}, {"top_p": 0.5}, {"top_k": 5}, {"top_k": 6, "top_p": 0.8}])
+def test_certain_tokens_are_kept_by_every_engine_that_agrees_about_the_odds(params):
+    """Each logit changes by up to log(3) / 2, so odds of two sets of tokens change by a factor of 3 at most."""
+    sampling, generator = SamplingParams(1, **params), torch.Generator().manual_seed(0)
+    logits = 1.5 * torch.randn(2000, 15, generator=generator)
+    for _ in range(10):
+        sign = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
+        other = shaped(logits + 0.4999 * math.log(3) * sign, sampling)
+        assert (other > 0)[certain(logits, sampling)].all()
+    some = laws(logits, sampling)
+    assert torch.equal(some.certain, certain(logits, sampling)) and torch.equal(some.probs, shaped(logits, sampling))
+    assert some.probs[some.certain].sum() > 0.35 * len(logits), "too little is certain to be tested"

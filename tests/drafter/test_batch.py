@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -59,10 +61,22 @@ def test_epochs_differ_and_seeds_repeat():
     assert order(torch.Generator().manual_seed(3)) == first
 
 
+def test_chosen_rows_keep_their_weights_and_batches_come_in_random_order():
+    rollouts = random_rollouts([(2, 1 + i) for i in range(32)])
+    rollouts = dataclasses.replace(rollouts, weights=torch.arange(32.0))
+    chosen = rollouts.rows(torch.tensor([5, 2]))
+    assert chosen.weights.tolist() == [5.0, 2.0] and chosen.response_mask.sum(1).tolist() == [6, 3]
+    assert torch.equal(chosen.tokens, rollouts.tokens[[5, 2], :8])
+    firsts = [int(b.weights.min()) for b in rollouts.batches(4, torch.Generator().manual_seed(1))]
+    assert sorted(firsts) == list(range(0, 32, 4)) and firsts != sorted(firsts)
+
+
 def test_malformed_rollouts_are_refused():
     with pytest.raises(ValueError, match="no rollouts"):
         DrafterBatch.collate([])
     with pytest.raises(ValueError, match="no prompt"):
         DrafterBatch.collate([([], [3, 4])])
+    with pytest.raises(ValueError, match="no prompt"):
+        DrafterBatch.collate([([5], [6]), ([], [3, 4])])
     with pytest.raises(ValueError, match="weights"):
         DrafterBatch(torch.zeros(2, 3).long(), torch.zeros(2, 3).bool(), torch.ones(3))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from respec_trainer.drafter.distill import DistillSettings, distill, evaluate
+from respec_trainer.drafter.loss import distill_loss
 from respec_trainer.drafter.teacher import HFTeacher
 from respec_trainer.errors import TrainingError
 from tests.support.drafters import DRAFT_IDS, random_rollouts, target_config, tiny_drafter
@@ -99,3 +100,68 @@ def test_training_in_bf16_keeps_weights_and_stays_close(teacher, rollouts):
     for one, other in zip(exact, rounded, strict=True):
         # bf16 keeps 8 bits; the loss averages a hundred tokens and five depths.
         assert other["loss"] == pytest.approx(one["loss"], rel=2e-2)
+
+
+def test_it_trains_and_measures_at_the_temperature(teacher, rollouts):
+    """A drafter at T drafts as one whose output layer is divided by T, for which T is 1."""
+    warm, divided = tiny_drafter(), tiny_drafter()
+    with torch.no_grad():
+        divided.lm_head.weight /= 0.6
+    at = dataclasses.replace(SETTINGS, temperature=0.6)
+    one, other = evaluate(warm, teacher, rollouts, at), evaluate(divided, teacher, rollouts, SETTINGS)
+    assert one.alpha == pytest.approx(other.alpha, rel=1e-4) and one.loss == pytest.approx(other.loss, rel=1e-4)
+    assert one.alpha != pytest.approx(evaluate(warm, teacher, rollouts, SETTINGS).alpha, rel=1e-2)
+    losses = [distill(d, teacher, rollouts, s)[0]["loss"] for d, s in ((warm, at), (divided, SETTINGS))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_updates_are_those_of_a_plain_loop(teacher, rollouts):
+    """AdamW with clipped gradients on fair batches, written out; every setting differs from its default."""
+    settings = DistillSettings(
+        updates=4,
+        batch_size=5,
+        by_length=False,
+        steps=2,
+        loss="mixed",
+        decay=0.3,
+        lr=2e-2,
+        warmup=0.5,
+        clip=0.05,
+        seed=3,
+    )
+    settings = dataclasses.replace(settings, weight_decay=0.4, betas=(0.7, 0.9))
+    drafter, other = tiny_drafter(), tiny_drafter()
+    history = distill(drafter, teacher, rollouts, settings)
+    optimizer = torch.optim.AdamW(other.parameters(), betas=(0.7, 0.9), weight_decay=0.4)
+    batches = rollouts.batches(5, torch.Generator().manual_seed(3), by_length=False)
+    for factor, record, batch in zip((0.5, 1.0, 1.0, 0.5), history, batches, strict=False):
+        optimizer.param_groups[0]["lr"] = 2e-2 * factor  # half of the updates rise, then a cosine
+        loss, _ = distill_loss(other, batch, teacher(batch), 2, 0.3, kind="mixed")
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.cat([weight.grad.flatten() for weight in other.parameters()]).norm()
+        for weight in other.parameters():
+            weight.grad *= min(1.0, 0.05 / norm.item())
+        optimizer.step()
+        assert (record["loss"], record["grad_norm"]) == pytest.approx((loss.item(), norm.item()), rel=1e-3)
+        assert record["lr"] == pytest.approx(2e-2 * factor)
+    for got, wanted in zip(drafter.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-4)  # AdamW enlarges rounding of small gradients
+
+
+def test_it_evaluates_all_rows_however_they_are_batched(teacher, rollouts):
+    one, parts = (
+        evaluate(tiny_drafter(), teacher, rollouts, dataclasses.replace(SETTINGS, batch_size=size)) for size in (32, 5)
+    )
+    for name, values in vars(one).items():
+        assert getattr(parts, name) == pytest.approx(values, rel=1e-4), name
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(teacher, rollouts):
+    """Its loss may be finite."""
+    drafter = tiny_drafter()
+    drafter.fc.weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = [p.clone() for p in drafter.parameters()]
+    with pytest.raises(TrainingError, match="gradient norm (nan|inf)"):
+        distill(drafter, teacher, rollouts, SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(before, drafter.parameters(), strict=True))

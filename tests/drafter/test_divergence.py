@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from respec_trainer.drafter.divergence import MIX, LossKind, acceptance, divergence
+from respec_trainer.drafter.divergence import LossKind, acceptance, divergence
 
 KINDS = typing.get_args(LossKind)
 
@@ -27,14 +27,15 @@ def log_probs(target, draft):
 def formula(kind, target, draft):
     """The loss computed from probabilities, in the dtype of the logits."""
     p, q = target.softmax(-1)[:, : draft.shape[1]], draft.softmax(-1)
-    share = p / p.sum(-1, keepdim=True)
-    kl = (share * (share / q).log()).sum(-1)
+    mass = p.sum(-1)
+    share = p / mass[:, None]
+    kl = mass * (share * (share / q).log()).sum(-1)
     accepted = torch.where(p < q, p, q).sum(-1)
     return {
         "kl": kl,
         "acceptance": 1 - accepted,
-        "log_acceptance": -accepted.log(),
-        "mixed": kl + MIX * (1 - accepted),
+        "log_acceptance": -mass * (accepted / mass).log(),
+        "mixed": kl + 1.0 * (1 - accepted),
     }[kind]
 
 
@@ -50,6 +51,59 @@ def test_loss_and_gradient_are_those_of_the_formula(kind):
     (slope,) = torch.autograd.grad(got.sum(), draft)
     (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
     torch.testing.assert_close(slope.double(), expected_slope, rtol=1e-4, atol=1e-6)
+
+
+def slope(loss, draft):
+    """The gradient of a loss [n] in the draft logits."""
+    return torch.autograd.grad(loss.sum(), draft)[0]
+
+
+def test_kl_has_the_gradient_of_the_cross_entropy_with_all_of_p():
+    """-sum_v p log q over the draft vocabulary, p not renormalized; in NumPy its gradient is mass * q - p."""
+    target, draft = random_logits()
+    draft.requires_grad_()
+    got = slope(divergence("kl", *log_probs(target, draft)), draft).double().numpy()
+    p = np.exp(target.double().numpy())
+    p = (p / p.sum(-1, keepdims=True))[:, :30]
+    q = np.exp(draft.detach().double().numpy())
+    q /= q.sum(-1, keepdims=True)
+    np.testing.assert_allclose(got, p.sum(-1, keepdims=True) * q - p, rtol=1e-4, atol=1e-6)
+    cross = -(torch.tensor(p) * draft.double().log_softmax(-1)).sum(-1)
+    np.testing.assert_allclose(got, slope(cross, draft).numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mass", [0.5, 0.01, 1e-6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_counts_no_more_than_the_mass_that_the_draft_vocabulary_holds(kind, mass):
+    """No entry of the gradient exceeds the mass, for each of the two terms of "mixed", however far q is from p~."""
+    generator = torch.Generator().manual_seed(0)
+    share, draft = (3 * torch.randn(200, 12, generator=generator) for _ in range(2))
+    draft.requires_grad_()
+    log_p = share.log_softmax(-1) + torch.tensor(mass).log()
+    got = slope(divergence(kind, log_p, draft.log_softmax(-1)), draft)
+    assert 0 < got.abs().max() <= (2 if kind == "mixed" else 1) * mass * (1 + 1e-4)
+
+
+def test_with_a_whole_vocabulary_kl_and_log_acceptance_are_the_plain_ones():
+    """Nothing changes where a drafter can draft every token: KL(p || q), and minus the logarithm of the acceptance."""
+    target, draft = random_logits(vocab=30)
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (target, draft))
+    kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    accepted = 1 - 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)  # 1 - total variation
+    got = [divergence(kind, *log_probs(target, draft)).double() for kind in ("kl", "log_acceptance")]
+    torch.testing.assert_close(got[0], kl, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[1], -accepted.log(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["kl", "log_acceptance"])
+def test_the_best_draft_distribution_is_p_renormalized(kind):
+    """Where the draft vocabulary does not hold all of p: 0 there, with a gradient of 0, and more elsewhere."""
+    target, _ = random_logits()
+    draft = target[:, :30].clone().requires_grad_()
+    loss = divergence(kind, *log_probs(target, draft))
+    torch.testing.assert_close(loss, torch.zeros(20), rtol=0, atol=1e-6)
+    assert slope(loss, draft).abs().max() < 1e-6
+    assert (divergence(kind, *log_probs(*random_logits())) >= 0).all()
 
 
 def test_acceptance_is_what_rejection_sampling_accepts():

@@ -33,7 +33,7 @@ def one_row(batch, row):
 
 
 def brute_force(batch: DrafterBatch, drafter):
-    """Per depth, for each drafted token: (row weight, KL, alpha, top1), from the whole softmax of the model."""
+    """Per depth, for each drafted token: (row weight, KL, alpha, top1, mass), from the whole softmax of the model."""
     model = tiny_model(target_config())
     tokens, mask = batch.tokens, batch.response_mask
     whole = model(input_ids=tokens, output_hidden_states=True)
@@ -48,9 +48,9 @@ def brute_force(batch: DrafterBatch, drafter):
                 p = whole.logits[b, t + 1 + k].softmax(-1)[DRAFT_IDS]  # predicts x_{t+2+k}
                 q = drafter.logits(hidden[b, t]).softmax(-1)
                 share = p / p.sum()
-                kl = (share * (share / q).log()).sum()
+                kl = (p * (share / q).log()).sum()
                 alpha = sum(min(p[v], q[v]) for v in range(len(DRAFT_IDS)))
-                entries.append(torch.stack([batch.weights[b], kl, alpha, p[q.argmax()]]))
+                entries.append(torch.stack([batch.weights[b], kl, alpha, p[q.argmax()], p.sum()]))
         table.append(torch.stack(entries))
     return table
 
@@ -63,7 +63,7 @@ def test_loss_and_acceptance_by_brute_force(teacher, batch):
     assert sums.tokens.tolist() == [len(entries) for entries in table] == [12, 9, 7]
     expected = 0.0
     for k, entries in enumerate(table):
-        weights, kl, alpha, top1 = entries.unbind(1)
+        weights, kl, alpha, top1, _ = entries.unbind(1)
         kl = (weights * kl).sum() / weights.sum()
         expected += DECAY**k * kl.item()
         # float32 through the model and the drafter, with sums in another order.
@@ -89,10 +89,10 @@ def test_a_row_of_weight_zero_leaves_no_trace(teacher, batch):
 
     # Exactly none: loss and gradient are bitwise the same for any content of the rows of weight zero.
     target = teacher(batch)
-    logits = target.draft_logits.clone()
-    logits[:5] += 3.0 * torch.arange(64)
-    logits[13:] = 0.0
-    changed = dataclasses.replace(target, draft_logits=logits)
+    logits, sums = target.draft_logits.clone(), target.logsumexp.clone()
+    logits[:5] -= 3.0 * torch.arange(64)
+    logits[13:], sums[13:] = 0.0, 50.0
+    changed = dataclasses.replace(target, draft_logits=logits, logsumexp=sums)
     first, _ = distill_loss(drafter, others_off, target, STEPS)
     second, _ = distill_loss(drafter, others_off, changed, STEPS)
     assert torch.equal(first, second)
@@ -135,8 +135,9 @@ def test_other_losses_change_the_loss_alone(teacher, batch, kind):
     _, kl = distill_loss(drafter, batch, target, STEPS, DECAY)
     expected = 0.0
     for k, entries in enumerate(brute_force(batch, drafter)):
-        weights, divergence, alpha, _ = entries.unbind(1)
-        losses = {"acceptance": 1 - alpha, "log_acceptance": -alpha.log(), "mixed": divergence + 1 - alpha}[kind]
+        weights, divergence, alpha, _, mass = entries.unbind(1)
+        logs = -mass * (alpha / mass).log()
+        losses = {"acceptance": 1 - alpha, "log_acceptance": logs, "mixed": divergence + 1 - alpha}[kind]
         expected += DECAY**k * (weights * losses).sum().item() / weights.sum().item()
     assert loss.item() == pytest.approx(expected, rel=1e-4)  # float32 through model and drafter, sums in another order
     for name in ("weight", "alpha", "top1", "tokens", "passes", "gained"):

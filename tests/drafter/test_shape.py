@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -53,3 +55,19 @@ def test_shape_takes_heads_and_positions_from_the_target():
 def test_sizes_of_vocabulary_that_cannot_be_served(size):
     with pytest.raises(ConfigError, match="draft_vocab_size"):
         DrafterShape.for_target(target_config(), size)
+
+
+def test_every_size_is_the_target_s():
+    config = target_config("llama", rms_norm_eps=3e-4, num_key_value_heads=2, bos_token_id=7, eos_token_id=[8, 9])
+    shape = DrafterShape.for_target(config, 128)
+    assert (shape.rms_norm_eps, shape.num_attention_heads, shape.num_key_value_heads) == (3e-4, 4, 2)
+    assert (shape.vocab_size, shape.draft_vocab_size, shape.target_layers) == (131, 128, 4)
+    assert shape.max_position_embeddings == config.max_position_embeddings
+    assert (shape.bos_token_id, shape.eos_token_id, shape.rope) == (7, [8, 9], dict(config.rope_parameters))
+
+
+def test_key_heads_have_to_divide_the_query_heads():
+    shape = DrafterShape.for_target(target_config(), 64)
+    assert dataclasses.replace(shape, num_key_value_heads=1).num_key_value_heads == 1
+    with pytest.raises(ConfigError, match="num_key_value_heads=3 does not divide num_attention_heads=4"):
+        dataclasses.replace(shape, num_key_value_heads=3)

@@ -44,6 +44,20 @@ def test_rows_do_not_depend_on_their_padding(target):
     torch.testing.assert_close(together.draft_logits[:5], alone.draft_logits, rtol=1e-4, atol=1e-5)
 
 
+def test_scores_are_at_the_temperature(target):
+    """Divided by T in float64, also in the log-sum-exp over the whole vocabulary; features are as they were."""
+    model, folder = target
+    rollouts = random_rollouts([(4, 5), (3, 9)])
+    cold, plain = (HFTeacher(folder, DRAFT_IDS, LAYERS, temperature=t)(rollouts) for t in (0.25, 1.0))
+    with torch.no_grad():
+        logits = model(input_ids=rollouts.tokens).logits.double() / 0.25
+    rows, columns = rollouts.response_mask.nonzero(as_tuple=True)
+    scores = logits[rows, columns - 1]
+    torch.testing.assert_close(cold.draft_logits.double(), scores[:, DRAFT_IDS], rtol=1e-4, atol=4e-4)
+    torch.testing.assert_close(cold.logsumexp.double(), scores.logsumexp(-1), rtol=1e-4, atol=4e-4)
+    assert torch.equal(cold.features, plain.features) and torch.equal(cold.embeddings, plain.embeddings)
+
+
 def test_nothing_carries_a_gradient(target):
     output = HFTeacher(target[1], DRAFT_IDS, LAYERS)(random_rollouts([(4, 5)]))
     assert not any(tensor.requires_grad for tensor in vars(output).values())

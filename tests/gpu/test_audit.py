@@ -40,7 +40,8 @@ def test_the_engine_draws_from_the_actors_distribution(small, tmp_path, record):
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
     assert out.is_file(), done.stdout + done.stderr
     outcome = json.loads(out.read_text())
-    record(p_values={cell["cell"]: cell["p"] for cell in outcome["cells"]})
+    tests = ("p_tree", "p_classes", "p_surprisal")
+    record(p_values={cell["cell"]: [cell[test] for test in tests] for cell in outcome["cells"]})
     record(power={cell["cell"]: cell["power"] for cell in outcome["cells"]})
     assert len(outcome["cells"]) == COUNT
     assert done.returncode == 0 and outcome["passed"], done.stdout + done.stderr

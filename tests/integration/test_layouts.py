@@ -36,6 +36,8 @@ def run(tmp_path_factory):
     overrides += ["reward.kind=function", f"reward.function={folder / 'reward.py'}:reward", f"run.steps={STEPS}"]
     # Adam divides by a gradient's size: with a small eps, rounding would make steps where a gradient is nearly zero.
     overrides += ["actor.optim.eps=1e-3", "telemetry.samples_per_step=16", "rollout.samples_per_prompt=4"]
+    # Two updates a step: each must have the same responses on any number of ranks.
+    overrides += ["objective.minibatches=2"]
     # Long enough that some responses end early: with equal lengths advantages cancel, and the loss is 0.
     overrides += ["rollout.sampling.max_new_tokens=32"]
 

@@ -31,7 +31,7 @@ METRICS = {
     "policy": "loss kl entropy grad_norm clip_fraction refused",
     "mismatch": "kl ratio_max ratio_min above_1.1 above_1.5 above_2 clipped",
     "engine": "restarts lost_tokens resumed_tokens",
-    "audit": "p_value p_value_run total_variation power tokens",
+    "audit": "p_value p_value_run total_variation power mean_ratio tokens",
     "time": "generate reward infer audit train learn resync wake step",
 }
 
@@ -68,7 +68,8 @@ def test_two_iterations_on_gsm8k(small_actor, small_drafter, tmp_path):
         assert {name for name in wanted if name not in step} == set()
         assert step["rollout/tokens"] > 64 and step["spec/off_fraction"] == 0.0
         assert step["policy/refused"] == 0 and step["audit/tokens"] == step["rollout/tokens"]
-        assert step["audit/p_value"] > 1e-3 and step["audit/power"] > 0
+        assert step["audit/p_value"] > 1e-3 and 0 <= step["audit/power"] <= 1
+        assert step["audit/mean_ratio"] == pytest.approx(1)
     samples = [json.loads(line) for line in (tmp_path / "test/samples.jsonl").read_text().splitlines()]
     assert {s["actor_version"] for s in samples} == {"actor-0", "actor-1"}
     assert "summary" in output and str(tmp_path / "test") in output

@@ -17,6 +17,7 @@ from respec_trainer.plan.sizes import ActorSizes, cache_bytes
 from respec_trainer.plan.zero import ZeroSizes
 from respec_trainer.preflight.checks import read_model_config
 
+TOP_P = "rollout.sampling.top_p=0.9"
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -81,6 +82,18 @@ def test_nobody_takes_turns_on_gpus_of_their_own():
 def test_the_cache_is_a_share_of_what_is_free():
     (half,), (limited,) = plan("rollout.engine.mem_fraction=0.5"), plan("rollout.engine.max_total_tokens=20000")
     assert half.pool_tokens < plan()[0].pool_tokens and limited.pool_tokens == 20000
+
+
+def test_searching_for_what_top_p_keeps_takes_memory():
+    """Two float32 tables and two masks more, of 1024 tokens by this rank's vocabulary."""
+    hf = config_of("7b")
+    more = 1024 * hf.vocab_size // 4 * (2 * 4 + 2)
+    assert ActorSizes(hf, 4, 2).logits(1024, True) - ActorSizes(hf, 4, 2).logits(1024) == pytest.approx(more, rel=0.01)
+    whole, truncated, allowed = (
+        {part.name: part.bytes for part in plan(*keys)[0].parts}["actor: logits"]
+        for keys in ((), (TOP_P,), (TOP_P, "rollout.sampling.allow_untruncated=true"))
+    )
+    assert truncated > whole == allowed
 
 
 def test_without_a_learner_or_a_drafter_they_take_nothing():

@@ -103,6 +103,18 @@ def test_prompts_are_templated_sampled_and_never_repeated(made):
         assert request.sampling.temperature == 1.0 and request.sampling.max_new_tokens == 10
 
 
+def test_responses_are_sampled_and_learned_from_at_the_run_s_temperature(actor, made, tmp_path):
+    """At a low temperature the same responses are learned from otherwise: the target is more certain of its tokens."""
+    cold, answers = recipe(tmp_path, "rollouts.temperature=0.1"), Answers()
+    assert make_drafter(
+        cold, actor, actor / "prompts.jsonl", tmp_path / "out", notify=lambda line: None, sampler=answers
+    )
+    assert {request.sampling.temperature for request in answers.requests} == {0.1}
+    facts = [json.loads((folder / "recipe.json").read_text())["facts"] for folder in (made[0], tmp_path / "out")]
+    assert facts[0]["coverage"] == facts[1]["coverage"] and facts[0]["overlap"] != facts[1]["overlap"]
+    assert made[1].requests[0].prompt_ids == answers.requests[0].prompt_ids
+
+
 def test_the_draft_vocabulary_holds_the_tokens_of_training_responses(actor, made):
     folder, answers, _ = made
     _, ids = load_drafter(folder, hf_config(actor))
@@ -246,4 +258,5 @@ def test_the_quickstart_recipe_is_valid_and_fits_the_run():
     run = load_config(ROOT / "configs" / "quickstart.yaml")
     assert made.prompts.template == run.data.template and made.draft_steps == run.speculation.steps
     assert made.rollouts.max_new_tokens == run.rollout.sampling.max_new_tokens
+    assert made.rollouts.temperature == run.rollout.sampling.temperature
     assert made.prompts.max_prompt_tokens == run.data.max_prompt_tokens

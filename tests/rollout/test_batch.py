@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from respec_trainer.rollout.batch import collate
+from respec_trainer.rollout.batch import collate, rows_of_rank
 from respec_trainer.rollout.sample import Sample
 
 
@@ -29,6 +30,22 @@ def test_collate_rounds_the_length_up():
         batch = collate([sample([1], [2, 3]), sample([1], [2])], pad_id=7, multiple_of=multiple)
         assert batch.tokens.tolist() == [[1, 2, 3] + [7] * (width - 3), [1, 2] + [7] * (width - 2)]
         assert batch.response_mask.sum(1).tolist() == [2, 1] and batch.lengths.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(("minibatches", "dp"), [(1, 1), (1, 4), (2, 2), (4, 2), (3, 4)])
+def test_minibatches_have_the_same_rows_on_any_number_of_ranks(minibatches, dp):
+    total = 24
+    parts = [np.array_split(rows_of_rank(total, minibatches, dp, rank), minibatches) for rank in range(dp)]
+    for number, expected in enumerate(np.array_split(np.arange(total), minibatches)):
+        found = [part[number].tolist() for part in parts]
+        assert sum(found, []) == expected.tolist()
+        assert {len(each) for each in found} == {total // minibatches // dp}
+
+
+def test_rows_that_do_not_divide_are_refused():
+    for total, minibatches, dp in (6, 2, 2), (9, 2, 1), (8, 1, 3):
+        with pytest.raises(ValueError, match=f"{total} rows do not split into {minibatches} minibatches over {dp}"):
+            rows_of_rank(total, minibatches, dp, 0)
 
 
 def test_rows_keep_width():

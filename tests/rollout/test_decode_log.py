@@ -11,6 +11,7 @@ import torch
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.decode_log import DecodeLog, DepthSettings
+from respec_trainer.rollout.ends import Ends
 from respec_trainer.rollout.sglang.inside.decode_recorder import DecodeRecorder, survivors_of
 from respec_trainer.rollout.sglang.inside.depth_choice import DepthChooser
 from respec_trainer.rollout.sglang.inside.simulated_acceptance import SimulatedAcceptance, kept_rate
@@ -58,13 +59,13 @@ def test_results_go_to_their_batches():
     recorder.begin(True, 1, 5.0, tokens=5)
     second = recorder.begin(False, 3, 11.0)
     assert len(recorder.take()) == 0, "no row while the first batch is unfinished"
-    assert recorder.settle([2, 0]) is first
+    assert recorder.settle([2, 0], 3) is first
     log = recorder.take(failures=1)
     assert log.steps.tolist() == [3, 0] and log.prefill.tolist() == [False, True] and log.failures == 1
-    assert log.tokens.tolist() == [4, 5] and log.survivors.tolist() == [[1, 1, 0], [0, 0, 0]]
+    assert log.tokens.tolist() == [3, 5] and log.survivors.tolist() == [[1, 1, 0], [0, 0, 0]]
     with pytest.raises(RuntimeError, match=r"results of 2 sequences.*\[3\]"):
-        recorder.settle([0, 0])
-    assert recorder.settle([0, 0, 0]) is second
+        recorder.settle([0, 0], 2)
+    assert recorder.settle([0, 0, 0], 3) is second
     log = recorder.take()
     assert log.batch.tolist() == [3] and log.survivors.shape == (1, 0) and len(recorder.take()) == 0
 
@@ -95,7 +96,7 @@ def test_rows_that_are_not_taken_are_dropped_and_counted():
     recorder = DecodeRecorder(most_rows=10)
     for i in range(26):
         recorder.begin(False, 1, float(i))
-        recorder.settle([0])
+        recorder.settle([0], 1)
     log = recorder.take()
     assert log.dropped == 20 and log.context.tolist() == [20.0, 21.0, 22.0, 23.0, 24.0, 25.0]
     assert recorder.take().dropped == 0
@@ -105,10 +106,11 @@ def test_a_log_is_the_same_after_bytes():
     recorder = DecodeRecorder()
     for steps in (0, 3):
         recorder.begin(False, 2, 7.5).steps = steps
-        recorder.settle([min(steps, 2), 0])
+        recorder.settle([min(steps, 2), 0], 4)
     log = replace(recorder.take(failures=2), state='{"turn": 3}')
     back = DecodeLog.of_bytes(log.to_bytes())
     assert back.failures == 2 and back.dropped == 0 and back.state == log.state
+    assert type(back.failures) is type(back.dropped) is int, "metrics are written as JSON"
     for name, column in log.to_arrays().items():
         np.testing.assert_array_equal(getattr(back, name), column)
         assert np.asarray(getattr(back, name)).dtype == column.dtype
@@ -132,6 +134,19 @@ def test_an_adaptive_chooser_asks_its_policy():
     assert DepthChooser(FIXED).predicted() == 0.0, "unknown"
 
 
+def test_a_policy_may_go_off_without_a_candidate_for_it():
+    """Every engine has the state without speculation, because a failed chooser needs it."""
+    chooser = DepthChooser(replace(FIXED, candidates=(1, 3), **chosen_by("Scripted", [3, 0])))
+    assert [chooser.choose(4, 10.0, 0.0).steps for _ in range(2)] == [3, 0] and not chooser.failed
+
+
+def test_after_a_failure_the_drafter_reads_nothing(capsys):
+    """Not even in the batch for which the policy fails."""
+    chooser = DepthChooser(replace(FIXED, off="warm", **chosen_by("Broken", [0])))
+    assert [chooser.choose(4, 10.0, 0.0) for _ in range(6)] == [(0, True)] * 4 + [(0, False)] * 2
+    assert "Traceback" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("broken", ["raises", "is no candidate", "observes", "predicts"])
 def test_a_policy_that_fails_turns_speculation_off(broken, capsys):
     policy = {"raises": "Broken", "predicts": "Unpredictable"}.get(broken, "Scripted")
@@ -139,11 +154,11 @@ def test_a_policy_that_fails_turns_speculation_off(broken, capsys):
     chooser = DepthChooser(replace(FIXED, **chosen_by(policy, script)))
     assert [chooser.choose(4, 10.0, 0.0).steps for _ in range(4)] == [1] * 4
     if broken == "observes":
-        chooser.observe(1, 4, [])
+        chooser.observe(1, 4, [], Ends(4, 0))
     elif broken == "predicts":
         assert chooser.predicted() == 0.0
     assert [chooser.choose(4, 10.0, 0.0) for _ in range(3)] == [(0, False)] * 3
-    chooser.observe(0, 4, [])
+    chooser.observe(0, 4, [], Ends(4, 0))
     assert chooser.failures == 1 and chooser.predicted() == 0.0
     assert capsys.readouterr().err.count("Traceback") == 1
 

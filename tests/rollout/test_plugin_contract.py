@@ -19,7 +19,9 @@ def test_origins_are_read_and_counted():
 
 
 def test_settings_are_json_that_any_process_can_read():
-    assert json.loads(plugin_settings("cpu", True)) == {"device": "cpu", "seeded": True, "steps": None}
+    default = {"device": "cpu", "seeded": True, "steps": None, "truncated_logprobs": True}
+    assert json.loads(plugin_settings("cpu", True)) == default
+    assert json.loads(plugin_settings("cpu", True, truncated_logprobs=False)) == default | {"truncated_logprobs": False}
     steps = DepthSettings("fixed", (0, 3), max_batch=4, max_context=100, fixed=3)
     settings = json.loads(plugin_settings("cuda", False, steps))
     assert (settings["device"], settings["seeded"]) == ("cuda", False)

@@ -1,13 +1,23 @@
-"""rollout/sample.py: seeds of requests, defaults that change no distribution, accept lengths."""
+"""rollout/sample.py: seeds of requests, defaults that change no distribution, tokens a verify pass."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 
 import pytest
 
-from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED, Request, Sample, SamplingParams, with_seed
-from respec_trainer.rollout.sample import accept_length as accept_length_of
+from respec_trainer.rollout.fleet.ledger import join
+from respec_trainer.rollout.sample import (
+    ACCEPTED,
+    BONUS,
+    UNDRAFTED,
+    Request,
+    Sample,
+    SamplingParams,
+    accept_length,
+    with_seed,
+)
 
 
 def request(key: str = "7/3/0") -> Request:
@@ -36,25 +46,47 @@ def test_origins_have_the_numbers_that_the_engine_sends():
     assert (UNDRAFTED, ACCEPTED, BONUS) == (0, 1, 2)
 
 
-def drawn(passes: int = 0, histogram=()) -> Sample:
-    return Sample("k", [1], [2], [-1.0], "stop", "actor-0", "d", verify_count=passes, accept_histogram=list(histogram))
-
-
 def test_a_new_sample_has_no_passes_no_restarts_and_no_reward():
     sample = Sample("k", [1], [2], [-1.0], "stop", "actor-0", "drafter-0")
     assert (sample.verify_count, sample.restarts, sample.reward, sample.reward_parts) == (0, 0, None, {})
     assert sample.accept_histogram == sample.origins == []
 
 
-@pytest.mark.parametrize(
-    ("passes", "histogram", "expected"),
-    [(0, [], 1.0), (4, [4], 1.0), (4, [1, 2, 1], 1 + (2 * 1 + 1 * 2) / 4), (2, [0, 0, 0, 2], 4.0)],
-)
-def test_the_accept_length_counts_drafts_by_their_depth_and_the_bonus(passes, histogram, expected):
-    assert drawn(passes, histogram).accept_length == pytest.approx(expected)
+def response(kept: list[int], tokens: int | None = None, reason: str = "stop", plain: int = 0) -> Sample:
+    """A response whose passes kept these drafts, cut to `tokens` tokens, after `plain` passes without drafts."""
+    runs = [[UNDRAFTED]] * (1 + plain) + [[ACCEPTED] * drafts + [BONUS] for drafts in kept]
+    origins = [origin for run in runs for origin in run][:tokens]
+    histogram = [kept.count(depth) + plain * (depth == 0) for depth in range(4)]
+    ids = list(range(len(origins)))
+    return Sample("k", [1], ids, [0.0] * len(ids), reason, "a", "d", len(kept) + plain, histogram, origins)
 
 
-def test_the_accept_length_of_many_weighs_passes_not_samples():
-    samples = [drawn(1, [0, 0, 1]), drawn(9, [9]), drawn()]
-    assert accept_length_of(samples) == pytest.approx(1 + 2 / 10)
-    assert accept_length_of([]) == 1.0
+def test_every_length_that_a_response_may_end_at():
+    """What its passes gave it is all but the first token, which comes with the prompt."""
+    generator = random.Random(0)
+    for _ in range(200):
+        kept = [generator.randint(0, 3) for _ in range(generator.randint(1, 6))]
+        whole = 1 + sum(kept) + len(kept)
+        for cut in range(kept[-1] + 1):
+            sample = response(kept, whole - cut)
+            assert sample.accept_length == pytest.approx((whole - cut - 1) / len(kept))
+
+
+def test_passes_without_drafts_keep_one_token_each():
+    assert response([3, 1], plain=4).accept_length == pytest.approx((4 + 2 + 4) / 6)
+    assert response([], plain=4).accept_length == 1.0
+
+
+def test_all_samples_together_and_none():
+    """7 tokens of two passes and 2 of one; one without passes has none to count."""
+    assert accept_length([response([3, 2]), response([3], tokens=3), response([])]) == pytest.approx(9 / 3)
+    assert accept_length([response([])]) == accept_length([]) == 1.0
+
+
+def test_a_response_that_was_continued_has_two_first_tokens():
+    """Each life of an engine reads the prompt and draws a token from it, without a verify pass."""
+    request = Request("k", (1,), SamplingParams(20))
+    first, rest = response([3, 0], reason="lost"), response([2, 3], tokens=1 + 3 + 2)
+    whole = join(request, first, rest)
+    assert whole.verify_count == 4 and len(whole.response_ids) == 6 + 6
+    assert whole.accept_length == pytest.approx((4 + 1 + 3 + 2) / 4)

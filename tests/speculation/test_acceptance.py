@@ -65,11 +65,13 @@ def test_draws_have_their_probabilities(acceptance, seed):
 
 def test_a_token_is_as_predictable_under_every_policy():
     """A draft at one position gets the same random number from every cycle; other responses get other numbers."""
-    acceptance = np.full((1, 1), 0.5)
+    acceptance, compared = np.full((1, 1), 0.5), set()
     for position in range(50):
         (whole,) = survivals(acceptance, 4, np.array([7]), np.array([position]), Setting())
         (later,) = survivals(acceptance, 3, np.array([7]), np.array([position + 1]), Setting())
         assert not whole[0] or (whole[1:] == later).all()
+        compared.add(tuple(later) if whole[0] else ())
+    assert compared == {(), (0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)}, "positions differ"
     numbers = uniform(0, np.arange(100, dtype=np.uint64)[:, None], np.arange(100, dtype=np.uint64))
     assert len(np.unique(numbers)) == 10_000
     assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 0.05  # five standard deviations
@@ -88,6 +90,8 @@ def test_the_estimate_follows_what_it_sees():
         estimate.observe([32, 16, 4])
     # At depth 2 the prior's 10 drafts have fallen to 10 e^(-1600 / 500) = 0.4 of some 500.
     assert estimate.by_depth == pytest.approx([0.5, 0.25, 0.9], abs=4e-3)
+    # A draft loses weight as others follow, not as batches do: 32 (1 + x + x^2 + ...) with x = e^(-32 / 500).
+    assert estimate.tried[0] == pytest.approx(32 / (1 - np.exp(-32 / 500)), rel=0.01)
     estimate.observe([32])  # a batch without drafts changes nothing
     estimate.observe([32, 0, 0])  # depths that are not reached keep their estimate
     assert estimate.by_depth[0] < 0.5 and estimate.by_depth[1:] == pytest.approx([0.25, 0.9], abs=4e-3)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.rollout.ends import Ends
 
 
 def chosen_by(policy: str, script: Iterable[int]) -> dict[str, Any]:
@@ -27,8 +28,9 @@ class Scripted:
         self.turn += 1
         return self.script[self.turn % len(self.script)]
 
-    def observe(self, steps: int, batch: int, survivors) -> None:
+    def observe(self, steps: int, batch: int, survivors, ends: Ends) -> None:
         assert steps == len(survivors) and all(kept <= batch for kept in survivors)
+        assert ends.tokens <= batch + sum(survivors) and 0 <= ends.ended <= batch
 
     def predicted(self) -> float:
         return 1.5
@@ -65,3 +67,20 @@ class Broken(Scripted):
         if self.turn == 3:
             raise ZeroDivisionError("a policy's bug")
         return super().choose(batch, context, missed)
+
+
+class Attentive(Scripted):
+    """Its state is all that it was told."""
+
+    def __init__(self, script: tuple[int, ...]):
+        super().__init__(script)
+        self.seen, self.graphs = [], None
+
+    def observe(self, steps: int, batch: int, survivors, ends: Ends) -> None:
+        self.seen.append((steps, batch, survivors, ends))
+
+    def state(self) -> dict:
+        return {"seen": self.seen, "graphs": self.graphs}
+
+    def set_graph_sizes(self, sizes) -> None:
+        self.graphs = list(sizes)

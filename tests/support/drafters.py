@@ -6,7 +6,7 @@ import torch
 
 from respec_trainer.drafter.batch import DrafterBatch
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
-from respec_trainer.drafter.online.buffer import Row, Snapshot
+from respec_trainer.drafter.online.stored import Row, Snapshot
 from respec_trainer.drafter.shape import DrafterShape
 from tests.support.models import tiny_config
 
@@ -60,3 +60,25 @@ def stored_row(snapshot: Snapshot, step: int = 0, hidden: int = 64, prompt: int 
         step=step,
         passes=4,
     )
+
+
+WHOLE = torch.zeros(1 << 16)  # all tensors of `sized_row` are views of it, so that it takes no time and no memory
+
+
+def sized_row(snapshot: Snapshot, response: int, step: int = 0, hidden: int = 2) -> Row:
+    """A row of zeros whose size is that of a prompt of 4 tokens and a response; for tests of what is kept."""
+    tokens = response + 4
+    features, states = WHOLE[: 3 * hidden * tokens].view(tokens, -1), WHOLE[: hidden * response].view(response, -1)
+    return Row(WHOLE[:tokens].long(), features, states, WHOLE[:response], snapshot, weight=1.0, step=step, passes=1)
+
+
+def row_bytes(response: int, hidden: int = 2) -> int:
+    """The bytes of `sized_row`: ids of 8 bytes, features, hidden states and log-sum-exps of 4."""
+    return (response + 4) * (8 + 4 * 3 * hidden) + response * 4 * (hidden + 1)
+
+
+def lognormal_lengths(steps: int, rows: int, seed: int, sigma: float = 0.8) -> list[list[int]]:
+    """Lengths of responses of 60 tokens in the median and 400 at most; each step's the longest first, as captured."""
+    noise = torch.randn(steps, rows, generator=torch.Generator().manual_seed(seed))
+    lengths = (60 * (sigma * noise).exp()).long().clamp(1, 400)
+    return lengths.sort(descending=True).values.tolist()

@@ -59,10 +59,9 @@ def worst_errors(cases: list[tuple]) -> dict[tuple, dict[str, float]]:
     for folder, sequence_parallel, recompute in cases:
         hf_config = load_hf_config(folder)
         changes = {"tp": tp, "sequence_parallel": sequence_parallel}
-        config = tiny_run_config(
-            folder, {"actor.parallel": changes, "actor.recompute": recompute, "actor.logprob_chunk": 5}
-        )
-        model = build_model(hf_config, config.actor, torch.float32, topology.device, TEMPERATURE)
+        overrides = {"actor.parallel": changes, "actor.recompute": recompute, "actor.logprob_chunk": 5}
+        config = tiny_run_config(folder, overrides | {"rollout.sampling.temperature": TEMPERATURE})
+        model = build_model(hf_config, config.actor, torch.float32, topology.device, config.rollout.sampling)
         load_weights(model, hf_config, folder, topology)
         tokens, mask, factors = example(hf_config.vocab_size)
         expected = reference(tiny_model(hf_config), tokens, mask, factors)

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from scipy.stats import chisquare
 
+from respec_trainer.rollout.sample import Sample, SamplingParams
 from tests.support.models import tiny_config, tiny_model
+from tests.support.truncation import truncate
 
 HIDDEN = 64
 VOCAB = 131
@@ -95,6 +97,20 @@ def save_drafter(folder: Path, target: Path, draft_ids: torch.Tensor, plain: boo
     return folder
 
 
+# Each with its own truncation; requests of one batch may differ. At most 9 tokens are kept, so each law shows.
+TRUNCATED = tuple(
+    SamplingParams(24, temperature, top_p, top_k, ignore_eos=True)
+    for temperature, top_p, top_k in [(1.5, 0.9, -1), (3.0, 1.0, 5), (2.0, 0.7, 9), (1.0, 1.0, -1)]
+)
+
+
+def check_truncated(reference: Reference, samples: list[Sample], asked: list[SamplingParams]) -> None:
+    """Check that log-probs are those of what top_k and top_p keep, and that nothing else was drawn."""
+    for sample, params in zip(samples, asked, strict=True):
+        expected = reference.truncated_logprobs(tuple(sample.prompt_ids), sample.response_ids, params)
+        torch.testing.assert_close(torch.tensor(sample.sampler_logprobs), expected, atol=3e-5, rtol=0)  # fp32 sums
+
+
 class Reference:
     """The transformers model with which the engine's results are compared."""
 
@@ -144,3 +160,9 @@ class Reference:
         row = [*prompt, *response]
         scores = (self.logits([row])[0] / temperature).log_softmax(-1)
         return scores[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0]
+
+    def truncated_logprobs(self, prompt: tuple[int, ...], response: list[int], params: SamplingParams) -> torch.Tensor:
+        """Return the log-prob of each response token in what the parameters' top_k and top_p keep."""
+        probs = (self.logits([[*prompt, *response]])[0].double() / params.temperature).softmax(-1).numpy()
+        kept = [truncate(row, params.top_k, params.top_p) for row in probs[len(prompt) - 1 : -1]]
+        return torch.tensor([row[token] for row, token in zip(kept, response, strict=True)]).log().float()

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks import small_cpu
 from respec_trainer.speculation.cost import CostModel, Terms
+from respec_trainer.speculation.policy import FixedPolicy
 from respec_trainer.speculation.profiling.profile import CYCLE, Cell, Identity, Profile, Timing
 from respec_trainer.speculation.shape import OFF, Shape, chain
+from respec_trainer.speculation.simulation.informed import InformedPolicy
+from respec_trainer.speculation.simulation.simulator import Outcome, Setting, simulate
 from respec_trainer.speculation.simulation.trace import Trace
 
 IDENTITY = Identity(
@@ -21,17 +25,7 @@ IDENTITY = Identity(
     tp=1,
 )
 
-# A CPU computes and reads in turns, so times rise with every token. The values are like a 76M model's on one thread.
-CPU = CostModel(
-    {
-        "plain": Terms(fixed=0.010, weights=0.034, kv=4e-7, token=8e-4),
-        "draft": Terms(fixed=0.002, each=5e-5, weights=0.003, kv=3e-8, token=1e-4),
-        "verify": Terms(fixed=0.012, each=1e-4, weights=0.034, kv=5e-7, token=5e-4, pair=2e-8),
-        "extend": Terms(fixed=0.002, each=3e-5, weights=0.003, kv=3e-8, token=1e-4, pair=1e-8),
-        "catch_up": Terms(fixed=0.003, token=9e-5, pair=1e-8),
-        "prefill": Terms(fixed=0.040, token=6e-4, pair=2e-8),
-    }
-)
+CPU = small_cpu.CPU  # made-up costs that benchmarks use as well
 # A GPU computes while it reads: a pass takes the same time until its tokens are many.
 GPU = CostModel(
     {
@@ -54,6 +48,7 @@ def profile_of(
     contexts: Sequence[int] = CONTEXTS,
     shapes: Sequence[Shape] = CHAINS,
     seed: int = 0,
+    graphs: Sequence[int] = (),
 ) -> Profile:
     """A profile of five repeats, each with a random error: the logarithm of its time is normal."""
     generator = np.random.default_rng(seed)
@@ -69,7 +64,7 @@ def profile_of(
                 pieces = CYCLE if shape != OFF else ("plain", "extend", "catch_up", "prefill")
                 times = {piece: timing(piece, shape, batch, context) for piece in pieces}
                 cells.append(Cell(batch=batch, context=context, shape=shape, times=times))
-    return Profile(identity=IDENTITY, cells=cells)
+    return Profile(identity=IDENTITY, graph_sizes=list(graphs), cells=cells)
 
 
 def skewed_trace(
@@ -80,3 +75,10 @@ def skewed_trace(
     lengths = np.minimum(generator.lognormal(5.0, 1.0, responses).astype(int) + 1, longest)
     prompt = np.repeat(generator.integers(20, 100, -(-responses // 4)), 4)[:responses]
     return Trace(prompt, lengths, np.arange(responses) // 4, np.tile(np.array(acceptance, dtype=float), (responses, 1)))
+
+
+def references(trace: Trace, costs: CostModel, steps: Sequence[int], setting: Setting) -> list[Outcome]:
+    """The rollouts against which regret is measured: three kinds of full knowledge, and every fixed number of steps."""
+    makers = [lambda kind=kind: InformedPolicy(kind, costs, steps) for kind in ("greedy", "weighted", "critical")]
+    makers += [lambda each=each: FixedPolicy(each) for each in steps]
+    return [simulate(trace, costs, make, setting) for make in makers]

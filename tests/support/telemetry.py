@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from respec_trainer.rollout.decode_log import DecodeLog
-from respec_trainer.rollout.sample import BONUS, UNDRAFTED, Sample
+from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED, Sample
 from respec_trainer.telemetry.timeline import Timeline
 
 
 def sample(reward=0.0, tokens=4, verify=0, histogram=(), finish="stop") -> Sample:
+    """A response of `tokens` tokens. Its passes kept as many drafts as `histogram` says, the fewest first."""
+    passes = [[ACCEPTED] * depth + [BONUS] for depth, count in enumerate(histogram) for _ in range(count)]
+    origins = [UNDRAFTED, *(origin for run in passes for origin in run), *[UNDRAFTED] * tokens]
     return Sample(
         key="0:a:0",
         prompt_ids=[1],
@@ -20,7 +23,7 @@ def sample(reward=0.0, tokens=4, verify=0, histogram=(), finish="stop") -> Sampl
         drafter_version="drafter-0",
         verify_count=verify,
         accept_histogram=list(histogram),
-        origins=[UNDRAFTED] + [BONUS if verify else UNDRAFTED] * (tokens - 1),
+        origins=origins[:tokens],
         reward=reward,
     )
 

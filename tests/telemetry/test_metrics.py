@@ -60,7 +60,7 @@ def test_failures_of_the_depth_chooser_are_summed_even_where_nothing_was_logged(
 
 
 def test_engines_that_log_nothing_leave_the_samples_metrics_alone():
-    samples = [sample(verify=4, histogram=[1, 1, 0, 2])]
+    samples = [sample(tokens=12, verify=4, histogram=[1, 1, 0, 2])]
     plain = speculation_metrics(samples, SpeculationConfig())
     assert speculation_metrics(samples, SpeculationConfig(), [Timeline.of(DecodeLog(), None)]) == plain
     logged = speculation_metrics(samples, SpeculationConfig(), [hand_timeline()])

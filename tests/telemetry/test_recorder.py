@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from respec_trainer.config import SpeculationConfig
+from respec_trainer.config import SamplingConfig, SpeculationConfig
 from respec_trainer.config_file import load_config
 from respec_trainer.rollout.sample import ACCEPTED, BONUS, UNDRAFTED
 from respec_trainer.telemetry.live import Progress
@@ -47,21 +47,37 @@ def test_reward_metrics_are_of_the_samples_that_were_scored():
 
 
 def test_rollout_metrics():
-    metrics = rollout_metrics([sample(tokens=4), sample(tokens=8, finish="length")], seconds=2.0)
+    samples, whole = [sample(tokens=4), sample(tokens=8, finish="length")], SamplingConfig(max_new_tokens=8)
+    metrics = rollout_metrics(samples, 2.0, whole)
     assert metrics["rollout/tokens"] == 12
     assert metrics["rollout/tokens_per_second"] == 6.0
     assert metrics["rollout/response_length"] == 6.0
     assert metrics["rollout/truncated"] == 0.5
+    sampling = [{}, {"top_p": 0.9}, {"allow_untruncated": True}, {"top_k": 2, "allow_untruncated": True}]
+    marks = [rollout_metrics(samples, 2.0, SamplingConfig(max_new_tokens=8, **each)) for each in sampling]
+    assert [each["rollout/untruncated"] for each in marks] == [0, 0, 0, 1]
 
 
 def test_speculation_metrics_count_the_bonus_token():
     # 10 passes: 2 accepted nothing, 3 one draft, 1 two, 4 three: 17 drafts, so 27 tokens in 10 passes.
-    first, second = sample(verify=4, histogram=[1, 1, 0, 2]), sample(verify=6, histogram=[1, 2, 1, 2])
+    first = sample(tokens=1 + 11, verify=4, histogram=[1, 1, 0, 2])
+    second = sample(tokens=1 + 16, verify=6, histogram=[1, 2, 1, 2])
     metrics = speculation_metrics([first, second], SpeculationConfig())
     assert metrics["spec/accept_length"] == pytest.approx(2.7)
     assert metrics["spec/accept_by_depth"] == pytest.approx([8 / 10, 5 / 8, 4 / 5])
     assert metrics["spec/off_fraction"] == 0.0
     assert first.accept_length == pytest.approx(1 + 7 / 4)
+
+
+@pytest.mark.parametrize("tokens", range(9, 13))
+def test_what_lies_behind_a_response_s_end_is_not_gained(tokens):
+    """The last of four passes accepted three drafts and drew one more; the response ends at one of these tokens."""
+    cut = sample(tokens=tokens, verify=4, histogram=[1, 1, 0, 2])
+    whole = sample(tokens=1 + 16, verify=6, histogram=[1, 2, 1, 2])
+    assert cut.accept_length == (tokens - 1) / 4
+    metrics = speculation_metrics([cut, whole], SpeculationConfig())
+    assert metrics["spec/accept_length"] == pytest.approx((tokens - 1 + 16) / 10)
+    assert metrics["spec/accept_by_depth"] == pytest.approx([8 / 10, 5 / 8, 4 / 5]), "of all drafts that were verified"
 
 
 def test_tokens_without_a_draft_are_counted_as_off_but_for_a_response_s_first():

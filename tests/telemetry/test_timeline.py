@@ -26,6 +26,13 @@ def test_a_batch_lasts_until_the_next_one_and_the_last_as_long_as_its_parts():
     assert pool([hand_timeline(), hand_timeline()], lambda line: line.seconds).sum() == pytest.approx(10.0)
 
 
+def test_all_parts_of_the_last_batch_count():
+    """Each is a power of two, so that a missing or a doubled one shows."""
+    names = ("draft", "verify", "extend", "catch_up", "switch", "decide")
+    parts = {name: np.array([0.0] * 5 + [2.0**power]) for power, name in enumerate(names)}
+    assert hand_timeline(**parts).seconds[-1] == 2**6 - 1
+
+
 def test_tokens_are_worth_the_plain_steps_that_draw_as_many():
     earned = hand_timeline().earned[[1, 2, 4, 5]]
     assert earned == pytest.approx([0.5 * 10 / 4, 0.5 * 4 / 4, 0.4 * 3 / 2, 0.4 * 4 / 2])

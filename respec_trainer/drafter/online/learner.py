@@ -18,22 +18,28 @@ import torch
 from respec_trainer.capture import Wanted
 from respec_trainer.drafter.format import load_drafter
 from respec_trainer.drafter.vocabulary import FIXED
+from respec_trainer.rollout.batch import rows_of_rank
 from respec_trainer.rollout.sample import Sample
 
 
 @dataclass(frozen=True)
 class LearnerRank:
-    """This rank among those that train: its share `dp_rank` of `dp` of a step's samples, and its device."""
+    """This rank among those that train, its share of a step's samples, and its device."""
 
     rank: int = 0
     world_size: int = 1
     dp: int = 1
     dp_rank: int = 0
+    minibatches: int = 1  # objective.minibatches, of which each rank has an equal part
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def of(cls, topology) -> LearnerRank:
-        return cls(topology.rank, topology.world_size, topology.dp, topology.dp_rank, topology.device)
+    def of(cls, topology, minibatches: int) -> LearnerRank:
+        return cls(topology.rank, topology.world_size, topology.dp, topology.dp_rank, minibatches, topology.device)
+
+    def rows(self, total: int) -> list[int]:
+        """Return the numbers of this rank's samples among the `total` of a step, in order."""
+        return rows_of_rank(total, self.minibatches, self.dp, self.dp_rank)
 
 
 class Learner:

@@ -10,8 +10,8 @@ import torch
 from respec_trainer.config import Config
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, predicted_accept_length
-from respec_trainer.drafter.online.buffer import Row
 from respec_trainer.drafter.online.recall import recall
+from respec_trainer.drafter.online.stored import Row
 from respec_trainer.drafter.online.updates import PARTS, drafter_loss
 from respec_trainer.drafter.walk import pass_tokens
 
@@ -43,8 +43,7 @@ class Measurement:
         `predicted_accept_length` is counted along these responses for chains of `speculation.steps` drafts, each the
         drafter's first choice (walk.py). Under rejection sampling drafts are drawn, so it is computed from acceptance
         by depth instead; for trees it is left out. `measured_accept_length` is the engine's on the same responses:
-        tokens a verify pass. `spec/accept_length` is slightly higher, because the engine also counts accepted drafts
-        past the end of a response.
+        tokens that they kept a verify pass, as `spec/accept_length` counts them.
         """
         if not self.depths.tokens.any():
             return {}

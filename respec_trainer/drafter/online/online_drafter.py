@@ -29,14 +29,16 @@ from respec_trainer.capture import Wanted
 from respec_trainer.collectives import reduce
 from respec_trainer.config import Config
 from respec_trainer.drafter.format import load_drafter, save_drafter
-from respec_trainer.drafter.online.buffer import MB, ReplayBuffer, Row
+from respec_trainer.drafter.loss import drafted_weights
+from respec_trainer.drafter.online.buffer import MB, ReplayBuffer
 from respec_trainer.drafter.online.cadence import Cadence
 from respec_trainer.drafter.online.learner import Learner, LearnerRank
 from respec_trainer.drafter.online.measure import measure
 from respec_trainer.drafter.online.recall import recall
 from respec_trainer.drafter.online.record import StepRecord
 from respec_trainer.drafter.online.rows import rows_of_step
-from respec_trainer.drafter.online.updates import DrafterUpdates, Micro
+from respec_trainer.drafter.online.stored import Row
+from respec_trainer.drafter.online.updates import DrafterUpdates, Micro, batches
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.sample import Sample
 
@@ -73,7 +75,9 @@ class OnlineDrafter(Learner):
         self.updates = DrafterUpdates(self.drafter, self.settings, self.temperature, self._bf16())
         self.served = self._as_served()
         self.began_as = self._as_served() if self.settings.compare_frozen else None  # the drafter before any update
-        self.buffer = ReplayBuffer(self._room(), self.settings.retention, config.run.seed + rank_info.rank)
+        self.measured_rows = -(-MEASURED // rank_info.world_size)
+        seeds = config.run.seed, rank_info.rank
+        self.buffer = ReplayBuffer(self._room(), self.settings.retention, *seeds, self.measured_rows, self._least)
         self.cadence = Cadence(self.settings.cadence, self.settings.interval, self.settings.delta)
         self.record = StepRecord(ids, hf_config.vocab_size)
         self.number = 0  # number of the weights' version
@@ -104,11 +108,11 @@ class OnlineDrafter(Learner):
         """
         step = self.record.iteration + 1
         found = rows_of_step(samples, inference, rewards, self.settings, self.rank_info, step)
-        self.record.store(found)
+        found.refused += self.buffer.add(found.rows, self._share_of_batch)
+        self.record.store(found, self.buffer.newest())
         self.record.observe(samples, self.notify)
         self.accept_history.append(self.record.accept_length)
         self.cadence.note(self.record.accept_length, generation_seconds)
-        self.buffer.add(found.rows, self._share_of_batch)
         assert self.nbytes <= self.settings.memory_mb * MB
         if self.settings.mode == "sync":
             watch = _Watch(lambda: False)
@@ -151,7 +155,7 @@ class OnlineDrafter(Learner):
         return room
 
     def _measure(self, watch: _Watch) -> None:
-        rows = self.buffer.newest(-(-MEASURED // self.rank_info.world_size))
+        rows = self.buffer.newest(self.measured_rows)
         watch()
         self.record.measured = measure(self.served, self.wants.draft_ids, rows, self.config, self.rank_info.device)
         if self.began_as is not None:
@@ -169,11 +173,8 @@ class OnlineDrafter(Learner):
         rows = self.buffer.choose(self.cadence.share)
         (count,) = self._most([-(-len(rows) // self._share_of_batch)])
         applied = 0
-        for number in range(int(count)):
-            start = number * self._share_of_batch % max(len(rows), 1)
-            # By step, so that a micro-batch has few snapshots.
-            batch = sorted(rows[start : start + self._share_of_batch], key=lambda row: row.step)
-            outcome = self.updates.step(self._micros(batch), may_go_on)
+        for batch in batches(rows, self._share_of_batch, int(count)):
+            outcome = self.updates.step(self._micros(batch), self._totals(batch), may_go_on)
             self.record.outcome(outcome, self.updates)
             if outcome.applied and not self._keep_if_finite():
                 applied = 0
@@ -207,6 +208,11 @@ class OnlineDrafter(Learner):
         size = self.settings.micro_batch_size
         parts = [rows[start : start + size] for start in range(0, self._share_of_batch, size)]
         return [partial(self._recall, part) for part in parts]
+
+    def _totals(self, rows: list[Row]) -> list[float]:
+        """Return the weights of the tokens drafted at each depth in an update of which `rows` are this rank's."""
+        responses, weights = (torch.tensor([getattr(row, name) for row in rows]) for name in ("response", "weight"))
+        return self._sum(drafted_weights(responses, weights, self.settings.unroll).tolist())
 
     def _recall(self, rows: list[Row]) -> Micro | None:
         return recall(rows, self.temperature, self.rank_info.device) if rows else None

@@ -1,22 +1,21 @@
 """Rows of the replay buffer as one batch on the device: the rollouts, and the teacher outputs of the actor.
 
 Serving verifies against the target at the sampling temperature T, softmax(z / T), and under rejection sampling it draws
-drafts from softmax(d / T). So both distributions are taken at T: `recall` returns z / T, and `AtTemperature` divides
-the drafter's logits d by T. A drafter distilled at T = 1 stays correct, because d = z fits at any temperature. Top-k
-and top-p of the sampling are left out: they remove only tokens that are hardly ever drafted.
+drafts from softmax(d / T). So both distributions are taken at T: `recall` returns z / T, and `AtTemperature`
+(temperature.py) divides the drafter's logits d by T. A drafter distilled at T = 1 stays correct, because d = z fits at
+any temperature. Top-k and top-p of the sampling are left out: they remove only tokens that are hardly ever drafted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from respec_trainer.drafter.batch import DrafterBatch
-from respec_trainer.drafter.eagle3 import Eagle3Drafter
-from respec_trainer.drafter.online.buffer import Row
+from respec_trainer.drafter.online.stored import Row
 from respec_trainer.drafter.teacher import TeacherOutput
 
 
@@ -59,16 +58,3 @@ def _draft_logits(rows: Sequence[Row], temperature: float, device: torch.device)
 def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to the device; to a GPU through pinned memory, without waiting for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-class AtTemperature:
-    """A drafter whose logits are divided by the sampling temperature, with the two methods that losses use."""
-
-    def __init__(self, drafter: Eagle3Drafter, temperature: float):
-        self.drafter, self.temperature = drafter, temperature
-
-    def unroll(self, embeddings: torch.Tensor, features: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
-        return self.drafter.unroll(embeddings, features, steps)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.drafter.logits(hidden) / self.temperature

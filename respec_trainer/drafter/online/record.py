@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -10,6 +10,7 @@ from respec_trainer.config import Config
 from respec_trainer.drafter.loss import DepthSums
 from respec_trainer.drafter.online.measure import Measurement
 from respec_trainer.drafter.online.rows import StepRows
+from respec_trainer.drafter.online.stored import Row
 from respec_trainer.drafter.online.updates import DrafterUpdates, Outcome
 from respec_trainer.drafter.vocabulary import LEAST_COVERAGE, coverage
 from respec_trainer.rollout.sample import Sample, accept_length
@@ -29,6 +30,7 @@ class StepRecord:
     def _clear(self) -> None:
         self.steps: dict[str, float] = {}  # metrics that are equal on every rank
         self.drift = [0.0, 0.0]  # sum of the drift over this rank's tokens, and their number
+        self.lengths = [0.0] * 4  # tokens and number of this rank's responses asked to be kept, and of those kept
         self.measured: Measurement | None = None
         self.measured_frozen: Measurement | None = None  # the drafter that the run began with, on the same rows
         self.exposed = 0.0
@@ -36,9 +38,12 @@ class StepRecord:
         self.loss = 0.0
         self.sums: DepthSums | None = None
 
-    def store(self, found: StepRows) -> None:
-        """Count a step, and add up what was found while its rows were made."""
+    def store(self, found: StepRows, kept: Sequence[Row]) -> None:
+        """Count a step, and add up what was found while its rows were made, and how long those are that were kept."""
         self.iteration += 1
+        for place, rows in ((0, found.rows), (2, kept)):
+            self.lengths[place] += sum(row.response for row in rows)
+            self.lengths[place + 1] += len(rows)
         self.steps["drafter/uniform_fallback"] = int(found.fell_back)
         self.refused += found.refused
         self.drift[0] += found.drift
@@ -78,6 +83,7 @@ class StepRecord:
         none = Measurement.none(config.drafter.unroll)
         measured = torch.stack([(one or none).flat() for one in (self.measured, self.measured_frozen)])
         *totals, drift, tokens, refused = add([*measured.flatten().tolist(), *self.drift, self.refused])
+        asked, asked_rows, kept, kept_rows = add(self.lengths)
         served, frozen = (Measurement.of_flat(total) for total in torch.tensor(totals, dtype=torch.float64).view(2, -1))
         (exposed,) = least([self.exposed])
         found = self.steps | {
@@ -91,6 +97,8 @@ class StepRecord:
             found["drafter/loss"] = self.loss / self.updates
             means = self.sums.means()
             found |= {"drafter/train_acceptance": means["alpha"], "drafter/train_top1": means["top1"]}
+        found |= {"drafter/asked_length": asked / asked_rows} if asked_rows else {}
+        found |= {"drafter/kept_length": kept / kept_rows} if kept_rows else {}
         found |= served.metrics(config)
         predicted = frozen.metrics(config).get("drafter/predicted_accept_length")
         found |= {} if predicted is None else {"drafter/frozen_accept_length": predicted}

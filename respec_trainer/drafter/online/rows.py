@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from respec_trainer.config import DrafterConfig
-from respec_trainer.drafter.online.buffer import Row, Snapshot
 from respec_trainer.drafter.online.learner import LearnerRank
+from respec_trainer.drafter.online.stored import Row, Snapshot
 from respec_trainer.drafter.online.weighting import response_weights
 from respec_trainer.rollout.sample import Sample
 
@@ -48,10 +48,11 @@ def rows_of_step(
     if captured is None:
         return found
     snapshot = Snapshot(captured.token_ids, captured.embeddings, captured.output_rows)
-    first, scores = rank_info.dp_rank * (len(samples) // rank_info.dp), rewards.flatten()
+    mine, scores = rank_info.rows(len(samples)), rewards.flatten()
     for part in captured.rows:
-        sample = samples[first + part.row]
-        if not sample.response_ids or scores[first + part.row].isnan():
+        number = mine[part.row]
+        sample = samples[number]
+        if not sample.response_ids or scores[number].isnan():
             continue
         if not (part.features.isfinite().all() and part.hidden.isfinite().all() and part.logsumexp.isfinite().all()):
             found.refused += 1
@@ -65,7 +66,7 @@ def rows_of_step(
                 hidden=part.hidden,
                 logsumexp=part.logsumexp,
                 snapshot=snapshot,
-                weight=weights.flatten()[first + part.row].item(),
+                weight=weights.flatten()[number].item(),
                 step=step,
                 passes=sample.verify_count,
             )

@@ -20,8 +20,9 @@ from respec_trainer.drafter.distill import DistillSettings, drafter_optimizers
 from respec_trainer.drafter.eagle3 import Eagle3Drafter
 from respec_trainer.drafter.loss import DepthSums, distill_loss
 from respec_trainer.drafter.muon import Muon
-from respec_trainer.drafter.online.recall import AtTemperature
+from respec_trainer.drafter.online.stored import Row
 from respec_trainer.drafter.teacher import TeacherOutput
+from respec_trainer.drafter.temperature import AtTemperature
 
 CHUNK = 1024  # largest number of tokens whose draft logits are in memory at one time
 PARTS = [part.name for part in fields(DepthSums)]  # in the order of a flat tensor
@@ -50,8 +51,9 @@ class DrafterUpdates:
         self.parameters = list(drafter.parameters())
         self.device = self.parameters[0].device
         self.size = sum(parameter.numel() for parameter in self.parameters)
-        # gradients, weight, weighted loss, then DepthSums
+        # gradients, weight at the first depth, loss, then DepthSums
         self.flat = torch.zeros(self.size + 2 + len(PARTS) * config.unroll, device=self.device)
+        self.totals = torch.ones(config.unroll, device=self.device)  # of the update being made
         self._tie_gradients()
 
     @property
@@ -68,19 +70,23 @@ class DrafterUpdates:
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def step(self, micros: Sequence[Callable[[], Micro | None]], may_go_on: Callable[[], bool]) -> Outcome:
+    def step(
+        self, micros: Sequence[Callable[[], Micro | None]], totals: Sequence[float], may_go_on: Callable[[], bool]
+    ) -> Outcome:
         """Make one optimizer update from all ranks' micro-batches.
 
-        The loss is the mean over all ranks of the micro-batches' losses, each weighted by the sum of its tokens'
-        weights at the first depth. If a rank runs out of memory, all ranks drop the update.
+        The loss is `distill_loss` of all their rows together, however they are divided. If a rank runs out of memory,
+        all ranks drop the update.
 
         Args:
             micros: functions that each make one micro-batch, or None if the rank has no rows for it; equally many on
                 every rank.
+            totals: the `drafted_weights` of the rows of all micro-batches of all ranks, by depth.
             may_go_on: called before each micro-batch; returns the same on every rank. At False the update is made from
-                the micro-batches so far.
+                the micro-batches so far, as if the others had been like them.
         """
         self.flat.zero_()
+        self.totals = torch.tensor(totals, dtype=torch.float32, device=self.device)
         whole = True
         for make in micros:
             whole = may_go_on()
@@ -95,9 +101,10 @@ class DrafterUpdates:
         weight, loss = self.flat[self.size : self.size + 2].tolist()
         finite = bool(self.flat.isfinite().all())
         applied = finite and weight > 0
+        share = weight / totals[0] if weight else 1.0  # of the rows; below 1 if the update was cut short
         if applied:
-            self._apply(weight)
-        return Outcome(applied, finite, loss / weight if weight else 0.0, whole)
+            self._apply(share)
+        return Outcome(applied, finite, loss / share, whole)
 
     def sums(self) -> DepthSums:
         """The sums of the latest update's rows over all ranks, computed with the weights before the update."""
@@ -107,18 +114,18 @@ class DrafterUpdates:
         if micro is None:
             return
         batch, teacher = micro
-        loss, sums = drafter_loss(self.drafter, batch, teacher, self.config, self.temperature, self.bf16)
+        loss, sums = drafter_loss(self.drafter, batch, teacher, self.config, self.temperature, self.bf16, self.totals)
         weight = sums.weight[0]
         if weight == 0:  # no response is long enough to draft for
             return
-        (loss * weight).backward()
+        loss.backward()
         tail = self.flat[self.size :]
         tail[0] += weight
-        tail[1] += loss.detach() * weight
+        tail[1] += loss.detach()
         tail[2:] += torch.stack([getattr(sums, part).float() for part in PARTS]).flatten()
 
-    def _apply(self, weight: float) -> None:
-        self.flat[: self.size] /= weight
+    def _apply(self, share: float) -> None:
+        self.flat[: self.size] /= share
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         for stepper in (*self.optimizers, *self.schedules):
             stepper.step()
@@ -136,6 +143,15 @@ class DrafterUpdates:
             schedule.last_epoch = done
 
 
+def batches(rows: Sequence[Row], size: int, count: int) -> list[list[Row]]:
+    """Divide a rank's rows into those of `count` updates, `size` each: every row once, none where they are used up.
+
+    The rows of an update are ordered by step, so that a micro-batch has few snapshots.
+    """
+    parts = [rows[start : start + size] for start in range(0, count * size, size)]
+    return [sorted(part, key=lambda row: row.step) for part in parts]
+
+
 def drafter_loss(
     drafter: Eagle3Drafter,
     batch: DrafterBatch,
@@ -143,8 +159,9 @@ def drafter_loss(
     config: DrafterConfig,
     temperature: float,
     bf16: bool = False,
+    totals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, DepthSums]:
     """Compute `distill_loss` with the run's settings, at the sampling temperature."""
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=bf16):
         at = AtTemperature(drafter, temperature)
-        return distill_loss(at, batch, teacher, config.unroll, config.decay, CHUNK, config.loss)
+        return distill_loss(at, batch, teacher, config.unroll, config.decay, CHUNK, config.loss, totals)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from respec_trainer.rollout.sglang.engine import SGLangEngine
 
 POLL_SECONDS = 1.0
+IMPOSSIBLE = -1e30  # log-probs below this stand for a probability of 0
 
 
 class SGLangPending(Pending):
@@ -88,6 +89,7 @@ class SGLangPending(Pending):
         if reason not in ("stop", "length", "lost"):
             raise EngineError(f"request {request.key}: the rollout engine ended it with {meta['finish_reason']}")
         logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+        check_kept(logprobs, request)
         if len(logprobs) != len(output["output_ids"]):
             raise EngineError(
                 f"request {request.key}: {len(logprobs)} log-probs for {len(output['output_ids'])} tokens"
@@ -103,6 +105,18 @@ class SGLangPending(Pending):
             verify_count=meta.get("spec_verify_ct", 0),
             accept_histogram=meta.get("spec_correct_drafts_histogram", []),
             origins=read_origins(meta, len(output["output_ids"]), request.key),
+        )
+
+
+def check_kept(logprobs: Sequence[float], request: Request) -> None:
+    """Raise EngineError if the engine drew a token that it says has no probability: what it kept is then unknown."""
+    lost = next((i for i, logprob in enumerate(logprobs) if logprob < IMPOSSIBLE), None)
+    if lost is not None:
+        sampling = request.sampling
+        raise EngineError(
+            f"request {request.key}: response token {lost} was drawn although top_k={sampling.top_k} and "
+            f"top_p={sampling.top_p} keep a mass of 0 for it, so its log-prob is unknown; set "
+            "rollout.sampling.top_k=-1 and rollout.sampling.top_p=1"
         )
 
 

@@ -197,7 +197,7 @@ def _engine_class(settings: EngineSettings, deliveries: Deliveries, fail: Callab
             await super()._handle_batch_output(message)
             deliveries.commit(states, message)
 
-    plugin = plugin_settings(settings.device, settings.seeded, settings.steps)
+    plugin = plugin_settings(settings.device, settings.seeded, settings.steps, settings.truncated_logprobs)
     make_manager = functools.partial(init_tokenizer_manager, TokenizerManagerClass=Manager)
 
     class TrainersEngine(Engine):

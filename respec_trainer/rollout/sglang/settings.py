@@ -35,6 +35,8 @@ class EngineSettings:
     tokenizer: bool = False
     # Requests may have seeds; then every draw of the engine is a function of a seed and a position.
     seeded: bool = False
+    # Log-probs are of what top_k and top_p keep. False: they are of the whole vocabulary, as sglang returns them.
+    truncated_logprobs: bool = True
     context_length: int | None = None  # None: the model's
     # Weights at the start: "auto" reads the folder's; "dummy" makes random ones, for when only shapes matter.
     load_format: Literal["auto", "dummy"] = "auto"
@@ -69,6 +71,7 @@ class EngineSettings:
             base_gpu_id=int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else 0,  # on a CPU: NUMA node
             tokenizer=bool(sampling.stop),
             seeded=sampling.seeded,
+            truncated_logprobs=not sampling.allow_untruncated,
         )
 
     def of_start(self, number: int) -> EngineSettings:

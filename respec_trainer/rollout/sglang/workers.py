@@ -28,10 +28,16 @@ LAUNCHER = (
     "TORCHELASTIC_USE_AGENT_STORE",
 )  # fmt: skip
 
+# With these set, sglang would return log-probs at temperature 1, or accept drafts that the target did not choose.
+OTHER_MEANING = (
+    "SGLANG_RETURN_ORIGINAL_LOGPROB", "SGLANG_SIMULATE_ACC_LEN", "SGLANG_SIMULATE_ACC_METHOD",
+    "SGLANG_SIMULATE_ACC_TOKEN_MODE",
+)  # fmt: skip
+
 
 def engine_environment(device: str, threads: int, tp: int = 1) -> dict[str, str | None]:
     """Return the environment of the engine's processes; None unsets a variable. On a CPU each rank has `threads`."""
-    changes: dict[str, str | None] = dict.fromkeys(LAUNCHER)
+    changes: dict[str, str | None] = dict.fromkeys((*LAUNCHER, *OTHER_MEANING))
     changes |= {
         "PYTHONWARNINGS": "ignore",
         "TOKENIZERS_PARALLELISM": "false",

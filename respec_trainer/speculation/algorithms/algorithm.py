@@ -41,6 +41,8 @@ class Algorithm:
     audit_shape: Mapping[str, Any] = field(default_factory=dict)
     drafts: bool = True  # False: there is no speculation
     folder: DrafterFolder | None = None  # what drafter.path must name; None: the algorithm has no drafter
+    # Its verification truncates by top_k, then top_p, as SGLang's EAGLE does: then it reports truncated log-probs.
+    truncates: bool = False
     samples: bool = False  # the drafter can sample its drafts, which speculation.rejection_sampling needs
     adapts: bool = False  # the draft steps can change while the engine runs, in chains
     learns: bool = False  # the drafter can be trained online

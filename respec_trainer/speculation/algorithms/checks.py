@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from respec_trainer.config import Config, DrafterConfig, SpeculationConfig
+from respec_trainer.config import Config, DrafterConfig, SamplingConfig, SpeculationConfig
 from respec_trainer.errors import ConfigError
 from respec_trainer.speculation.algorithms import Algorithm, algorithm_of, changes_depth, is_lossy, names_of
 
@@ -11,6 +11,7 @@ def check_config(config: Config) -> None:
     """Raise ConfigError, naming keys and remedy, unless speculation and drafter fit `speculation.algorithm`."""
     check_speculation(config.speculation)
     algorithm = algorithm_of(config.speculation)
+    _check_truncation(algorithm, config.rollout.sampling)
     _check_drafter_path(algorithm, config.drafter.path)
     if config.drafter.weighting != "none":
         _check_learning(algorithm, config.drafter, config.speculation)
@@ -31,6 +32,16 @@ def check_speculation(speculation: SpeculationConfig) -> None:
             "speculation.policy=fixed"
         )
     algorithm.check(speculation)
+
+
+def _check_truncation(algorithm: Algorithm, sampling: SamplingConfig) -> None:
+    if sampling.truncates and not (algorithm.truncates or sampling.allow_untruncated):
+        raise ConfigError(
+            f"rollout.sampling.top_k={sampling.top_k}, top_p={sampling.top_p}: speculation.algorithm={algorithm.name} "
+            "does not report log-probs after truncation, so another policy would be trained than the one that samples; "
+            f"set top_k=-1 and top_p=1, or speculation.algorithm={names_of('truncates')}, or allow it with "
+            "rollout.sampling.allow_untruncated=true"
+        )
 
 
 def _loss(speculation: SpeculationConfig) -> str:

@@ -18,6 +18,7 @@ ALGORITHM = Algorithm(
     check=trees.check,
     depth=trees.depth,
     server_arguments=server_arguments,
+    truncates=True,
     folder=DrafterFolder.EAGLE3,
     samples=True,
     adapts=True,

@@ -26,4 +26,4 @@ def server_arguments(speculation: SpeculationConfig) -> dict[str, Any]:
     return {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": speculation.topk}
 
 
-ALGORITHM = Algorithm(name="ngram", check=check, depth=depth, server_arguments=server_arguments)
+ALGORITHM = Algorithm(name="ngram", check=check, depth=depth, server_arguments=server_arguments, truncates=True)

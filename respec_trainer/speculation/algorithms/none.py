@@ -10,5 +10,6 @@ ALGORITHM = Algorithm(
     check=lambda speculation: None,
     depth=trees.depth,
     server_arguments=lambda speculation: {},
+    truncates=True,
     drafts=False,
 )

@@ -19,5 +19,6 @@ ALGORITHM = Algorithm(
     depth=trees.depth,
     server_arguments=server_arguments,
     audit_shape={"steps": 3, "topk": 1, "draft_tokens": 4},
+    truncates=True,
     folder=DrafterFolder.MODEL,
 )

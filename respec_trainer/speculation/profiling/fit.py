@@ -1,19 +1,24 @@
-"""Fit the cost model to a profile, and measure its error on held-out cells."""
+"""Fit the cost model to a profile. `held_out.py` measures the error of the fit.
+
+Both forms of the cost model are fitted, attention within the roofline and apart from it (`cost.py`), and the better one
+is taken for all pieces: they run on one device. Both have equally many terms, so the criterion is the Bayesian
+information criterion without its constant part: n log(cost / n), summed over the pieces, where n is the number of a
+piece's measurements and cost is what the fit left of them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from respec_trainer.errors import ConfigError
-from respec_trainer.speculation.acceptance import ranks, tokens_per_cycle
 from respec_trainer.speculation.cost import CostModel, Piece, Terms, Work, seconds
 from respec_trainer.speculation.profiling.profile import CYCLE, Cell, Profile
-from respec_trainer.speculation.shape import OFF
 
 # Terms of each piece, by their index in Terms. The others are 0, because the piece has no such work or the profile
 # cannot separate them.
@@ -31,17 +36,41 @@ TERMS: dict[Piece, tuple[int, ...]] = {
 OVERLAPS = (1.0, 2.0, 4.0, 8.0)
 SOFT = 0.05  # relative residuals beyond this count as outliers, with less weight
 BATCHES, CONTEXTS, STEPS = 3, 2, 2  # numbers of different values needed to separate the terms
-FOLDS = 5
-# Acceptance of a depth at which `held_out` judges the gain of speculation: from a poor drafter to a good one.
-LEVELS = (0.3, 0.5, 0.7, 0.85)
+EVIDENCE = 10.0  # by which the second form must be better to be taken: very strong evidence (Kass and Raftery 1995)
+LEAST = 1e-12  # of cost / n: below this, differences are rounding
 
 Measured = tuple[Work, float]  # work, and the seconds it took
+
+
+class Fit(NamedTuple):
+    """A fitted cost model and its criterion; a smaller one is better."""
+
+    costs: CostModel
+    criterion: float
 
 
 def fit_costs(profile: Profile) -> CostModel:
     """Fit a cost model to the profile. Raises ConfigError if it has too few cells, naming what is missing."""
     check_enough(profile.cells)
-    return _fit(profile.cells)
+    return better(*fit_forms(profile.cells, profile.graph_sizes)).costs
+
+
+def fit_forms(cells: Iterable[Cell], graphs: Sequence[int] = ()) -> tuple[Fit, Fit]:
+    """Fit both forms to the cells: attention within the roofline, and apart from it."""
+    samples = _samples(cells, graphs)
+    return tuple(_fit_form(samples, graphs, apart) for apart in (0.0, 1.0))
+
+
+def better(within: Fit, apart: Fit) -> Fit:
+    """Return the form to use: `apart` only on strong evidence, because most CPUs compute and read in turns anyway."""
+    return apart if apart.criterion < within.criterion - EVIDENCE else within
+
+
+def describe_forms(within: Fit, apart: Fit) -> str:
+    """Return a sentence on the form that was taken, and by how much it is better."""
+    taken = "apart from" if better(within, apart) is apart else "within"
+    ahead = within.criterion - apart.criterion
+    return f"attention counts {taken} the roofline: apart is better by {ahead:+.0f}, of {EVIDENCE:.0f} that are needed"
 
 
 def check_enough(cells: Sequence[Cell]) -> None:
@@ -65,11 +94,15 @@ def _too_few(name: str, values: set[int], needed: int) -> list[str]:
     return [f"  {name}: {needed} different values needed, has {sorted(values)}"] if len(values) < needed else []
 
 
-def _fit(cells: Iterable[Cell]) -> CostModel:
-    return CostModel({piece: _fit_piece(piece, samples) for piece, samples in _samples(cells).items()})
+def _fit_form(samples: dict[Piece, list[Measured]], graphs: Sequence[int], apart: float) -> Fit:
+    pieces, criterion = {}, 0.0
+    for piece, measured in samples.items():
+        pieces[piece], cost = _fit_piece(piece, measured, apart)
+        criterion += len(measured) * math.log(max(cost / len(measured), LEAST))
+    return Fit(CostModel(pieces, tuple(graphs)), criterion)
 
 
-def _samples(cells: Iterable[Cell]) -> dict[Piece, list[Measured]]:
+def _samples(cells: Iterable[Cell], graphs: Sequence[int]) -> dict[Piece, list[Measured]]:
     """Every piece's measurements. "extend" without speculation is the same drafter pass over fewer tokens."""
     samples = defaultdict(list)
     for cell in cells:
@@ -81,16 +114,19 @@ def _samples(cells: Iterable[Cell]) -> dict[Piece, list[Measured]]:
             # At least a small positive time: the parts may come from other repeats than the whole.
             times["rest"] = max(whole - sum(times[part] for part in CYCLE), 1e-3 * whole)
         for piece, taken in times.items():
-            samples[piece].append((Work.of(piece, cell.shape, cell.batch, cell.context), taken))
+            samples[piece].append((Work.of(piece, cell.shape, cell.batch, cell.context, graphs), taken))
     return samples
 
 
-def _fit_piece(piece: Piece, samples: list[Measured]) -> Terms:
-    """Least squares of relative errors, robust to outliers, for each value of OVERLAPS; return the best fit."""
+def _fit_piece(piece: Piece, samples: list[Measured], apart: float) -> tuple[Terms, float]:
+    """Least squares of relative errors, robust to outliers, for each value of OVERLAPS; return the best, and its cost.
+
+    A piece without overlapping terms has one form only.
+    """
     work = Work(*np.array([work for work, _ in samples], dtype=float).T)
     taken = np.array([taken for _, taken in samples])
     used = np.array(TERMS[piece])
-    linear = np.stack([seconds((*unit, 1.0), work) * np.ones(len(taken)) for unit in np.eye(6)[used]], 1)
+    linear = np.stack([seconds((*unit, 1.0, 0.0), work) * np.ones(len(taken)) for unit in np.eye(6)[used]], 1)
     largest = (linear / taken[:, None]).max(0)
     kept = largest > 0  # drop terms without any work, such as a draft's passes if all cells have steps=1
     used, scale = used[kept], 1 / largest[kept]  # each term in units of its largest possible value
@@ -98,8 +134,8 @@ def _fit_piece(piece: Piece, samples: list[Measured]) -> Terms:
     overlaps = OVERLAPS if {WEIGHTS, TOKEN} <= set(used.tolist()) else OVERLAPS[:1]
 
     def terms(x: np.ndarray, overlap: float) -> np.ndarray:
-        full = np.zeros(7)
-        full[used], full[6] = x * scale, overlap
+        full = np.zeros(8)
+        full[used], full[6:] = x * scale, (overlap, apart if overlap > 1 else 0.0)
         return full
 
     def errors(x: np.ndarray, overlap: float) -> np.ndarray:
@@ -111,57 +147,4 @@ def _fit_piece(piece: Piece, samples: list[Measured]) -> Terms:
         found = least_squares(errors, start + 0.01, bounds=(0, np.inf), loss="soft_l1", f_scale=SOFT, args=(overlap,))
         if best is None or found.cost < 0.999 * best[0]:
             best = found.cost, terms(found.x, overlap)
-    return Terms(*best[1].tolist())
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The errors of a model on cells that it was not fitted to."""
-
-    mape: float  # mean relative error of the time of a decode step or a cycle
-    worst: float  # the largest relative error
-    sign_accuracy: float  # share of (cell, acceptance) cases with a correct prediction of whether speculation pays
-    settled_accuracy: float  # the same among settled cases: those in which all repeats agree
-    settled: float  # share of settled cases
-    cells: int
-
-    def __str__(self) -> str:
-        return (
-            f"held-out error {self.mape:.1%} on average, {self.worst:.1%} at worst; right about whether speculation "
-            f"pays in {self.sign_accuracy:.1%} of cases, in {self.settled_accuracy:.1%} of the {self.settled:.0%} in "
-            f"which all repeats agree ({self.cells} cells)"
-        )
-
-
-def held_out(profile: Profile) -> Quality:
-    """Leave out each fifth of the (batch, context) points in turn, with all their shapes, and predict their times.
-
-    The gain of a cell is judged at each of LEVELS, an acceptance that is the same at all depths; for a tree `ranks`
-    gives the other branches. Raises ConfigError if the profile has too few cells.
-    """
-    check_enough(profile.cells)
-    cells = [cell for cell in profile.cells if "plain" in cell.times or "verify" in cell.times]
-    points = sorted({(cell.batch, cell.context) for cell in cells})
-    errors, signs = [], []
-    for fold in range(FOLDS):
-        left = set(points[fold::FOLDS])
-        model = _fit([cell for cell in profile.cells if (cell.batch, cell.context) not in left])
-        for cell in (cell for cell in cells if (cell.batch, cell.context) in left):
-            errors.append(abs(model.cycle_seconds(cell.shape, cell.batch, cell.context) / cell.seconds - 1))
-            signs += _signs(model, profile, cell) if cell.shape != OFF else []
-    right, settled = np.array(signs, dtype=bool).T
-    shares = [float(np.mean(each)) if len(each) else float("nan") for each in (right, right[settled], settled)]
-    return Quality(float(np.mean(errors)), max(errors), *shares, len(errors))
-
-
-def _signs(model: CostModel, profile: Profile, cell: Cell) -> list[tuple[bool, bool]]:
-    """(the model is right, the repeats agree) at each level. Repeats measure both shapes in turns, so they pair up."""
-    plain = profile.cell(cell.batch, cell.context, OFF)
-    measured, repeats = plain.seconds / cell.seconds, list(zip(plain.repeats, cell.repeats, strict=False))
-    predicted = model.step_seconds(cell.batch, cell.context)
-    predicted /= model.cycle_seconds(cell.shape, cell.batch, cell.context)
-    tokens = [tokens_per_cycle(cell.shape, [ranks(level, cell.shape.topk)]) for level in LEVELS]
-    return [
-        ((gain * measured > 1) == (gain * predicted > 1), len({gain * off > on for off, on in repeats}) == 1)
-        for gain in tokens
-    ]
+    return Terms(*best[1].tolist()), best[0]

@@ -51,7 +51,11 @@ class Plan:
     def of(
         cls, most: int, longest: int, candidates: Sequence[int], device: str, quick: bool = False, minutes: float = 9.0
     ) -> Plan:
-        """Plan batch sizes that double up to `most`, and contexts up to `longest` tokens with the decoded ones."""
+        """Plan batch sizes that double up to `most`, and contexts up to `longest` tokens with the decoded ones.
+
+        On a GPU, sizes just above a half, a quarter and an eighth of the most are added: between those of CUDA graphs,
+        where padding shows.
+        """
         candidates = tuple(candidates)
         room = longest - 2 * cls.DRAWS * len(candidates)
         if room < 48:
@@ -61,6 +65,9 @@ class Plan:
         batches = [most]
         while batches[0] > 1:
             batches.insert(0, batches[0] // (4 if quick and most >= 16 else 2) or 1)
+        if device != "cpu":
+            between = [most // part + 1 for part in ((2,) if quick else (2, 4, 8))]
+            batches = sorted({*batches, *between})
         contexts = sorted({max(room // 16, 16), room} if quick else {max(room // 16, 16), max(room // 4, 32), room})
         tokens = max(8192 if device == "cpu" else 131_072, contexts[0] * most)
         return cls(tuple(batches), tuple(contexts), candidates, 1 if quick else 5, tokens, 60 * minutes)
@@ -118,6 +125,7 @@ def measure(
     """
     visits, generator = Visits(out, identity, plan), np.random.default_rng(0)
     visit(engine, (plan.batches[-1], plan.contexts[0]), plan.tokens, sampling, vocabulary, generator)  # warms up
+    graphs = list(engine.take_decode_log().graph_sizes)
     began, longest = time.monotonic(), 0.0
     total = plan.repeats * len(plan.places)
     for repeat in range(plan.repeats):
@@ -129,7 +137,7 @@ def measure(
             visits.add(todo[index], visit(engine, todo[index], plan.tokens, sampling, vocabulary, generator))
             progress(sum(map(len, visits.readings.values())), total)
         longest = max(longest, time.monotonic() - started)
-    profile = Profile(identity=identity, cells=cells_of(visits.readings))
+    profile = Profile(identity=identity, graph_sizes=graphs, cells=cells_of(visits.readings))
     profile.save(out)
     visits.close()
     return profile

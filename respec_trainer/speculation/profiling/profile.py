@@ -118,13 +118,20 @@ class Cell(Section):
 
 
 class Profile(Section):
-    """Measured cells, at most one for each batch size, context length and shape."""
+    """Measured cells, at most one for each batch size, context length and shape.
+
+    `graph_sizes`: the batch sizes of the CUDA graphs of the engine that was measured. A profile that does not name them
+    is read as of an engine without graphs: its batches count with their own sizes.
+    """
 
     identity: Identity
+    graph_sizes: list[PositiveInt] = []
     cells: list[Cell]
 
     @model_validator(mode="after")
     def _one_cell_a_place(self) -> Profile:
+        if sorted(set(self.graph_sizes)) != self.graph_sizes:
+            raise ValueError(f"graph_sizes: {self.graph_sizes} must rise")
         seen = set()
         for index, cell in enumerate(self.cells):
             place = (cell.batch, cell.context, cell.shape)

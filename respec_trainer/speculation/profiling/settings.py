@@ -55,7 +55,8 @@ def adaptive_settings(costs: CostModel, candidates: tuple[int, ...], **more: Any
     """Return settings of mode "adaptive" with these costs; `more` are other fields of DepthSettings."""
     prior = (NEUTRAL,) * candidates[-1]
     tokens = _tokens_of_a_step(costs)
-    return DepthSettings("adaptive", candidates, costs=costs.to_tuples(), prior=prior, catch_up_tokens=tokens, **more)
+    learnt = {"costs": costs.to_tuples(), "graph_sizes": costs.graphs, "prior": prior, "catch_up_tokens": tokens}
+    return DepthSettings("adaptive", candidates, **learnt, **more)
 
 
 def _tokens_of_a_step(costs: CostModel) -> int | None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from respec_trainer.errors import ConfigError
+from respec_trainer.rollout.ends import Ends
 from respec_trainer.speculation.cost import CostModel
 from respec_trainer.speculation.shape import chain
 from respec_trainer.speculation.simulation.draws import survivals
-from respec_trainer.speculation.simulation.trace import Trace, conditional
+from respec_trainer.speculation.simulation.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Setting:
 
 
 class SimulatedPolicy(Protocol):
-    """A policy as the simulator calls it. `inside/depth_choice.DepthPolicy` is the interface that an engine calls."""
+    """A policy as the simulator calls it. `inside/depth_choice.DepthPolicy` is the interface that an engine calls.
 
-    # True: the simulator passes the true acceptance to `set_acceptance`, and switching costs nothing.
-    # False: the policy estimates acceptance from `observe`, and switching costs time.
-    informed: bool
+    A policy that also has `inform(acceptance, remaining)` is told before each choice what no engine knows: the true
+    acceptance of the running responses, [B, D], and the tokens that each still needs, [B]. Its switches cost nothing.
+    """
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         """Return the draft steps for `batch` sequences of `context` tokens on average; 0 is plain decoding.
@@ -56,7 +57,7 @@ class SimulatedPolicy(Protocol):
         `missed` is the mean number of tokens of a sequence that its drafter has not read.
         """
 
-    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
+    def observe(self, steps: int, batch: int, survivors: Sequence[float], ends: Ends) -> None:
         """Receive the outcome of a batch of `steps` drafts: survivors[d] sequences kept at least d + 1 drafts."""
 
 
@@ -105,9 +106,9 @@ class Outcome:
         on = [span for spans in self.spans for span in spans if span.steps]
         return sum(span.tokens for span in on) / sum(span.batch for span in on) if on else 1.0
 
-    def regret(self, oracle: Outcome) -> float:
-        """Return how much longer the rollout took than the oracle's, as a fraction of the oracle's time."""
-        return self.makespan / oracle.makespan - 1
+    def regret(self, references: Iterable[Outcome]) -> float:
+        """Return how much longer the rollout took than the fastest of the references, as a fraction of its time."""
+        return self.makespan / min(each.makespan for each in references) - 1
 
     def _mean(self, value: Callable[[Span], float]) -> float:
         spans = [span for spans in self.spans for span in spans]
@@ -145,7 +146,7 @@ class _Engine:
         self, trace: Trace, costs: CostModel, policy: SimulatedPolicy, queue: deque[int], slots: int, setting: Setting
     ):
         self.trace, self.costs, self.policy, self.queue = trace, costs, policy, queue
-        self.slots, self.setting = slots, setting
+        self.slots, self.setting, self.informed = slots, setting, hasattr(policy, "inform")
         self.clock, self.steps, self.switches = 0.0, None, 0
         self.running = np.zeros(0, dtype=np.int64)
         self.length = trace.length - 1  # tokens to decode of each response
@@ -186,8 +187,9 @@ class _Engine:
         return float((self.trace.prompt[self.running] + self.done[self.running]).mean())
 
     def _choose(self) -> int:
-        if self.policy.informed:
-            self.policy.set_acceptance(conditional(self.trace.acceptance[self.running]))
+        if self.informed:
+            remaining = self.length[self.running] - self.done[self.running]
+            self.policy.inform(self.trace.acceptance[self.running], remaining)
         return self.policy.choose(len(self.running), self._context(), float(self.missed[self.running].mean()))
 
     def _switch(self, steps: int) -> float:
@@ -204,16 +206,17 @@ class _Engine:
             self.missed[self.running] = 0
             if self.costs.has("catch_up"):
                 seconds += self.costs.catch_up_seconds(len(self.running), self._context(), missed)
-        return 0.0 if self.policy.informed else seconds
+        return 0.0 if self.informed else seconds
 
     def _decode(self, steps: int) -> float:
         """Add the gained tokens to every sequence and remove the complete ones. Return the number of tokens gained."""
         running, before = self.running, self.done[self.running]
         kept = survivals(self.trace.acceptance[running], steps, running, before, self.setting)
-        self.policy.observe(steps, len(running), kept.sum(0).tolist())
         length = self.length[running]
         # Sums of expected tokens have rounding errors: a response that lacks 1e-9 of a token is complete.
         after = np.where(before + 1 + kept.sum(1) > length - 1e-9, length, before + 1 + kept.sum(1))
         self.done[running] = after
         self.running = running[after < length]
-        return float((after - before).sum())
+        ends = Ends(float((after - before).sum()), len(running) - len(self.running))
+        self.policy.observe(steps, len(running), kept.sum(0).tolist(), ends)
+        return ends.tokens

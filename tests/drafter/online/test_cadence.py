@@ -52,3 +52,17 @@ def test_its_state_goes_on_in_another():
     cadence.note(2.5, 9.0)
     other.load_state_dict(cadence.state_dict())
     assert other == cadence
+
+
+def test_a_fall_of_just_delta_is_enough_and_a_saving_of_just_the_cost_is_not():
+    cadence = Cadence("need", interval=3, delta=0.25)
+    assert cadence.share == 1.0 and not cadence.due() and cadence.saving() == 0.0
+    cadence.note(3.0, 10.0)
+    cadence.note(2.75, 10.0)
+    assert cadence.due()
+    cadence.trained(10.0)
+    cadence.note(4.0, 10.0)
+    cadence.note(2.0, 10.0)
+    assert cadence.saving() == 10.0 and not cadence.due()  # (1 - 2 / 4) of 10 seconds, twice: what training took
+    cadence.note(2.0, 10.0)
+    assert cadence.due()

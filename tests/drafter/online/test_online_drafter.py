@@ -128,7 +128,7 @@ def test_updates_that_are_not_finite_are_dropped_and_then_it_stays(make, model):
     assert same(good, weights(learner)) and learner.version == version
     assert torch.equal(learner.updates.optimizers[0].state_dict()["state"][0]["exp_avg"], moments)
     assert "2 drafter updates in a row were not finite" in learner.said[0]
-    learner.buffer.rows.clear()
+    learner.buffer.steps.clear()
     metrics = iterate(learner, model, 3)
     assert metrics["drafter/dropped"] == 0 and learner.version == version
 
@@ -136,7 +136,8 @@ def test_updates_that_are_not_finite_are_dropped_and_then_it_stays(make, model):
 def test_a_single_bad_update_does_not_stop_it(make, model):
     learner = make(max_bad_updates=3)
     iterate(learner, model, 0)
-    learner.buffer.rows[5] = dataclasses.replace(learner.buffer.rows[5], weight=torch.nan)
+    stored = learner.buffer.steps[0].rows
+    stored[5] = dataclasses.replace(stored[5], weight=torch.nan)
     metrics = iterate(learner, model, 1)
     assert (metrics["drafter/dropped"], metrics["drafter/updates"], metrics["drafter/frozen"]) == (1, 1, 0)
     assert all(tensor.isfinite().all() for tensor in weights(learner).values())
@@ -238,3 +239,42 @@ def test_a_draft_vocabulary_that_misses_much_is_reported_once(make, model):
     for step in range(2):
         assert iterate(learner, model, step, samples=samples)["drafter/coverage"] < 0.1
     assert len(learner.said) == 1 and "covers only 0.0% of response tokens" in learner.said[0]
+
+
+@pytest.mark.parametrize("retention", ["recency", "reservoir"])
+def test_lengths_of_what_it_was_asked_to_keep_and_of_what_it_kept(make, model, retention):
+    """The means over a step's responses, and over those that the budget holds; skipped ones are not asked for."""
+    learner = make(memory_mb=2, batch_size=2, retention=retention)
+    lengths, skipped = [(3, 10 + 12 * i) for i in range(16)], REWARDS.clone()
+    skipped[1, 1] = torch.nan
+    for step in range(3):
+        metrics = iterate(learner, model, step, rewards=skipped, samples=random_samples(lengths, step))
+        kept = [row.response for row in learner.buffer.rows if row.step == step + 1]
+        assert metrics["drafter/asked_length"] == pytest.approx(
+            sum(n for i, (_, n) in enumerate(lengths) if i != 5) / 15
+        )
+        assert 0 < len(kept) < 15 and metrics["drafter/kept_length"] == pytest.approx(sum(kept) / len(kept))
+    everything = iterate(make(), model, 0)
+    assert everything["drafter/asked_length"] == everything["drafter/kept_length"] == sum(n for _, n in LENGTHS) / 16
+    nothing = iterate(make(), model, 0, rewards=torch.full((4, 4), torch.nan))
+    assert "drafter/asked_length" not in nothing and "drafter/kept_length" not in nothing
+
+
+def test_a_response_that_no_budget_holds_is_counted_as_refused(make, model):
+    learner = make(memory_mb=2, batch_size=2)
+    iterate(learner, model, 0)
+    lengths = [(3, 8)] * 15 + [(3, 400)]
+    learner.buffer.budget = 200_000
+    metrics = iterate(learner, model, 1, samples=random_samples(lengths, 1))
+    assert metrics["drafter/refused_rows"] == 1
+    assert metrics["drafter/asked_length"] == pytest.approx((15 * 8 + 400) / 16) and metrics["drafter/kept_length"] == 8
+
+
+def test_only_new_responses_are_measured_on(make, model):
+    """After a step whose responses were all skipped there is nothing to measure: older ones were learned from."""
+    learner = make()
+    iterate(learner, model, 0)
+    measured = iterate(learner, model, 1, rewards=torch.full((4, 4), torch.nan))
+    assert "drafter/measured_accept_length" in measured
+    assert "drafter/measured_accept_length" not in iterate(learner, model, 2)
+    assert "drafter/measured_accept_length" in iterate(learner, model, 3)

@@ -8,10 +8,11 @@ import torch
 from respec_trainer.config import DrafterConfig
 from respec_trainer.drafter.loss import distill_loss
 from respec_trainer.drafter.online.learner import LearnerRank
-from respec_trainer.drafter.online.recall import AtTemperature, recall
+from respec_trainer.drafter.online.recall import recall
 from respec_trainer.drafter.online.rows import rows_of_step
 from respec_trainer.drafter.teacher import HFTeacher
-from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
+from respec_trainer.drafter.temperature import AtTemperature
+from tests.support.drafters import DRAFT_IDS, stored_row, stored_snapshot, target_config, tiny_drafter
 from tests.support.learners import LAYERS, random_samples, score
 from tests.support.models import save_tiny_model, tiny_model
 
@@ -63,3 +64,16 @@ def test_both_distributions_are_taken_at_the_sampling_temperature():
             alpha, top1 = alpha + torch.minimum(p, q).sum().item(), top1 + p[q.argmax()].item()
     assert sums.alpha.item() == pytest.approx(alpha, rel=1e-4)
     assert sums.top1.item() == pytest.approx(top1, rel=1e-4)
+
+
+def test_every_row_is_read_with_the_weights_of_its_own_step():
+    """Hidden states fit the output rows and embeddings of the actor that made them, in any order of rows."""
+    snapshots = [stored_snapshot(seed=seed) for seed in (0, 1)]
+    rows = [stored_row(snapshots[which], response=4 + n, seed=n) for n, which in enumerate((0, 1, 1, 0))]
+    batch, teacher = recall(rows, 0.5, torch.device("cpu"))
+    logits = torch.cat([row.hidden.double() @ row.snapshot.output_rows.double().t() / 0.5 for row in rows])
+    torch.testing.assert_close(teacher.draft_logits.double(), logits, rtol=1e-4, atol=1e-4)
+    for index, row in enumerate(rows):
+        length = len(row.tokens)
+        assert torch.equal(teacher.embeddings[index, :length], row.snapshot.embeddings[row.tokens])
+        assert batch.response_mask[index].tolist() == [False] * 3 + [True] * (4 + index) + [False] * (3 - index)

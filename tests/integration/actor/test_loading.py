@@ -24,7 +24,7 @@ def load(folder: Path, dtype: str = "fp32") -> str | dict[str, torch.Tensor]:
     topology = init_parallel(config)
     hf_config = load_hf_config(folder)
     wanted = torch.bfloat16 if dtype == "bf16" else torch.float32
-    model = build_model(hf_config, config.actor, wanted, topology.device, 1.0)
+    model = build_model(hf_config, config.actor, wanted, topology.device, config.rollout.sampling)
     try:
         load_weights(model, hf_config, folder, topology)
         return dict(model.state_dict())

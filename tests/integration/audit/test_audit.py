@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from respec_trainer.audit.draws import Plan, examine
-from respec_trainer.audit.law import shaped
+from respec_trainer.audit.law import laws
 from respec_trainer.audit.report import CellResult, Standard, judge
 from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.rollout.sample import SamplingParams
@@ -60,13 +60,13 @@ def engine(folders):
 
 
 def audit(engine, reference) -> CellResult:
-    def law(prefixes):
+    def laws_after(prefixes):
         rows = {len(prefix) for prefix in prefixes}
         by_length = {n: [list(p) for p in prefixes if len(p) == n] for n in rows}
         logits = {n: iter(reference.logits(some)[:, -1]) for n, some in by_length.items()}
-        return shaped(torch.stack([next(logits[len(prefix)]) for prefix in prefixes]), PARAMS)
+        return laws(torch.stack([next(logits[len(prefix)]) for prefix in prefixes]), PARAMS)
 
-    return examine(engine, Plan("cell", PROMPTS, PARAMS, law), STANDARD, cells=1, limit=1500)
+    return examine(engine, Plan("cell", PROMPTS, PARAMS, laws_after), STANDARD, cells=1, limit=1500)
 
 
 def passed(result: CellResult) -> bool:
@@ -74,8 +74,8 @@ def passed(result: CellResult) -> bool:
 
 
 def refuted(result: CellResult) -> bool:
-    """Return if the p-value is below the level: a lack of power would fail the audit as well, but prove nothing."""
-    return result.evidence.p_value < STANDARD.level
+    """Return if a p-value is below the level: a lack of power would fail the audit as well, but prove nothing."""
+    return judge([result], STANDARD)[0].refuted
 
 
 def test_an_engine_that_is_right_passes(engine, reference):

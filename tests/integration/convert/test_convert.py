@@ -34,7 +34,7 @@ def logit_errors(folders: list[tuple]) -> dict[tuple, float]:
     for hf, converted in folders:
         hf_config = load_hf_config(converted / "hf")
         config = tiny_run_config(hf, {"actor.parallel.tp": tp})
-        model = build_model(hf_config, config.actor, torch.float32, topology.device, 1.0)
+        model = build_model(hf_config, config.actor, torch.float32, topology.device, config.rollout.sampling)
         held = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         assert held == megatron_shapes(hf_config, tp)
         load_weights(model, hf_config, converted, topology)

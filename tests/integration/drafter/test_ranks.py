@@ -9,8 +9,8 @@ import torch.distributed as dist
 from respec_trainer.drafter.format import save_drafter
 from respec_trainer.rollout.batch import collate
 from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
-from tests.support.learners import random_samples
-from tests.support.models import save_tiny_model, tiny_run_config
+from tests.support.learners import random_samples, score
+from tests.support.models import save_tiny_model, tiny_model, tiny_run_config
 from tests.support.processes.ranks import run_ranks
 
 STEPS = 20
@@ -34,7 +34,7 @@ def train(configs: list, steps: int, lengths=LENGTHS) -> list[tuple]:
     topology, results = init_parallel(configs[0]), []
     for config in configs:
         actor = Actor(config, topology, total_updates=steps)
-        learner = setup_learner(config, actor.hf_config, LearnerRank.of(topology))
+        learner = setup_learner(config, actor.hf_config, LearnerRank.of(topology, config.objective.minibatches))
         share = len(lengths) // topology.dp
         rows = slice(topology.dp_rank * share, (topology.dp_rank + 1) * share)
         norms, metrics = [], []
@@ -97,3 +97,41 @@ def test_two_ranks_learn_what_one_does(folder):
         for two in run_ranks(2, mean_gradient, settings(folder, tp, **options)):
             # fp32 rounding, of the actor's features and of sums in another order.
             torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * one.abs().max().item())
+
+
+def keep(config, steps: int) -> list[tuple]:
+    """Return after each step this rank's share of each stored step, the number of rows kept, and the metrics."""
+    from respec_trainer.actor.parallel import init_parallel, shutdown_parallel
+    from respec_trainer.drafter.online.learner import LearnerRank
+    from respec_trainer.drafter.online.setup import setup_learner
+
+    topology, history = init_parallel(config), []
+    learner = setup_learner(config, target_config(), LearnerRank.of(topology, config.objective.minibatches))
+    # Rank 1's responses are four times as long as rank 0's.
+    lengths = [(3, 5 + 2 * i) for i in range(16)] + [(3, 4 * (5 + 2 * i)) for i in range(16)]
+    model = tiny_model(target_config())
+    for step in range(steps):
+        learner.update(lambda: False)
+        samples = random_samples(lengths, step)
+        mine = range(16 * topology.dp_rank, 16 * topology.dp_rank + 16)
+        inference = score(model, samples[mine.start : mine.stop])
+        learner.observe(samples, inference, torch.arange(32.0).view(8, 4), 1.0)
+        shares = [stored.share for stored in learner.buffer.steps]
+        history.append((shares, len(learner.buffer.newest()), learner.metrics()))
+    shutdown_parallel()
+    return history
+
+
+@pytest.mark.parametrize("retention", ["recency", "reservoir"])
+def test_ranks_keep_the_same_share_of_each_step(folder, retention):
+    """Though one rank's responses are longer, and its memory full earlier: otherwise short ones would be kept more."""
+    config = settings(folder, 1, weighting="uniform", memory_mb=2, retention=retention, batch_size=2)
+    one, other = run_ranks(2, keep, config, 4)
+    assert [shares for shares, *_ in one] == [shares for shares, *_ in other]
+    assert one[-1][1] == other[-1][1] < 16, "in part, and equally many"
+    for name in ("drafter/asked_length", "drafter/kept_length"):
+        assert [metrics[name] for *_, metrics in one] == [metrics[name] for *_, metrics in other]
+    # 16 responses of 5, 7, .. 35 tokens and 16 of four times as many.
+    assert one[0][2]["drafter/asked_length"] == pytest.approx(20 * 2.5)
+    kept = sum(metrics["drafter/kept_length"] for *_, metrics in one) / 4
+    assert kept == pytest.approx(50, rel=0.3)  # of about ten rows a rank; alone, rank 0 would keep four times as many

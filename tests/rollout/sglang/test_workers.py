@@ -39,6 +39,12 @@ def test_engine_processes_are_no_ranks_of_the_trainer():
     assert "TORCHDYNAMO_DISABLE" not in workers.engine_environment("cuda", threads=3)
 
 
+def test_a_users_environment_does_not_change_what_log_probs_and_acceptance_mean():
+    for device in "cpu", "cuda":
+        changes = workers.engine_environment(device, threads=3)
+        assert changes["SGLANG_RETURN_ORIGINAL_LOGPROB"] is None and changes["SGLANG_SIMULATE_ACC_LEN"] is None
+
+
 def test_ranks_of_an_engine_are_not_bound_to_numa_nodes():
     binding = "SGLANG_CPU_OMP_THREADS_BIND"
     assert binding not in workers.engine_environment("cpu", threads=3)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from respec_trainer.config import SpeculationConfig
 from respec_trainer.errors import ConfigError
-from respec_trainer.speculation.algorithms import algorithm_of, is_lossy
+from respec_trainer.registry import Registry
+from respec_trainer.speculation.algorithms import ALGORITHMS, algorithm_of, is_lossy
 from respec_trainer.speculation.algorithms.checks import check_speculation
 from tests.support.configs import smallest_config
 
@@ -28,6 +31,18 @@ def test_lossy_speculation_must_be_allowed(tmp_path, key):
     for value in (0, 1.1):
         with pytest.raises(ConfigError, match=f"speculation.{key}"):
             smallest_config(tmp_path, f"speculation.{key}={value}")
+
+
+@pytest.mark.parametrize("key", ["top_k=5", "top_p=0.9"])
+def test_truncation_needs_an_algorithm_that_reports_it_or_a_permission(tmp_path, monkeypatch, key):
+    truncated = [f"rollout.sampling.{key}", "speculation.algorithm=ngram"]
+    assert not smallest_config(tmp_path, *truncated).rollout.sampling.untruncated
+    known = {name: ALGORITHMS[name] for name in ALGORITHMS} | {"ngram": replace(ALGORITHMS["ngram"], truncates=False)}
+    monkeypatch.setattr("respec_trainer.speculation.algorithms.ALGORITHMS", Registry("speculation.algorithm", known))
+    with pytest.raises(ConfigError, match=rf"(?s){key}.*ngram does not report.*eagle3 or .*allow_untruncated=true"):
+        smallest_config(tmp_path, *truncated)
+    assert smallest_config(tmp_path, *truncated, "rollout.sampling.allow_untruncated=true").rollout.sampling.untruncated
+    assert not smallest_config(tmp_path, truncated[1]).rollout.sampling.untruncated, "nothing is truncated"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ cells, modes = wanted_cells(config, "phrases", short=False, control=False)
 arguments = server_arguments(EngineSettings.from_config(config, "cpu"))
 print(json.dumps({
     "refused": [refusal("speculation.topk=2"), refusal("drafter.path=d"), refusal("drafter.weighting=uniform"),
-                refusal("speculation.algorithm=phrase")],
+                refusal("speculation.algorithm=phrase"), refusal("rollout.sampling.top_p=0.9")],
     "arguments": {name: value for name, value in arguments.items() if name.startswith("speculative")},
     "preflight": check_drafter(config, None),
     "cells": [cell.name for cell in cells],
@@ -84,11 +84,12 @@ def answers(tmp_path_factory):
 
 
 def test_its_own_rules_and_everybodys_are_checked_when_a_configuration_loads(answers):
-    shape, path, learning, name = answers["refused"]
+    shape, path, learning, name, truncation = answers["refused"]
     assert "phrases drafts one branch: set speculation.topk=1, not 2" in shape
     assert "phrases has no drafter, but drafter.path=d" in path
     assert "phrases has none that can be trained" in learning
     assert "did you mean 'phrases'?" in name
+    assert "phrases does not report log-probs after truncation" in truncation
 
 
 def test_the_engine_gets_its_arguments_and_those_of_every_algorithm(answers):

@@ -27,6 +27,8 @@ def test_a_profile_comes_back_from_its_file(tmp_path):
     ("change", "words"),
     [
         (lambda tree: tree["identity"].pop("tp"), "identity.tp: Field required"),
+        (lambda tree: tree.update(graph_sizes=[1, 4, 2]), r"graph_sizes: \[1, 4, 2\] must rise"),
+        (lambda tree: tree.update(graph_sizes=[0]), "graph_sizes.0: .* greater than or equal to 1"),
         (lambda tree: tree["cells"][0].update(batch=0), "cells.0.batch: .* greater than or equal to 1"),
         (lambda tree: tree["cells"][0]["times"]["plain"].update(seconds=[]), "cells.0.times.plain.seconds: .* 1 item"),
         (lambda tree: tree["cells"][0]["times"]["plain"].update(seconds=[-1.0]), "seconds.0: .* greater than 0"),
@@ -46,6 +48,16 @@ def test_malformed_profiles_name_the_field(tmp_path, change, words):
     (tmp_path / "p.json").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=words):
         load_profile(tmp_path / "p.json")
+
+
+def test_a_profile_of_an_earlier_version_names_no_graphs(tmp_path):
+    """It is read as of an engine without any."""
+    tree = json.loads(profile_of(CPU, batches=(1,), contexts=(128,), graphs=(1, 2, 4)).model_dump_json())
+    (tmp_path / "p.json").write_text(json.dumps(tree))
+    assert load_profile(tmp_path / "p.json").graph_sizes == [1, 2, 4]
+    del tree["graph_sizes"]
+    (tmp_path / "p.json").write_text(json.dumps(tree))
+    assert load_profile(tmp_path / "p.json").graph_sizes == []
 
 
 def test_files_that_are_not_there_or_not_json(tmp_path):
@@ -86,6 +98,7 @@ def test_a_whole_cycle_counts_where_it_was_measured():
 def test_digests_depend_on_shapes_alone():
     config = {"hidden_size": 64, "num_hidden_layers": 2, "_name_or_path": "a"}
     assert shapes_digest(config) == shapes_digest(config | {"_name_or_path": "b", "eos_token_id": 3})
+    assert shapes_digest(config) == shapes_digest(config | {"num_experts": None}), "as transformers writes it"
     assert shapes_digest(config) != shapes_digest(config | {"hidden_size": 128})
 
 

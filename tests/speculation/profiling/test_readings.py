@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from respec_trainer.config import SamplingConfig
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.decode_log import DecodeLog
 from respec_trainer.rollout.sample import Sample
-from respec_trainer.speculation.profiling.fit import fit_costs, held_out
+from respec_trainer.speculation.profiling.fit import fit_costs
+from respec_trainer.speculation.profiling.held_out import held_out
 from respec_trainer.speculation.profiling.measure import Plan, Visits, measure, visit
 from respec_trainer.speculation.profiling.profile import load_profile
 from respec_trainer.speculation.profiling.readings import cells_of, read_log
@@ -20,6 +22,7 @@ from respec_trainer.speculation.shape import OFF, Shape, chain
 from tests.support.speculation import CPU, IDENTITY
 
 SAMPLING = SamplingConfig(max_new_tokens=8)
+GRAPHS = (1, 3, 4, 8, 16, 64)  # of an engine that has padded nothing at the places below
 
 
 def log_of(rows: list[dict]) -> DecodeLog:
@@ -61,6 +64,14 @@ def test_a_batch_before_prompts_or_before_the_end_has_no_length():
     assert "0.plain" not in reading
 
 
+def test_a_resume_reads_one_token_of_each_sequence():
+    """A pass over more of the backlog takes longer, and is none."""
+    decode = {"batch": 2, "context": 9.0, "taken": 9.0}
+    rows = [decode | {"caught_up": count, "catch_up": 0.1 * count} for count in (8, 2, 4, 1)]
+    assert read_log(log_of([*rows, decode]), 2)["0.resume"] == pytest.approx(0.2)
+    assert "0.resume" not in read_log(log_of([rows[0], decode]), 2)
+
+
 class MadeUp:
     """An engine with the exact times of a cost model; its draft steps are random."""
 
@@ -100,7 +111,7 @@ class MadeUp:
 
     def take_decode_log(self):
         rows, self.rows = self.rows, []
-        return log_of(rows) if rows else DecodeLog()
+        return replace(log_of(rows) if rows else DecodeLog(), graph_sizes=GRAPHS)
 
 
 PLAN = Plan((1, 4, 16, 64), (32, 300), (0, 1, 3), repeats=2, most_tokens=10_000, seconds=60.0)
@@ -113,6 +124,7 @@ def test_a_profile_is_found_again(tmp_path):
         MadeUp(), PLAN, IDENTITY, SAMPLING, 512, tmp_path / "p.json", lambda done, total: calls.append((done, total))
     )
     assert (64, 300) not in PLAN.places and calls[-1] == (14, 14)
+    assert profile.graph_sizes == list(GRAPHS)
     assert load_profile(tmp_path / "p.json") == profile and [path.name for path in tmp_path.iterdir()] == ["p.json"]
     model, quality = fit_costs(profile), held_out(profile)
     assert quality.mape < 0.02 and quality.sign_accuracy > 0.97
@@ -165,12 +177,20 @@ def test_an_engine_that_is_too_small(tmp_path):
         visit(MadeUp(most=63), (64, 32), 36, SAMPLING, 512, np.random.default_rng(0))
 
 
+@pytest.mark.parametrize(("most", "between"), [(256, {33, 65, 129}), (64, {9, 17, 33}), (4, {2, 3}), (48, {7, 13, 25})])
+def test_a_gpu_is_measured_between_its_graphs_too(most, between):
+    plan, cpu = (Plan.of(most, 4096, (0, 1, 3), device) for device in ("cuda", "cpu"))
+    assert set(plan.batches) == set(cpu.batches) | between and list(plan.batches) == sorted(plan.batches)
+    quick = Plan.of(most, 4096, (0, 1, 3), "cuda", quick=True)
+    assert set(quick.batches) == set(Plan.of(most, 4096, (0, 1, 3), "cpu", quick=True).batches) | {max(between)}
+
+
 def test_plans():
     plan = Plan.of(64, 1024, (0, 1, 2, 3, 5), "cpu")
     assert plan.batches == (1, 2, 4, 8, 16, 32, 64) and plan.contexts == (56, 226, 904)
     assert plan.places[-1] == (64, 56) and (8, 904) in plan.places and (16, 904) not in plan.places
-    assert Plan.of(48, 1024, (0, 2), "cuda", quick=True).batches == (1, 3, 12, 48)
-    assert len(Plan.of(64, 1024, (0, 2), "cuda").places) == 21
+    assert Plan.of(48, 1024, (0, 2), "cpu", quick=True).batches == (1, 3, 12, 48)
+    assert len(Plan.of(64, 1024, (0, 2), "cuda").places) == 3 * 10
     with pytest.raises(EngineError, match="leave no room"):
         Plan.of(64, 128, (0, 1, 2, 3, 5), "cpu")
     assert Plan.of(4, 1024, (0, 2), "cpu", quick=True).batches == (1, 2, 4)  # a fit needs three

@@ -48,6 +48,10 @@ def test_what_engines_are_given(config):
     assert found.mode == "adaptive" and found.candidates == (0, 1, 2, 3)  # of 1, 2, 3, 5 up to speculation.steps
     assert (found.max_batch, found.max_context, found.off, found.explore) == (16, 256, "warm", 0.005)
     assert found.costs == fit_costs(Profile.model_validate_json(config.profile.read_text())).to_tuples()
+    assert found.graph_sizes == ()
+    profile = Profile.model_validate_json(config.profile.read_text())
+    profile.model_copy(update={"graph_sizes": [1, 2, 64]}).save(config.profile)
+    assert depth_settings(config(), HF_CONFIG, "cpu").graph_sizes == (1, 2, 64)
     step = CPU.step_seconds(1, 1)
     assert CPU.catch_up_seconds(1, found.catch_up_tokens, found.catch_up_tokens) <= 1.02 * step < 0.1
     assert CPU.catch_up_seconds(1, 2 * found.catch_up_tokens, 2 * found.catch_up_tokens) > 0.98 * step

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.speculation.shape import Shape, chain
 from respec_trainer.speculation.simulation.replay import as_data, candidates_of, compare, parse_acceptance, policy_named
 from respec_trainer.speculation.simulation.simulator import Setting
-from respec_trainer.speculation.simulation.trace import TraceRow, save_trace
+from respec_trainer.speculation.simulation.trace import Trace, TraceRow, save_trace
 from tests.support.speculation import CPU, profile_of, skewed_trace
 
 REPOSITORY = Path(__file__).parents[3]
@@ -22,11 +23,29 @@ REPOSITORY = Path(__file__).parents[3]
 def test_policies_side_by_side():
     trace, setting = skewed_trace(24), Setting(slots=16)
     rows = as_data(compare(trace, CPU, [0, 1, 3], "adaptive", setting))
-    assert list(rows) == ["adaptive", "oracle", "off"]
-    assert rows["off"]["speedup"] == 1.0 and rows["off"]["off_fraction"] == 1.0 and rows["oracle"]["regret"] == 0.0
+    assert list(rows) == ["adaptive", "greedy", "weighted", "critical", "off", "s=1", "s=3"]
+    assert rows["off"]["speedup"] == 1.0 and rows["off"]["off_fraction"] == 1.0
+    fastest = min(row["makespan"] for name, row in rows.items() if name != "adaptive")
+    assert all(row["regret"] == pytest.approx(row["makespan"] / fastest - 1) for row in rows.values())
     assert all(row["tokens"] == trace.tokens for row in rows.values())
     assert rows["adaptive"]["speedup"] > 1.2
-    assert list(compare(trace, CPU, [0, 1, 3], "off", setting)) == ["off", "oracle"]
+    assert list(compare(trace, CPU, [0, 1], "off", setting)) == ["off", "greedy", "weighted", "critical", "s=1"]
+    limited = as_data(compare(trace, CPU, [0, 1], "s=1<=4", setting))
+    assert "s=1<=4" in limited and min(row["regret"] for row in limited.values()) <= 0.0
+
+
+def test_regret_is_against_the_best_of_all_references():
+    """Long responses keep few drafts here. What is fastest on average is then slow for the last response."""
+    generator = np.random.default_rng(3)
+    size, own = generator.standard_normal((2, 64))
+    length = np.minimum(np.exp(5 + size).astype(int) + 2, 2000)
+    kept = 1 / (1 + np.exp(0.7 * size - 0.7 * own - 0.4))
+    trace = Trace(np.full(64, 50), length, np.arange(64), kept[:, None])
+    rows = as_data(compare(trace, CPU, [0, 1, 2, 3, 5], "adaptive", Setting()))
+    assert rows["greedy"]["regret"] > 0.02 and rows["critical"]["regret"] < 0.01
+    assert rows["greedy"]["regret"] > rows["weighted"]["regret"]
+    named = [row["regret"] for name, row in rows.items() if name != "adaptive"]
+    assert min(named) == 0.0 and rows["adaptive"]["regret"] > 0.02
 
 
 def test_each_engine_has_a_policy_of_its_own():
@@ -35,7 +54,7 @@ def test_each_engine_has_a_policy_of_its_own():
     assert one.times is other.times and one.estimate is not other.estimate and one.policy is not other.policy
 
 
-@pytest.mark.parametrize("name", ["s=2", "s=", "best", "s=-1", "s=1<="])
+@pytest.mark.parametrize("name", ["s=2", "s=", "oracle", "s=-1", "s=1<="])
 def test_names_of_no_policy(name):
     with pytest.raises(ConfigError, match="steps \\[1, 3\\] only|no policy"):
         policy_named(name, CPU, [0, 1, 3], skewed_trace(8), Setting())
@@ -73,7 +92,7 @@ def test_the_tool(tmp_path):
 
     done = tool("--policy", "s=3", "--engines", "2", "--balance", "queue", "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
-    assert "8 responses, 1,080 tokens, 2 x 64 slots" in done.stdout and "oracle" in done.stdout
+    assert "8 responses, 1,080 tokens, 2 x 64 slots" in done.stdout and "critical" in done.stdout
     outcome = json.loads((tmp_path / "out.json").read_text())
     assert outcome["s=3"]["tokens"] == 1080 and outcome["s=3"]["speedup"] > 1
     refused = tool("--policy", "s=4")

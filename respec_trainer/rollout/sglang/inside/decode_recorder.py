@@ -85,8 +85,12 @@ class DecodeRecorder:
             self._timing = False
             setattr(row, part, getattr(row, part) + self._clock() - started)
 
-    def settle(self, kept: Sequence[int]) -> Row:
-        """Complete and return the oldest waiting row, with the number of `kept` drafts of each sequence.
+    def settle(self, kept: Sequence[int], tokens: int) -> Row:
+        """Complete and return the oldest waiting row.
+
+        Args:
+            kept: the number of kept drafts of each sequence.
+            tokens: what the responses kept of all that was gained; less than what was verified where some end.
 
         Raises RuntimeError if no row waits or the batch sizes differ: rows and results would no longer correspond.
         """
@@ -94,7 +98,7 @@ class DecodeRecorder:
             waiting = [row.batch for row in self._unsettled]
             raise RuntimeError(f"results of {len(kept)} sequences, but the batches without results have {waiting}")
         row = self._unsettled.popleft()
-        row.tokens = len(kept) + sum(kept)
+        row.tokens = tokens
         row.survivors = survivors_of(kept, row.steps)
         return row
 

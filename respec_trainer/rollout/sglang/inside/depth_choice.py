@@ -15,19 +15,24 @@ from typing import NamedTuple, Protocol
 
 from respec_trainer.errors import ConfigError
 from respec_trainer.rollout.decode_log import DepthSettings
+from respec_trainer.rollout.ends import Ends
 
 
 class DepthPolicy(Protocol):
     """Interface of depth policies, such as speculation.scheduler.DepthScheduler.
 
-    A policy that learns also has `state()`, which returns JSON values, and `load_state(state)`.
+    A policy that learns also has `state()`, which returns JSON values, and `load_state(state)`. One that knows times
+    also has `set_graph_sizes(sizes)`, which is called before its first choice, with the batch sizes of CUDA graphs.
     """
 
     def choose(self, batch: int, context: float, missed: float) -> int:
         """Return the draft steps of the next decode batch. `missed`: mean unread tokens of a sequence."""
 
-    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
-        """Update estimates with a batch's result: survivors[d] sequences kept at least d + 1 drafts; [] for steps=0."""
+    def observe(self, steps: int, batch: int, survivors: Sequence[int], ends: Ends) -> None:
+        """Update estimates with the result of a batch of `batch` running sequences.
+
+        survivors[d] of them kept at least d + 1 drafts; [] for steps=0. `ends`: the tokens that responses kept.
+        """
 
     def predicted(self) -> float:
         """Return the expected speed-up of the latest choice over plain decoding."""
@@ -49,6 +54,11 @@ class DepthChooser:
         self.states = {0, *settings.candidates}
         self._draws = random.Random(settings.seed)
         self._policy = _make_policy(settings) if settings.mode == "adaptive" else None
+
+    def set_graph_sizes(self, sizes: Sequence[int]) -> None:
+        """Tell the depth policy the batch sizes of the engine's CUDA graphs, rising; none without graphs."""
+        if hasattr(self._policy, "set_graph_sizes"):
+            self._policy.set_graph_sizes(sizes)
 
     @property
     def failed(self) -> bool:
@@ -72,11 +82,11 @@ class DepthChooser:
             self.fail()
             return 0.0
 
-    def observe(self, steps: int, batch: int, survivors: Sequence[int]) -> None:
+    def observe(self, steps: int, batch: int, survivors: Sequence[int], ends: Ends) -> None:
         if self._policy is None or self.failed:
             return
         try:
-            self._policy.observe(steps, batch, survivors)
+            self._policy.observe(steps, batch, survivors, ends)
         except Exception:  # noqa: BLE001 - see the class
             self.fail()
 

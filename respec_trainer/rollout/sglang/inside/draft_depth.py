@@ -18,10 +18,14 @@ import torch
 
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.decode_log import STEPS_MESSAGE, DepthSettings, RequestsRunningError
+from respec_trainer.rollout.ends import Ends
 from respec_trainer.rollout.sglang.inside.catch_up import Backlog, catch_up, missed
-from respec_trainer.rollout.sglang.inside.decode_recorder import DecodeRecorder
+from respec_trainer.rollout.sglang.inside.decode_recorder import DecodeRecorder, survivors_of
 from respec_trainer.rollout.sglang.inside.depth_choice import Choice, DepthChooser
+from respec_trainer.rollout.sglang.inside.kept_tokens import KeptTokens
 from respec_trainer.rollout.sglang.inside.simulated_acceptance import SimulatedAcceptance
+
+PROCESSOR = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 
 
 class DraftDepth:
@@ -31,8 +35,10 @@ class DraftDepth:
         self.device = device
         self.worker: Any = None
         self.candidate_steps = sorted({0, *settings.candidates})
-        self._graph_sizes: list[int] | None = None
+        self._graph_sizes: list[int] | None = None  # None: the engine has no CUDA graphs
+        self._started = False  # whether sglang has told the graphs' sizes
         self._has_states: bool | None = None
+        self._verified: list[int] | None = None
         self.apply(settings)
 
     def apply(self, settings: DepthSettings) -> None:
@@ -43,6 +49,8 @@ class DraftDepth:
                 f"{list(settings.candidates)}: start it with these"
             )
         self.settings, self.chooser = settings, DepthChooser(settings)
+        if self._started:
+            self.chooser.set_graph_sizes(self._graph_sizes or ())
         self.backlog = Backlog(settings.backlog_mb * 2**20)
         self.choice = Choice(0, warm=False)
         self.recorder = self._make_recorder()
@@ -69,6 +77,7 @@ class DraftDepth:
         }
         return {
             f"{worker}.__init__": (self.install, "AFTER"),
+            f"{PROCESSOR}.process_batch_result_decode": (self.settle, "AROUND"),
             f"{worker}.forward_batch_generation": (self.forward, "AROUND"),
             f"{worker}._stub_skipped_draft_extend": (self.skip_extend, "AFTER"),
             f"{speculative}.spec_utils.generate_simulated_accept_index": (self.simulate, "REPLACE"),
@@ -80,7 +89,9 @@ class DraftDepth:
     # Methods that sglang's AdaptiveController calls
 
     def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
-        self._graph_sizes = cuda_graph_bs
+        """Pass the graphs' batch sizes on to the policy: a batch between two of them computes the larger one."""
+        self._graph_sizes, self._started = cuda_graph_bs and sorted(cuda_graph_bs), True
+        self.chooser.set_graph_sizes(self._graph_sizes or ())
 
     def cuda_graph_bs_for_step(self, _step: int) -> list[int] | None:
         return self._graph_sizes
@@ -89,14 +100,25 @@ class DraftDepth:
         return self.choice.steps
 
     def on_verify_complete(self, kept: list[int], _batch_size: int) -> None:
+        """Keep a batch's numbers of kept drafts until `settle` knows which tokens the responses kept."""
+        self._verified = kept
+
+    # Hooks
+
+    def settle(self, original: Callable, processor: Any, batch: Any, result: Any) -> None:
+        """Complete the batch's row in the log, and let the policy learn from it, once responses have been cut."""
+        tokens, self._verified = KeptTokens(batch.reqs), None
+        original(processor, batch, result)
+        if self._verified is None:
+            return
         try:
-            row = self.recorder.settle(kept)
+            row = self.recorder.settle(self._verified, sum(tokens.count()))
         except Exception:  # noqa: BLE001 - an error of the log must not end the engine
             self.chooser.fail()
             return
-        self.chooser.observe(row.steps, row.batch, row.survivors)
-
-    # Hooks
+        kept = [drafts for drafts, runs in zip(self._verified, tokens.running, strict=True) if runs]
+        ends = Ends(row.tokens, tokens.ended(), row.batch - len(kept))
+        self.chooser.observe(row.steps, len(kept), survivors_of(kept, row.steps), ends)
 
     def install(self, _result: None, worker: Any, *_args: Any, **_kwargs: Any) -> None:
         """Connect to `worker`. Raises EngineError if sglang has turned adaptive speculation off, which it only logs."""
@@ -165,7 +187,8 @@ class DraftDepth:
             self.backlog.clear()
         if state is not None:
             self.chooser.load_state(state)
-        return {"log": replace(recorder.take(chooser.failures), state=chooser.state()).to_bytes()}
+        more = {"state": chooser.state(), "graph_sizes": tuple(self._graph_sizes or ())}
+        return {"log": replace(recorder.take(chooser.failures), **more).to_bytes()}
 
     def _start_prefill(self, batch: Any) -> None:
         self.backlog.remove(batch.reqs)

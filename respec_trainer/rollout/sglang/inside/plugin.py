@@ -6,6 +6,7 @@
 - Requests may have seeds without sglang's deterministic mode, which CPU backends do not have.
 - N-gram trees are padded with different tokens. sglang pads them with copies of token 0. Verification adds up the
   probabilities of a node's children, so it would accept that token once for each copy, which is too often.
+- Log-probs are of the distribution that top_k and top_p leave (`truncation.py`).
 - Every response token is returned with its origin: an accepted draft, or a draw by the target.
 - Draft steps may change while the engine runs (`draft_depth.py`).
 
@@ -45,6 +46,7 @@ def activate() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from respec_trainer.rollout.sglang.inside.digest import digest_hooks
+    from respec_trainer.rollout.sglang.inside.truncation import truncation_hooks
 
     settings = json.loads(os.environ[SETTINGS])
     hooks = _cpu_hooks() if settings["device"] == "cpu" else {}
@@ -53,6 +55,8 @@ def activate() -> None:
     hooks["sglang.srt.managers.schedule_batch.Req.update_finish_state"] = (note_prefill, "BEFORE")
     hooks["sglang.srt.speculative.ngram_worker.NGRAMWorker._prepare_draft_tokens"] = (with_distinct_drafts, "AFTER")
     hooks |= digest_hooks()
+    if settings["truncated_logprobs"]:
+        hooks |= truncation_hooks()
     if settings["seeded"]:
         batch = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
         hooks[f"{batch}.from_schedule_batch"] = (_with_seeds, "AFTER")

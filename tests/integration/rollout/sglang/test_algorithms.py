@@ -12,7 +12,7 @@ from respec_trainer.errors import EngineError
 from respec_trainer.rollout.sample import ACCEPTED, Request, SamplingParams
 from respec_trainer.rollout.sglang.engine import SGLangEngine
 from respec_trainer.rollout.sglang.settings import EngineSettings
-from tests.support.rollout_models import Reference, save_target
+from tests.support.rollout_models import TRUNCATED, Reference, check_truncated, save_target
 
 PROMPTS = ((5, 6, 7), (9, 4, 9, 4, 9, 4, 9), (3, 100, 130, 17, 22, 64, 64, 65))
 SHAPES = {
@@ -77,6 +77,12 @@ def test_verification_samples_from_the_target(engine, reference):
     samples = engine.submit([request] * 1500).collect()
     assert accepted(samples) > 250, "without accepted drafts there is nothing to test"
     assert reference.p_value(PROMPTS[1], [s.response_ids for s in samples], 3, 0.8) > 1e-3
+
+
+def test_log_probs_are_of_what_top_k_and_top_p_keep(engine, reference):
+    asked = list(TRUNCATED * 4)
+    samples = engine.submit([Request("k", PROMPTS[1], params) for params in asked]).collect()
+    check_truncated(reference, samples, asked)
 
 
 def test_the_padding_token_of_ngram_trees_keeps_its_probability(engine, shape, reference, target):

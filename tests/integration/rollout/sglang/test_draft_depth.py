@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from respec_trainer.config import EngineConfig, SpeculationConfig
 from respec_trainer.errors import EngineError
 from respec_trainer.rollout.decode_log import DepthSettings
-from respec_trainer.rollout.sample import Request, SamplingParams
+from respec_trainer.rollout.sample import Request, SamplingParams, accept_length
 from respec_trainer.rollout.sglang.engine import SGLangEngine
 from respec_trainer.rollout.sglang.settings import EngineSettings
+from respec_trainer.telemetry.metrics import step_metrics
+from respec_trainer.telemetry.timeline import Timeline
 from tests.support.depth_choosers import chosen_by
 from tests.support.rollout_models import VOCAB, Reference, save_drafter, save_target
 
@@ -95,8 +98,9 @@ def test_fixed_steps_are_logged(engine, greedy):
     assert set(log.steps[rows]) == {3} and log.failures == log.dropped == 0
     assert log.tokens[log.prefill].sum() <= sum(map(len, PROMPTS)), "prompts may be found in the cache"
     gained = sum(LENGTHS) - len(LENGTHS)
-    assert gained <= log.tokens[rows].sum() <= gained + 3 * len(LENGTHS), "the last pass may overshoot"
-    assert (log.tokens == log.batch + log.survivors.sum(1))[rows].all()
+    assert log.tokens[rows].sum() == gained, "without what the last passes overshot"
+    verified = (log.batch + log.survivors.sum(1))[rows]
+    assert (log.tokens[rows] <= verified).all() and gained < verified.sum() <= gained + 3 * len(LENGTHS)
     assert 0.1 < log.survivors[rows].sum() / (3 * log.batch[rows].sum()) < 0.9, "drafts are kept, and not all"
     for part in ("draft", "verify", "extend", "decide"):
         assert (getattr(log, part)[rows] > 0).all(), part
@@ -161,6 +165,43 @@ def test_an_adaptive_policy_chooses_and_observes(engine, greedy):
     assert responses == greedy and log.failures == 0
     assert log.steps[~log.prefill].tolist() == [(1, 0, 3)[i % 3] for i in range((~log.prefill).sum())]
     assert set(log.predicted[~log.prefill]) == {1.5}
+
+
+STOPS = tuple(range(0, VOCAB, 9))
+STEP, CYCLE = 0.020, {1: 0.012, 3: 0.013}  # made-up seconds, with which drafting pays
+
+
+def short_responses(engine, state: str = ""):
+    """Draw responses that end at a stop token or after 12 tokens; return (samples, DecodeLog) of a learning policy."""
+    fixed = {"plain": STEP, "draft": 0.001, "verify": 0.010, "extend": 0.001}
+    costs = {piece: (taken, *[0.0] * 5, 1.0) for piece, taken in fixed.items()}
+    costs["draft"] = (0.001, 0.0, 0.0005, *[0.0] * 3, 1.0)
+    engine.set_steps(replace(FIXED, mode="adaptive", costs=costs, prior=(0.7,) * 3))
+    if state:
+        engine.restore_depth_chooser(state)
+    params = SamplingParams(12, stop_token_ids=STOPS)
+    samples = engine.submit([Request(str(i), PROMPTS[i % 8], params) for i in range(500)]).collect()
+    return samples, engine.take_decode_log()
+
+
+def test_all_counts_agree_with_what_short_responses_kept(engine):
+    """The log, the speed-up, the accept length, and the tokens that the scheduler expects of its choices."""
+    _, before = short_responses(engine)
+    samples, log = short_responses(engine, before.state)
+    assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+    kept = sum(len(sample.response_ids) - 1 for sample in samples)
+    rows = ~log.prefill
+    verified = (log.batch + log.survivors.sum(1))[rows].sum()
+    assert verified > 1.04 * kept, "otherwise there is nothing to tell"
+    assert log.tokens[rows].sum() == kept
+    assert accept_length(samples) == pytest.approx(kept / sum(sample.verify_count for sample in samples))
+    line = Timeline.of(log, lambda batch, context: np.full(len(batch), STEP))
+    worth = sum(STEP * tokens / batch for tokens, batch in zip(log.tokens[rows], log.batch[rows], strict=True))
+    achieved = step_metrics([line])["spec/achieved_speedup"]
+    assert achieved == pytest.approx(worth / line.seconds[rows].sum())
+    seconds = np.select([log.steps == steps for steps in CYCLE], list(CYCLE.values()), STEP)
+    expected = (log.batch * log.predicted * seconds / STEP)[rows].sum()
+    assert expected == pytest.approx(kept, rel=0.01)
 
 
 def test_a_policy_s_state_is_in_the_log_and_is_restored(engine):

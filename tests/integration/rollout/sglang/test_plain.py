@@ -22,7 +22,7 @@ from respec_trainer.rollout.sample import UNDRAFTED, Request, SamplingParams
 from respec_trainer.rollout.sglang.engine import SGLangEngine
 from respec_trainer.rollout.sglang.settings import EngineSettings
 from respec_trainer.rollout.sglang.workers import prepare_process
-from tests.support.rollout_models import Reference, save_target
+from tests.support.rollout_models import TRUNCATED, Reference, check_truncated, save_target
 
 PROMPTS = ((5, 6, 7), (9,), (3, 100, 130, 17, 22, 64, 64, 65))
 # The launcher's variables of a rank. An engine that joined as a rank of the run would wait for ever.
@@ -98,6 +98,11 @@ def test_logprobs_are_at_the_temperature(engine, reference, temperature):
     for sample in ask(engine, *[SamplingParams(16, temperature=temperature, ignore_eos=True)] * 4):
         expected = reference.logprobs(PROMPTS[0], sample.response_ids, temperature)
         torch.testing.assert_close(torch.tensor(sample.sampler_logprobs), expected, atol=2e-5, rtol=0)  # fp32 sums
+
+
+def test_log_probs_are_of_what_top_k_and_top_p_keep(engine, reference):
+    asked = [*TRUNCATED, TRUNCATED[2]] * 4
+    check_truncated(reference, ask(engine, *asked), asked)
 
 
 def test_every_request_has_its_own_parameters(engine, reference):

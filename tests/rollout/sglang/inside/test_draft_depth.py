@@ -27,7 +27,24 @@ BROKEN = replace(OFF, **chosen_by("Broken", [0]))
 
 
 def requests(count: int):
-    return [SimpleNamespace(name=i, origin_input_ids=[0] * 4, output_ids=[0]) for i in range(count)]
+    return [Response(i) for i in range(count)]
+
+
+class Response:
+    """sglang's request, as far as it is used here. It ends at `last` tokens."""
+
+    def __init__(self, name: int, last: int = 99):
+        self.name, self.last = name, last
+        self.origin_input_ids, self.output_ids = [0] * 4, [0]
+        self.finished_len, self.is_retracted = None, False
+
+    def finished(self) -> bool:
+        return self.finished_len is not None
+
+    def extend(self, tokens: int) -> None:
+        if not self.finished():
+            self.output_ids += [0] * tokens
+            self.finished_len = self.last if len(self.output_ids) >= self.last else None
 
 
 def fill(backlog: Backlog, steps: list) -> None:
@@ -120,8 +137,20 @@ def decode(depth: DraftDepth, worker, reqs, kept: int = 0) -> int:
         output = SimpleNamespace(hidden_states=torch.zeros(len(reqs), 6))
         result = SimpleNamespace(logits_output=output, next_token_ids=torch.zeros(len(reqs)), can_run_cuda_graph=False)
         depth.skip_extend(None, worker, batch, result)
-    depth.on_verify_complete([kept] * len(reqs), len(reqs))
+    finish(depth, reqs, [kept] * len(reqs))
     return steps
+
+
+def finish(depth: DraftDepth, reqs, kept: list[int]) -> None:
+    """Process a batch's results as sglang does: report what was verified, then cut the responses."""
+
+    def process(_processor, _batch, _result) -> None:
+        depth.on_verify_complete(kept, len(kept))
+        for request, drafts in zip(reqs, kept, strict=True):
+            if not request.is_retracted:
+                request.extend(1 + drafts)
+
+    depth.settle(process, None, SimpleNamespace(reqs=reqs), None)
 
 
 def test_it_is_installed_in_sglangs_controller_or_raises():
@@ -130,6 +159,7 @@ def test_it_is_installed_in_sglangs_controller_or_raises():
     assert depth.candidate_steps == [0, 1, 3], "a chooser that fails needs the state without speculation"
     depth.set_cuda_graph_bs([1, 2])
     assert depth.cuda_graph_bs_for_step(3) == [1, 2]
+    assert ask(depth, None).graph_sizes == (1, 2) and ask(depth_of(FIXED)[0], None).graph_sizes == ()
     with pytest.raises(EngineError, match="turned adaptive speculation off"):
         DraftDepth(FIXED, "cpu").install(None, SimpleNamespace(adaptive_controller=None))
 
@@ -142,6 +172,38 @@ def test_batches_are_logged():
     log = depth.recorder.take()
     assert log.prefill.tolist() == [True, False] and log.tokens.tolist() == [7, 9]
     assert log.context.tolist() == [5.0, 5.0] and log.survivors.tolist() == [[0, 0, 0], [3, 3, 0]]
+
+
+def test_what_lies_behind_an_end_is_not_gained():
+    """Of three passes of four tokens each, one response keeps one, one all, and one is over or was retracted."""
+    settings = replace(FIXED, **chosen_by("Attentive", [3]))
+    depth, worker = depth_of(settings)
+    reqs = [Response(0, last=2), Response(1, last=5), Response(2)]
+    reqs[2].is_retracted = True
+    decode(depth, worker, reqs, kept=3)
+    decode(depth, worker, reqs, kept=2)  # as with overlapped scheduling: computed again although two are over
+    log = depth.recorder.take()
+    assert log.tokens.tolist() == [1 + 4, 0] and log.survivors.tolist() == [[3, 3, 3], [3, 3, 0]]
+    seen = json.loads(depth.chooser.state())["seen"]
+    assert seen == [[3, 2, [2, 2, 2], [5, 2, 1]], [3, 0, [0, 0, 0], [0, 0, 3]]]
+
+
+@pytest.mark.parametrize("sizes", [[4, 1, 2], None])
+def test_the_policy_is_told_the_graphs_sizes(sizes):
+    """Also one that is made later, by new settings."""
+    settings = replace(OFF, **chosen_by("Attentive", [0]))
+    depth, _ = depth_of(settings)
+    for _ in range(2):
+        depth.set_cuda_graph_bs(sizes)
+        assert json.loads(depth.chooser.state())["graphs"] == sorted(sizes or [])
+        depth.apply(settings)
+        assert json.loads(depth.chooser.state())["graphs"] == sorted(sizes or [])
+
+
+def test_a_step_without_verification_leaves_the_log_alone():
+    depth, _ = depth_of(FIXED)
+    depth.settle(lambda *_: None, None, SimpleNamespace(reqs=requests(2)), None)
+    assert depth.chooser.failures == 0 and len(depth.recorder.take()) == 0
 
 
 @pytest.mark.parametrize(("settings", "reads"), [(OFF, 0), (replace(OFF, off="warm"), 2)])
@@ -168,7 +230,7 @@ def test_after_a_failure_nothing_is_kept():
 def test_results_of_another_batch_size_count_as_a_failure():
     depth, worker = depth_of(FIXED)
     decode(depth, worker, requests(2))
-    depth.on_verify_complete([0, 0, 0], 3)
+    finish(depth, requests(3), [0, 0, 0])
     assert depth.chooser.failures == 1 and decode(depth, worker, requests(2)) == 0
 
 
