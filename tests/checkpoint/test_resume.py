@@ -42,7 +42,7 @@ model: dtype
 data: prompt_column answer_column template prompts_per_step max_prompt_tokens shuffle
 reward: kind marker function
 rollout: samples_per_prompt placement engine_ranks deal hand_over
-rollout.sampling: temperature top_p top_k max_new_tokens stop seeded
+rollout.sampling: temperature top_p top_k allow_untruncated max_new_tokens stop seeded
 speculation: algorithm accept_threshold_single accept_threshold_acc allow_lossy
 drafter: weighting weight_scope loss mode cadence interval delta unroll decay batch_size lr matrix_lr weight_decay clip
 drafter: warmup_updates retention

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 
+from respec_trainer.errors import ConfigError
 from respec_trainer.models.registry import FAMILIES, family_of, head_weights
 from tests.support.models import tiny_config, tiny_model
 
@@ -65,6 +67,15 @@ def test_every_problem_of_a_config_is_told(model):
     config.hidden_act, config.attention_dropout, config.architectures = "gelu", 0.1, ["A", "B"]
     first, *others = family_of(config).problems(config)
     assert first.startswith("architectures A, B, but only ") and len(others) == 2
+
+
+def test_a_family_is_that_of_the_config_and_the_key_is_named():
+    assert family_of(tiny_config("qwen3")) is FAMILIES["qwen3"]
+    unknown = SimpleNamespace(model_type="gpt2")
+    with pytest.raises(ConfigError, match="^model.path: model_type 'gpt2' is not supported"):
+        family_of(unknown)
+    with pytest.raises(ConfigError, match="^drafter.path: model_type 'gpt2' is not supported"):
+        family_of(unknown, "drafter.path")
 
 
 def test_all_families_name_the_output_layer_alike():

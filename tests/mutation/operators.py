@@ -22,7 +22,7 @@ SIMILAR |= {"zip_longest": "zip"}
 # Methods without arguments; the object itself takes the call's place.
 UNWRAPPED = {"strip", "rstrip", "lower", "resolve", "absolute", "copy", "detach", "clone", "contiguous", "flatten"}
 UNWRAPPED |= {"long", "double", "float", "abs", "exp", "log"}
-UNNEEDED = {"sorted", "reversed", "abs", "set", "tuple"}  # functions whose first argument takes the call's place
+UNNEEDED = {"sorted", "reversed", "abs", "set"}  # functions whose first argument takes the call's place
 
 
 def texts_for(node: ast.AST) -> Texts:

@@ -245,3 +245,12 @@ def test_the_learner_s_memory_must_hold_what_one_update_takes():
     assert len(problems(needed, "drafter.compare_frozen=true")) == 1, "the first drafter is kept too"
     assert problems(1, "drafter.weighting=none") == []
     assert problems(1, "drafter.weighting=none", "speculation.algorithm=none") == []
+
+
+@pytest.mark.parametrize(("algorithm", "drafted"), [("eagle3", 4), ("none", 1)])
+def test_a_large_batch_needs_more_for_logits_than_a_prompt_for_its_pass(algorithm, drafted):
+    shape = ["drafter.weighting=none"] if algorithm == "none" else []
+    (memory,) = plan("rollout.engine.max_running_requests=1024", f"speculation.algorithm={algorithm}", *shape)
+    parts = {part.name: part for part in memory.parts}
+    assert parts["engine: one pass"].bytes == 1024 * drafted * V * (2 + 4 + 4)
+    assert parts["engine: one pass"].how == f"8192 tokens or {1024 * drafted} logits"

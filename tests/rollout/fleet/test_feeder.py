@@ -23,10 +23,13 @@ UNITS = [Unit((i, i + 1), 2.0) for i in range(0, 40, 2)]
 
 
 class Engine:
-    """An engine with `slots`, whose responses take `seconds`. It dies at the request after the first `life` ones."""
+    """An engine with `slots`, whose responses take `seconds`. It dies at the request after the first `life` ones.
 
-    def __init__(self, seconds, slots=4, life=10**6):
-        self.seconds, self.slots, self.life = seconds, threading.Semaphore(slots), life
+    With a `gate` its responses wait until that is set.
+    """
+
+    def __init__(self, seconds, slots=4, life=10**6, gate=None):
+        self.seconds, self.slots, self.life, self.gate = seconds, threading.Semaphore(slots), life, gate
         self.failure, self.given = None, []
 
     def submit(self, requests):
@@ -47,6 +50,7 @@ class Work:
     def draw(self, request):
         with self.engine.slots:
             time.sleep(self.engine.seconds)
+            assert self.engine.gate is None or self.engine.gate.wait(60)
         return Sample(request.key, list(request.prompt_ids), [7], [-1.0], "stop", "actor-1", "none")
 
     def done(self):
@@ -78,6 +82,11 @@ def collect(*phases):
         return [future.result() for future in [threads.submit(phase.collect_own) for phase in phases]]
 
 
+def wait_until(condition) -> None:
+    while not condition():
+        time.sleep(0.001)
+
+
 def test_a_queue_gives_each_unit_once(store):
     queues = [Queue(UNITS, store, "phase") for _ in range(3)]
     with ThreadPoolExecutor() as threads:
@@ -88,14 +97,16 @@ def test_a_queue_gives_each_unit_once(store):
 
 
 def test_the_faster_engine_draws_what_the_slower_has_not_begun(store):
-    slow, fast = Engine(0.3), Engine(0.01)
+    gate, queue = threading.Event(), Queue(UNITS[4:], store, "phase")
+    slow, fast = Engine(0.0, gate=gate), Engine(0.001)
     phases = [start(engine, UNITS[i : i + 2], Queue(UNITS[4:], store, "phase")) for engine, i in ((slow, 0), (fast, 2))]
     assert all(phase.generating() for phase in phases)
+    threading.Thread(target=lambda: wait_until(queue.empty) or gate.set(), daemon=True).start()
     drawn = collect(*phases)
     assert not any(phase.generating() for phase in phases)
     assert sorted(position for share in drawn for position, _ in share) == list(range(40))
     assert all(sample.key == str(position) for share in drawn for position, sample in share)
-    assert len(fast.given) > 2 * len(slow.given)
+    assert len(slow.given) == 6 and len(fast.given) == 34, "the slow one took what it had room for, and no more"
 
 
 @pytest.mark.parametrize("resume", [True, False])
