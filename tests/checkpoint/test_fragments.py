@@ -90,3 +90,9 @@ def test_a_file_of_another_name_is_named(tmp_path):
     save_file({f"master/{NAME}/0": WHOLE}, tmp_path / "shard0.safetensors")
     with pytest.raises(ConfigError, match="shard0.safetensors is not named tp0_dp0.safetensors or the like"):
         FragmentIndex(tmp_path, ["shard0.safetensors"])
+
+
+def test_what_one_fragment_holds_is_mapped_and_not_copied(index, monkeypatch):
+    monkeypatch.setattr(torch, "empty", None)  # as a copy would need
+    assert torch.equal(index.read("exp_avg", NAME, 1, 3, 9), -WHOLE[3:9])
+    assert torch.equal(index.read("master", NAME, 1, 40, 70), WHOLE[40:70])

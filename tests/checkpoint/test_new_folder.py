@@ -15,11 +15,11 @@ from respec_trainer.errors import ConfigError, RespecError
 
 
 def test_the_folder_appears_at_the_end(tmp_path):
-    with new_folder(tmp_path / "deep" / "out") as folder:
+    with new_folder(tmp_path / "deep" / "er" / "out") as folder:
         (folder / "a").write_text("a")
-        assert not (tmp_path / "deep" / "out").exists()
-    assert (tmp_path / "deep" / "out" / "a").read_text() == "a"
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+        assert not (tmp_path / "deep" / "er" / "out").exists()
+    assert (tmp_path / "deep" / "er" / "out" / "a").read_text() == "a"
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["out"]
 
 
 def test_an_exception_leaves_nothing(tmp_path):

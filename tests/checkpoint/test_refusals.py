@@ -270,3 +270,19 @@ def test_unlike_copies_of_a_parameter_that_is_not_cut_are_refused(tmp_path, hf, 
 def test_a_config_of_another_model_is_refused(hf, checkpoint):
     other = type(hf[1]).from_dict(hf[1].to_dict() | {"intermediate_size": 64})
     checkpoint_refused(checkpoint, other, "not of one model")
+
+
+@pytest.mark.parametrize("name", ["state.json", "hf/tokenizer.json", "ranks/rank0.safetensors"])
+def test_a_file_of_another_size_is_found_when_the_checkpoint_is_opened(checkpoint, name):
+    """Without reading any file whole."""
+    with (checkpoint / name).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(ConfigError, match=f"{name} holds .* bytes .*; use another checkpoint, or copy this file again"):
+        MegatronFolder(checkpoint)
+
+
+def test_an_empty_fragment_may_be_anywhere(checkpoint):
+    """A rank that owns nothing of a parameter may say so, at any place."""
+    rewrite(checkpoint, ACTOR, lambda held: held.update({f"exp_avg/{NORM}/7": torch.ones(0)}))
+    before = MegatronFolder(checkpoint).shard("exp_avg", NORM, 1)
+    assert before.shape == (64,)

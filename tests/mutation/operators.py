@@ -35,7 +35,8 @@ def texts_for(node: ast.AST) -> Texts:
 def swapped(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, ast.stmt]]:
     """Yield the pairs of neighbors in `body` that are calls: their order may be wrong."""
     for first, second in zip(body, body[1:], strict=False):
-        if _is_call(first) and _is_call(second) and ast.unparse(first) != ast.unparse(second):
+        calls = _is_call(first) and _is_call(second) and ast.unparse(first) != ast.unparse(second)
+        if calls and not (_fills(first) and _fills(second)):
             yield first, second
 
 
@@ -145,6 +146,11 @@ def _sliced(node: ast.Slice) -> Texts:
 
 def _is_call(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+
+
+def _fills(node: ast.Expr) -> bool:
+    """Whether the call is of a tensor's method such as copy_: calls that fill two tensors may change places."""
+    return isinstance(node.value.func, ast.Attribute) and node.value.func.attr.endswith("_")
 
 
 def _is_text(node: ast.expr) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,3 +128,28 @@ def test_unsupported_arguments_are_refused():
     call = (case.q, case.k, case.v, 1.0, 1.0, case.q, None, None, None, None, *plan, SCALE)
     with pytest.raises(NotImplementedError, match="sliding"):
         attention.decode_attention_cpu(*call, 0.0, False, 4, None, None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logit_cap": 0.5},
+        {"is_cross_attention": True},
+        {"sliding_window": 1},
+        {"sinks": torch.zeros(1)},
+        {"k_scale": 2.0},
+        {"v_scale": 0.5},
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(changes):
+    plain = {"logit_cap": 0.0, "is_cross_attention": False, "sliding_window": -1, "sinks": None}
+    given = plain | {"k_scale": 1.0, "v_scale": 1.0} | changes
+    for function in (attention.decode_attention_cpu, attention.extend_attention_cpu):
+        names = inspect.signature(function).parameters
+        with pytest.raises(NotImplementedError, match="plain causal attention only"):
+            function(**(dict.fromkeys(names) | given))
+    names = inspect.signature(attention.extend_attention_cpu).parameters
+    with pytest.raises(NotImplementedError, match="causal models only"):
+        attention.extend_attention_cpu(
+            **(dict.fromkeys(names) | plain | {"k_scale": 1, "v_scale": 1, "is_causal": False})
+        )

@@ -104,7 +104,7 @@ def test_greedy_verification(n, batch, chain, seed):
         line = torch.tensor([*range(1, n), -1])
         trees = [([*range(-1, n - 1)], line, torch.full((n,), -1))] * batch
     candidates, target = torch.randint(0, 3, (2, batch, n), generator=generator)
-    width = n if chain else min(n, 4)
+    width = min(n, 4)
     predicts = torch.zeros(batch * n, dtype=torch.int32)
     accept_index = torch.full((batch, width), -1, dtype=torch.int32)
     count = torch.empty(batch, dtype=torch.int32)
@@ -135,9 +135,11 @@ def test_a_tree_given_as_a_mask(parents):
                 tree_mask[node] = tree_mask[parent]
             tree_mask[node, node] = True
     prefix = torch.arange(10, 10 + batch)
-    positions = torch.zeros(batch * n, dtype=torch.int64)
+    positions = torch.zeros(batch * n + 3, dtype=torch.int64)  # buffers are longer than needed
     index, child, sibling = torch.zeros(3, batch, n, dtype=torch.int64)
-    reconstruct_indices_from_tree_mask(mask.flatten(), prefix, positions, index, child, sibling, batch, n)
+    longer = torch.cat([mask.flatten(), torch.ones(5, dtype=torch.bool)])
+    reconstruct_indices_from_tree_mask(longer, prefix, positions, index, child, sibling, batch, n)
+    assert positions[batch * n :].tolist() == [0] * 3
     assert index.flatten().tolist() == list(range(batch * n))
     for b, row in enumerate(parents):
         for node in range(n):
