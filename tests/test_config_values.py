@@ -75,7 +75,7 @@ BOUNDS = {
     "rollout.audit_every": ([0, 1], [-1], []),
     "rollout.sampling.temperature": ([0.001, 2.0], [0.0, -0.1, ".inf", ".nan"], []),
     "rollout.sampling.top_p": ([0.001, 1.0], [0.0, 1.001], []),
-    "rollout.sampling.top_k": ([-1, 0, 1], [-2], []),
+    "rollout.sampling.top_k": ([-1, 2], [-2, 0, 1], []),
     "rollout.sampling.max_new_tokens": ([1], [0], []),
     "rollout.engine.tp": ([1], [0], []),
     "rollout.engine.span": ([1, "null"], [0], []),
