@@ -19,7 +19,7 @@ from respec_trainer.audit.scores import Draws, score_sums
 from respec_trainer.audit.sums import ScoreSums
 from respec_trainer.collectives import sum_over
 from respec_trainer.config import Config
-from respec_trainer.errors import AuditError
+from respec_trainer.errors import AuditError, ConfigError
 from respec_trainer.rollout.batch import Batch
 from respec_trainer.rollout.sample import SamplingParams
 from respec_trainer.speculation.algorithms import is_lossy
@@ -69,6 +69,13 @@ class StepAudit:
         return {"total": {} if self.total is None else self.total.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore the sums. Raises ConfigError for a state of an earlier version, which summed other scores."""
+        if state["total"] and state["total"].keys() != ScoreSums.__dataclass_fields__.keys():
+            raise ConfigError(
+                "the checkpoint's sums of audits were saved by another version of respec_trainer, which this one does "
+                "not read; finish that run with the version that began it, or start a new one with "
+                "checkpoint.resume=never"
+            )
         self.total = ScoreSums.of_state(state["total"]) if state["total"] else None
 
     def _sums(self, batch: Batch) -> ScoreSums:

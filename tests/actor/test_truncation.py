@@ -60,3 +60,14 @@ def test_padding_and_the_most_probable_token():
     assert kept(scores, 3, 1.0).tolist() == [[True, True, False, True]]
     assert Truncation().keeps_all and Truncation(0, 1.0).keeps_all
     assert not Truncation(5).keeps_all and not Truncation(-1, 0.5).keeps_all
+
+
+def test_a_token_at_the_very_edge_is_kept():
+    """As the engine keeps it: the tokens before it hold exactly the share top_p. exp(-1e-8) is 1 in float32."""
+    scores = torch.tensor([[0.0, -1e-8, -3.0]])
+    assert kept(scores, 2, 0.5).tolist() == [[True, True, False]]
+    assert kept(scores, 2, 0.499).tolist() == [[True, False, False]]
+
+
+def test_a_share_that_rounds_to_all_keeps_what_top_k_kept():
+    assert kept(torch.tensor([[0.0, -1.0, -2.0, -3.0]]), 2, 1 - 1e-12).tolist() == [[True, True, False, False]]

@@ -95,3 +95,12 @@ def test_a_token_that_is_not_kept_has_no_probability():
     logits = random_logits(1, seed=3)
     (value,) = verified(logits, [int(logits.argmin())], info([3], [1.0]), chain_stride=1)[0]
     assert value == torch.finfo(torch.float32).min
+
+
+def test_greedy_tokens_keep_their_log_probs_of_the_whole_vocabulary():
+    """SGLang gives greedy requests a top_k of 1, after which every log-prob would be 0: the canary would see nothing."""
+    output = SimpleNamespace(next_token_logits=random_logits(2), next_token_logprobs="as SGLang computed them")
+    greedy = info([1, 1], [1.0, 1.0])
+    greedy.is_all_greedy = True
+    with_truncated_logprobs(None, SimpleNamespace(sampling_info=greedy), output, torch.tensor([0, 1]), chain_stride=1)
+    assert output.next_token_logprobs == "as SGLang computed them"
