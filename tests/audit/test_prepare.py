@@ -54,7 +54,7 @@ def test_what_follows_the_end_of_a_response_does_not_count():
 
 
 def test_short_prompts_are_not_cut_and_equal_beginnings_count_once():
-    assert uncertain_starts([(1, 2, 3)], Model({}), {END}, 5) == []
+    assert uncertain_starts([(1, 2, 3), (4, 5, 6, 7)], Model({}), {END}, 5) == []
     assert uncertain_starts([(1, 2, 3, 4, 5), (1, 2, 3, 4, 6)], Model({}), {END}, 5) == [(1, 2, 3, 4)]
     many = [(index,) * 5 for index in range(1, CANDIDATES + 10)]
     model = Model({})

@@ -47,6 +47,11 @@ def test_each_test_fails_a_cell_at_holms_level(which):
     assert right.passed and right.adjusted == pytest.approx(6 * 0.0018)
 
 
+def test_holms_factor_is_that_of_all_tests_of_all_cells():
+    first, second = judge([result(classes=1e-4, tree=3e-4), result(surprisal=0.0019)], STANDARD)
+    assert first.adjusted == pytest.approx(6e-4) and second.adjusted == pytest.approx(4 * 0.0019)
+
+
 def test_a_cell_without_power_fails_and_says_so():
     few = judge([result(uncertain=15_000.0)], STANDARD)[0]
     assert few.power < 0.99 and not few.passed and not few.refuted and "too few draws" in few.mark
