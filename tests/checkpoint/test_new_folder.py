@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,3 +110,13 @@ def test_all_but_weights_is_carried_over(tmp_path):
     carry_over(source, tmp_path / "out")
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert found == set(kept)
+
+
+def test_no_handle_of_a_leftover_stays_open(tmp_path):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        (tmp_path / ".out.partial-11").mkdir()
+        check_place(tmp_path / "out", 0)
+    with new_folder(tmp_path / "out"):
+        pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -141,3 +141,10 @@ def test_logs_end_where_they_did(tmp_path):
     assert log.read_text() == "one\n2\n"
     with pytest.raises(ConfigError, match="samples.jsonl holds 0 bytes, but held 9"):
         restore_logs(run, run, {"samples.jsonl": 9})
+
+
+def test_a_log_that_was_empty_is_emptied(tmp_path):
+    log = tmp_path / "samples.jsonl"
+    log.write_text("a line of a step that is done again\n")
+    assert restore_logs(tmp_path, tmp_path, {"samples.jsonl": 0, "absent.jsonl": 0}) == []
+    assert log.read_text() == "" and not (tmp_path / "absent.jsonl").exists()

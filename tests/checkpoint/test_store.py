@@ -13,10 +13,12 @@ from respec_trainer.checkpoint.store import (
     latest,
     point,
     publish,
+    read_state,
     retain,
     step_of,
     tidy,
 )
+from respec_trainer.errors import ConfigError
 
 META = {"tp": 1, "dp": 1, "zero": 1, "dtype": "fp32", "optimizer": True, "model": {}, "parameters": {}}
 
@@ -73,3 +75,14 @@ def test_going_on_leaves_nothing_half_done_and_loses_nothing(tmp_path):
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step_1"]
     assert latest(tmp_path) == tmp_path / "step_1"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_state_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "state.json").write_text('{"step": 3}')
+    assert read_state(tmp_path) == {"step": 3}
+    (tmp_path / "state.json").write_text('{"step')
+    with pytest.raises(ConfigError, match="state.json cannot be read"):
+        read_state(tmp_path)
+    (tmp_path / "state.json").unlink()
+    with pytest.raises(ConfigError, match="state.json cannot be read: .*No such file"):
+        read_state(tmp_path)

@@ -125,3 +125,16 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     draw()
     RandomStates().load_state_dict(load_tree(tmp_path / "rng.safetensors"))
     assert json.dumps(draw()) == json.dumps(expected)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("now", [True, False])
+def test_a_gpu_s_random_numbers_go_on_if_there_was_one_and_is_one(monkeypatch, saved, now):
+    restored = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: restored.append(state.tolist()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: saved)
+    state = RandomStates().state_dict()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: now)
+    RandomStates().load_state_dict(state)
+    assert restored == [[7]] * (saved and now)

@@ -21,6 +21,7 @@ from respec_trainer.convert.verify import compare_folders
 from respec_trainer.drafter.format import load_drafter, save_drafter
 from respec_trainer.errors import ConfigError, RespecError
 from respec_trainer.models.registry import FAMILIES
+from respec_trainer.weights.hf_folder import HFFolder
 from tests.support.drafters import DRAFT_IDS, target_config, tiny_drafter
 from tests.support.saved_models import random_state, read_all, same, save_checkpoint, save_hf
 
@@ -199,3 +200,49 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, hf, monkeypatch):
     with pytest.raises(RespecError, match="is full"):
         to_megatron(source, config, tmp_path / "out", 2, None, QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+class Counted:
+    """Progress that is kept: for each phase, what was announced and what was done, in bytes."""
+
+    def __init__(self):
+        self.phases: list[list] = []
+
+    def begin(self, what, total):
+        self.phases.append([what, total, 0])
+
+    def advance(self, size):
+        self.phases[-1][2] += size
+
+
+def test_a_bar_ends_where_it_said_it_would(tmp_path, hf):
+    source, config = hf
+    bar = Counted()
+    to_megatron(source, config, tmp_path / "megatron", 2, None, bar)
+    checkpoint = MegatronFolder(save_checkpoint(tmp_path / "step_40", source, config, random_state(config)))
+    reshard(checkpoint, config, tmp_path / "resharded", 1, bar)
+    checkpoint_to_hf(checkpoint, config, tmp_path / "back", torch.bfloat16, bar)
+    checkpoint.check_digests(bar)
+    save_drafter(tiny_drafter(), DRAFT_IDS, tmp_path / "drafter", torch.float32)
+    copy_drafter(tmp_path / "drafter", tmp_path / "copy", torch.bfloat16, bar)
+    with HFFolder(source) as one, HFFolder(source) as other:
+        compare_folders(one, other, bar)
+    assert [what for what, *_ in bar.phases] == [
+        "Megatron", "Megatron", "Hugging Face", "checksums", "drafter", "comparing"
+    ]  # fmt: skip
+    assert all(total == done > 1000 for _, total, done in bar.phases), bar.phases
+
+
+def test_frequencies_of_another_dtype_do_not_make_a_model_one_of_two_dtypes(tmp_path):
+    source, config = save_hf(tmp_path / "hf", dtype=torch.bfloat16, shards=1)
+    held = load_file(source / "model.safetensors")
+    save_file(held | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, source / "model.safetensors")
+    to_megatron(source, config, tmp_path / "megatron", 1, None, QUIET)
+    assert MegatronFolder(tmp_path / "megatron").dtype == torch.bfloat16
+    save_file(held | {"model.norm.weight": torch.ones(64)}, source / "model.safetensors")
+    with pytest.raises(ConfigError, match="are of bfloat16, float32; a checkpoint has one of bf16 and fp32"):
+        to_megatron(source, config, tmp_path / "two", 1, None, QUIET)
+
+
+def test_files_have_four_gibibytes_at_most_by_default():
+    assert conversion.SHARD_BYTES == 4 * 2**30
