@@ -19,7 +19,7 @@ from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 DEEP = 12  # tokens of an answer in a prompt
 CANDIDATES = 24  # prompts of the data that are considered
 CUTS = (4, 8, 12, 20)  # tokens of a prompt that is cut short
-CUT_PROMPTS = 4
+CUT_PROMPTS, WHOLE_PROMPTS = 3, 2
 CLOSE = 0.7  # with a lower largest probability, the actor is uncertain at low temperatures too
 
 # Prompts, number of tokens -> the actor's likeliest continuation of each, and the log-probs of its tokens.
@@ -70,13 +70,14 @@ def audit_prompts(
 ) -> tuple[list[Prefix], list[list[int]]]:
     """Return the prompts of an audit, and the likeliest answers to the first and to the second last.
 
-    They are a whole prompt of the data, prompts that are cut short, and the whole one with its answer's first tokens.
+    They are whole prompts of the data, prompts that are cut short, and the first one with its answer's first tokens.
 
     Args:
         ends: tokens that end a response.
         steps: tokens of a response.
     """
-    chosen = [tuple(prompts[0]), *uncertain_starts(prompts, go_on, ends, steps)]
+    whole = [tuple(prompt) for prompt in prompts[:WHOLE_PROMPTS]]
+    chosen = [*whole, *uncertain_starts(prompts, go_on, ends, steps)]
     answers, _ = go_on([chosen[0], chosen[-1]], DEEP)
     answers = [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]
     return [*chosen, (*chosen[0], *answers[0])], answers
