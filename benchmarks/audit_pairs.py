@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from respec_trainer.audit.law import laws
-from respec_trainer.audit.scores import UNCERTAIN, Draws, score_sums
-from respec_trainer.audit.sums import ScoreSums
+from respec_trainer.audit.scores import UNCERTAIN, Draws, Strata, strata
 from respec_trainer.rollout.sample import SamplingParams
 
 VOCAB = 32
@@ -55,12 +54,12 @@ class Drawn:
     sampler_logprobs: torch.Tensor  # [T]
     params: SamplingParams
 
-    def sums(self, weighted: bool = True) -> ScoreSums:
+    def sums(self, weighted: bool = True) -> Strata:
         """Return the audit's sums. Without `weighted` every token counts 1, as if actor and sampler agreed."""
         actor, rows = laws(self.logits, self.params), torch.arange(len(self.tokens))
         log_ratio = actor.probs[rows, self.tokens].log() - self.sampler_logprobs
         ratios = log_ratio.exp() if weighted else torch.ones_like(log_ratio)
-        return score_sums(actor, Draws(rows, self.tokens, torch.ones_like(ratios), ratios))
+        return strata(actor, Draws(rows, self.tokens, torch.ones_like(ratios), ratios))
 
     def log_ratios(self) -> torch.Tensor:
         """Return log rho [T]; -inf where the actor would not draw the token."""

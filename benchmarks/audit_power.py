@@ -87,7 +87,7 @@ def main() -> None:
         found = np.array([result.p_values for result in results]) < level
         promised = min(STANDARD.power_of(result.scores, CELLS) for result in results)
         sizes = [f"{np.mean([result.draws for result in results]):,.0f}"]
-        sizes += [f"{np.mean([result.scores.uncertain for result in results]):,.0f}"]
+        sizes += [f"{np.mean([result.scores.uncertain.reached for result in results]):,.0f}"]
         shares = [*found.mean(0), found.any(1).mean()]
         view.add_row(name, *(f"{share:.2f}" for share in shares), f"{promised:.3f}", *sizes)
     console.print(view)

@@ -23,7 +23,7 @@ from scipy.stats import kstest
 
 from benchmarks.audit_pairs import Fault, Pair, accept, outdated, shift
 from respec_trainer.audit.rollouts import LEVEL
-from respec_trainer.audit.sums import ScoreSums
+from respec_trainer.audit.scores import Strata
 from respec_trainer.objective.kl import k3
 from respec_trainer.rollout.sample import SamplingParams
 
@@ -80,13 +80,13 @@ def size(args: argparse.Namespace):
             f"{kstest(p_values, 'uniform').pvalue:.2g}",
             f"{sum(p < 1e-3 for p in p_values)} of {args.audits}",
             f"{total.both().p_value:.2g}",
-            f"{total.ratio_p_value():.2g}",
+            f"{total.whole.ratio_p_value():.2g}",
             f"{unweighted.both().p_value:.2g}",
             f"{time.perf_counter() - began:.0f}",
         )
 
 
-def audit(pair: Pair, tokens: int, generator: torch.Generator) -> tuple[ScoreSums, ScoreSums, torch.Tensor]:
+def audit(pair: Pair, tokens: int, generator: torch.Generator) -> tuple[Strata, Strata, torch.Tensor]:
     """Return the sums of one audit, those with every token counted as 1 of its first tokens, and their log rho."""
     drawn = [pair.draw(min(CHUNK, tokens - start), generator) for start in range(0, tokens, CHUNK)]
     parts = [some.sums() for some in drawn]
@@ -102,9 +102,9 @@ def faults(args: argparse.Namespace):
         for _ in range(args.audits):
             sums = PAIRS["KL 1e-3"].draw(args.tokens, generator, fault).sums()
             total = sums if total is None else total + sums
-            if min(total.both().p_value, total.ratio_p_value()) < LEVEL:
+            if min(total.both().p_value, total.whole.ratio_p_value()) < LEVEL:
                 break
-        yield name, f"{total.draws:,.0f}", f"{total.both().p_value:.2g}", f"{total.ratio_p_value():.2g}"
+        yield name, f"{total.whole.draws:,.0f}", f"{total.both().p_value:.2g}", f"{total.whole.ratio_p_value():.2g}"
 
 
 if __name__ == "__main__":

@@ -156,8 +156,9 @@ class Auditor:
 
     def _with_stops(self, params: SamplingParams, mode: Mode) -> SamplingParams:
         """Add stops that many responses meet: a token and a piece of text from the likeliest responses."""
-        first, second = self.continuations[0], self.continuations[-1]
-        stop = (self.tokenizer.decode(first[3:5]),) if mode.text and len(first) > 4 else ()
+        first, second = self.continuations
+        middle = len(first) // 2
+        stop = (self.tokenizer.decode(first[middle : middle + 2]),) if mode.text and first else ()
         return replace(params, stop=stop, stop_token_ids=tuple(second[6:7]))
 
     def _update_and_push(self, engine: SGLangEngine, sleep: bool) -> None:

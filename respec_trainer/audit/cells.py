@@ -52,7 +52,7 @@ NAMED = (
     Mode("EAGLE-3 rejection", CHAIN | {"rejection_sampling": True}, needs="drafter", wide=True),
     Mode("EAGLE-3 on and off", CHAIN, needs="drafter", switching=True),
 )
-CONTROL = Mode("lossy on purpose", CHAIN | {"accept_threshold_acc": 0.9, "allow_lossy": True}, needs="drafter")
+CONTROL = Mode("lossy on purpose", CHAIN | {"accept_threshold_acc": 0.7, "allow_lossy": True}, needs="drafter")
 
 TEMPERATURES = tuple({"temperature": temperature} for temperature in (1.0, 0.6, 0.3))
 FILTERS = ({"top_p": 0.9}, {"top_k": 20}, {"top_p": 0.9, "top_k": 20})

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from respec_trainer.audit.report import CellResult, Standard
+from respec_trainer.audit.scores import Strata
 from respec_trainer.audit.statistics import Evidence
-from respec_trainer.audit.sums import ScoreSums
 from respec_trainer.audit.tree import LawsAfter, Prefix, joint_law, token_scores, tree_of
 from respec_trainer.rollout.engine import RolloutEngine
 from respec_trainer.rollout.sample import Request, Sample, SamplingParams, accept_length
@@ -50,7 +50,7 @@ def examine(
     """
     began, samples = time.perf_counter(), []
     faults: set[str] = set()
-    scores: ScoreSums | None = None
+    scores: Strata | None = None
     wanted = min(draws, limit)
     while wanted:
         asked = plan.asked(wanted)
@@ -66,7 +66,7 @@ def examine(
     return _result(plan.name, evidence, scores, samples, time.perf_counter() - began, tuple(sorted(faults)))
 
 
-def missing(scores: ScoreSums, standard: Standard, cells: int, draws: int) -> int:
+def missing(scores: Strata, standard: Standard, cells: int, draws: int) -> int:
     """Return how many more responses the standard's power takes, from the sums of `draws` responses."""
     if standard.power_of(scores, cells) >= standard.power:
         return 0
@@ -81,7 +81,7 @@ def _pairs(samples: Sequence[Sample]) -> list[tuple[Prefix, list[int]]]:
 
 
 def _result(
-    name: str, evidence: Evidence, scores: ScoreSums, samples: list[Sample], seconds: float, faults: tuple[str, ...]
+    name: str, evidence: Evidence, scores: Strata, samples: list[Sample], seconds: float, faults: tuple[str, ...]
 ) -> CellResult:
     tokens = sum(len(sample.response_ids) for sample in samples)
     return CellResult(name, evidence, scores, len(samples), tokens, accept_length(samples), seconds, faults)

@@ -19,7 +19,7 @@ from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 DEEP = 12  # tokens of an answer in a prompt
 CANDIDATES = 24  # prompts of the data that are considered
 CUTS = (4, 8, 12, 20)  # tokens of a prompt that is cut short
-CUT_PROMPTS = 4
+WHOLE_PROMPTS, CUT_PROMPTS = 3, 2
 CLOSE = 0.7  # with a lower largest probability, the actor is uncertain at low temperatures too
 
 # Prompts, number of tokens -> the actor's likeliest continuation of each, and the log-probs of its tokens.
@@ -70,36 +70,33 @@ def audit_prompts(
 ) -> tuple[list[Prefix], list[list[int]]]:
     """Return the prompts of an audit, and the likeliest answers to the first and to the second last.
 
-    They are a whole prompt of the data, prompts that are cut short, and the whole one with its answer's first tokens.
+    They are whole prompts of the data, prompts that are cut short, and the first one with half of its answer. Of the
+    first two kinds those are chosen where the actor is most often uncertain. Where it is sure, draws prove little, and
+    in a response to a whole prompt it is sure of most tokens; what follows half a question is open.
 
     Args:
         ends: tokens that end a response.
         steps: tokens of a response.
     """
-    chosen = [tuple(prompts[0]), *uncertain_starts(prompts, go_on, ends, steps)]
-    answers, _ = go_on([chosen[0], chosen[-1]], DEEP)
-    answers = [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]
-    return [*chosen, (*chosen[0], *answers[0])], answers
+    whole = [tuple(prompt) for prompt in prompts[:CANDIDATES]]
+    cut = sorted({prompt[:length] for prompt in whole for length in CUTS if length < len(prompt)})
+    chosen = most_uncertain(whole, go_on, ends, steps)[:WHOLE_PROMPTS]
+    if cut:
+        chosen += most_uncertain(cut, go_on, ends, steps)[:CUT_PROMPTS]
+    answers = [_until_end(answer, ends) for answer in go_on([chosen[0], chosen[-1]], DEEP)[0]]
+    return [*chosen, (*chosen[0], *answers[0][: len(answers[0]) // 2])], answers
 
 
-def uncertain_starts(
-    prompts: Sequence[Sequence[int]], go_on: Continue, ends: Container[int], steps: int
-) -> list[Prefix]:
-    """Return up to CUT_PROMPTS beginnings of prompts, where the actor is most often uncertain how to go on.
-
-    Wherever the actor is sure, draws prove little. In a response to a whole prompt it is sure of most tokens; what
-    follows half a question is open. A beginning is judged by its likeliest continuation of `steps` tokens.
-
-    Args:
-        ends: tokens that end a response.
-    """
-    cuts = sorted({tuple(prompt[:cut]) for prompt in prompts[:CANDIDATES] for cut in CUTS if cut < len(prompt)})
-    if not cuts:
-        return []
+def most_uncertain(prompts: Sequence[Prefix], go_on: Continue, ends: Container[int], steps: int) -> list[Prefix]:
+    """Return the prompts in the order of how many tokens of their likeliest responses the actor is uncertain about."""
+    answers, logprobs = go_on(prompts, steps)
 
     def uncertain(index: int) -> int:
-        length = len(list(takewhile(lambda token: token not in ends, tokens[index])))
+        length = len(_until_end(answers[index], ends))
         return sum(logprob < math.log(CLOSE) for logprob in logprobs[index][: length + 1])
 
-    tokens, logprobs = go_on(cuts, steps)
-    return [cuts[index] for index in sorted(range(len(cuts)), key=uncertain, reverse=True)[:CUT_PROMPTS]]
+    return [prompts[index] for index in sorted(range(len(prompts)), key=uncertain, reverse=True)]
+
+
+def _until_end(answer: Sequence[int], ends: Container[int]) -> list[int]:
+    return list(takewhile(lambda token: token not in ends, answer))

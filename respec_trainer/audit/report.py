@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from respec_trainer.audit.scores import Strata
 from respec_trainer.audit.statistics import Evidence, holm
-from respec_trainer.audit.sums import ScoreSums
 
 TESTS = ("tree", "classes", "surprisal")  # of each cell: the joint law, the classes by rank, the surprisal
 
@@ -20,19 +20,19 @@ class Standard:
     total_variation: float = 0.02  # a law that moves this mass where the actor is uncertain must be detected ...
     power: float = 0.99  # ... with this probability
 
-    def power_of(self, scores: ScoreSums, cells: int) -> float:
+    def power_of(self, scores: Strata, cells: int) -> float:
         """Return the power of the classes' test of one cell, at the lowest level that Holm's correction uses.
 
         A bound for all tests of the cell: the others can only find more.
         """
-        return scores.power(self.total_variation, self.level / (cells * len(TESTS)), scores.classes().df)
+        return scores.uncertain.power(self.total_variation, self.level / (cells * len(TESTS)), scores.classes().df)
 
 
 @dataclass(frozen=True)
 class CellResult:
     name: str
     evidence: Evidence  # of the joint law
-    scores: ScoreSums
+    scores: Strata
     draws: int
     tokens: int
     accept_length: float
@@ -67,12 +67,12 @@ class Verdict:
             "cell": result.name,
             "draws": result.draws,
             "tokens": result.tokens,
-            "uncertain_tokens": round(result.scores.uncertain),
+            "uncertain_tokens": round(result.scores.uncertain.reached),
             "chi_square": result.evidence.statistic,
             "df": result.evidence.df,
             **{f"p_{test}": p for test, p in zip(TESTS, result.p_values, strict=True)},
             "p_adjusted": self.adjusted,
-            "total_variation": result.scores.total_variation,
+            "total_variation": result.scores.uncertain.total_variation,
             "power": self.power,
             "accept_length": result.accept_length,
             "seconds": result.seconds,

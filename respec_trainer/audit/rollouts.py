@@ -12,10 +12,11 @@ itself tested: the ratios average 1 if the engine reports the probabilities that
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from respec_trainer.actor.engine import Actor
 from respec_trainer.audit.law import laws
-from respec_trainer.audit.scores import Draws, score_sums
+from respec_trainer.audit.scores import Draws, Strata, strata
 from respec_trainer.audit.sums import ScoreSums
 from respec_trainer.collectives import sum_over
 from respec_trainer.config import Config
@@ -36,7 +37,7 @@ class StepAudit:
     def __init__(self, config: Config, actor: Actor):
         self.every, self.actor = config.rollout.audit_every, actor
         self.lossy = is_lossy(config.speculation) or config.rollout.sampling.untruncated
-        self.total: ScoreSums | None = None  # sums of all audits so far, which detect smaller errors than one audit
+        self.total: Strata | None = None  # sums of all audits so far, which detect smaller errors than one audit
         sampling = config.rollout.sampling
         self.params = SamplingParams(sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k)
 
@@ -58,10 +59,10 @@ class StepAudit:
         return {
             "audit/p_value": sums.both().p_value,
             "audit/p_value_run": self.total.both().p_value,
-            "audit/total_variation": self.total.total_variation,
-            "audit/power": self.total.power(0.02, LEVEL, self.total.both().df),
-            "audit/mean_ratio": self.total.mean_ratio,
-            "audit/tokens": sums.draws,
+            "audit/total_variation": self.total.uncertain.total_variation,
+            "audit/power": self.total.uncertain.power(0.02, LEVEL, self.total.both().df),
+            "audit/mean_ratio": self.total.whole.mean_ratio,
+            "audit/tokens": sums.whole.draws,
         }
 
     def state_dict(self) -> dict:
@@ -70,19 +71,19 @@ class StepAudit:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the sums. Raises ConfigError for a state of an earlier version, which summed other scores."""
-        if state["total"] and state["total"].keys() != ScoreSums.__dataclass_fields__.keys():
+        if state["total"] and state["total"].keys() != Strata.__dataclass_fields__.keys():
             raise ConfigError(
                 "the checkpoint's sums of audits were saved by another version of respec_trainer, which this one does "
                 "not read; finish that run with the version that began it, or start a new one with "
                 "checkpoint.resume=never"
             )
-        self.total = ScoreSums.of_state(state["total"]) if state["total"] else None
+        self.total = Strata.of_state(state["total"]) if state["total"] else None
 
-    def _sums(self, batch: Batch) -> ScoreSums:
+    def _sums(self, batch: Batch) -> Strata:
         parts = [self._part(batch.rows(slice(start, start + ROWS))) for start in range(0, len(batch), ROWS)]
         return sum(parts[1:], parts[0])
 
-    def _part(self, rows: Batch) -> ScoreSums:
+    def _part(self, rows: Batch) -> Strata:
         logits = self.actor.logits_at(rows.tokens, rows.response_mask.roll(-1, 1)).cpu()
         tokens = rows.tokens[rows.response_mask].cpu()
         sampler = rows.sampler_logprobs[rows.response_mask].cpu().double()
@@ -90,21 +91,23 @@ class StepAudit:
         parts = [self._scores(*some) for some in zip(*(x.split(size) for x in (logits, tokens, sampler)), strict=True)]
         return sum(parts[1:], parts[0])
 
-    def _scores(self, logits: torch.Tensor, tokens: torch.Tensor, sampler: torch.Tensor) -> ScoreSums:
+    def _scores(self, logits: torch.Tensor, tokens: torch.Tensor, sampler: torch.Tensor) -> Strata:
         some, rows = laws(logits, self.params), torch.arange(len(tokens))
         ratios = (some.probs[rows, tokens].log() - sampler).exp()
-        return score_sums(some, Draws(rows, tokens, torch.ones_like(ratios), ratios))
+        return strata(some, Draws(rows, tokens, torch.ones_like(ratios), ratios))
 
-    def _over_copies(self, sums: ScoreSums) -> ScoreSums:
-        names, parts = zip(*((name, torch.as_tensor(part)) for name, part in vars(sums).items()), strict=True)
+    def _over_copies(self, sums: Strata) -> Strata:
         topology = self.actor.topology
-        added = sum_over(parts, topology.device, topology.dp_group)
-        return ScoreSums(
-            **{n: part.numpy() if part.ndim else float(part) for n, part in zip(names, added, strict=True)}
-        )
+        return Strata(*(over_ranks(part, topology.device, topology.dp_group) for part in vars(sums).values()))
 
 
-def check(sums: ScoreSums, which: str) -> None:
+def over_ranks(sums: ScoreSums, device: torch.device, group: dist.ProcessGroup | None) -> ScoreSums:
+    """Add the sums of all ranks."""
+    added = sum_over([torch.as_tensor(part) for part in vars(sums).values()], device, group)
+    return ScoreSums(*(part.numpy() if part.ndim else float(part) for part in added))
+
+
+def check(sums: Strata, which: str) -> None:
     """Raise AuditError if `sums`, which are of the rollouts of `which`, refute that these follow the actor's law."""
     evidence, hint = sums.both(), "run tools/audit_rollout.py to see which way of sampling is wrong"
     if evidence.p_value < LEVEL:
@@ -112,8 +115,8 @@ def check(sums: ScoreSums, which: str) -> None:
             f"the rollouts of {which} do not follow the policy: p = {evidence.p_value:.1g}, chi-square "
             f"{evidence.statistic:.0f} with {evidence.df} degrees of freedom over {evidence.draws:.0f} tokens; {hint}"
         )
-    if sums.ratio_p_value() < LEVEL:
+    if sums.whole.ratio_p_value() < LEVEL:
         raise AuditError(
             f"the rollouts of {which} have log-probs that they were not drawn with: the probabilities of actor to "
-            f"sampler average {sums.mean_ratio:.4f}, not 1, over {sums.draws:.0f} tokens; {hint}"
+            f"sampler average {sums.whole.mean_ratio:.4f}, not 1, over {sums.whole.draws:.0f} tokens; {hint}"
         )

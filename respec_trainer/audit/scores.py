@@ -14,12 +14,13 @@ Shapes: R laws, V vocabulary, T draws, C classes, F = C + 1 scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import one_hot
 
 from respec_trainer.audit.law import Laws
+from respec_trainer.audit.statistics import Evidence
 from respec_trainer.audit.sums import ScoreSums
 
 FIRST_RANKS = (0, 1, 2, 3, 8)  # the first rank of each class
@@ -48,10 +49,56 @@ class Moments:
     uncertain: torch.Tensor  # [R] bool
 
 
-def score_sums(laws: Laws, draws: Draws) -> ScoreSums:
-    """Sum the scores of draws."""
+@dataclass(frozen=True)
+class Strata:
+    """The sums where the actor is uncertain, and where it is sure. Strata of parts can be added.
+
+    They are tested apart, because the rare tokens that show an error where the actor is sure would be lost in the
+    variance of the others. Their evidence is independent, so it adds up.
+    """
+
+    uncertain: ScoreSums
+    sure: ScoreSums
+
+    def __add__(self, other: Strata) -> Strata:
+        return Strata(self.uncertain + other.uncertain, self.sure + other.sure)
+
+    def times(self, factor: float) -> Strata:
+        return Strata(self.uncertain.times(factor), self.sure.times(factor))
+
+    @property
+    def whole(self) -> ScoreSums:
+        return self.uncertain + self.sure
+
+    def classes(self) -> Evidence:
+        return self.uncertain.classes() + self.sure.classes()
+
+    def surprisal(self) -> Evidence:
+        return self.uncertain.surprisal() + self.sure.surprisal()
+
+    def both(self) -> Evidence:
+        return self.uncertain.both() + self.sure.both()
+
+    def state_dict(self) -> dict:
+        return {name: sums.state_dict() for name, sums in vars(self).items()}
+
+    @classmethod
+    def of_state(cls, state: dict) -> Strata:
+        return cls(**{name: ScoreSums.of_state(sums) for name, sums in state.items()})
+
+
+def strata(laws: Laws, draws: Draws) -> Strata:
+    """Sum the scores of draws, apart by whether the actor was uncertain."""
     ranked = Ranked.of(laws)
-    moments, scores = ranked.moments(), ranked.scores(draws.rows, draws.tokens)
+    moments = ranked.moments()
+    unsure = moments.uncertain[draws.rows]
+    parts = (replace(draws, counts=draws.counts * share) for share in (unsure, ~unsure))
+    return Strata(*(score_sums(laws, part, ranked, moments) for part in parts))
+
+
+def score_sums(laws: Laws, draws: Draws, ranked: Ranked, moments: Moments) -> ScoreSums:
+    """Sum the scores of draws from laws with this order and these moments."""
+    scores = ranked.scores(draws.rows, draws.tokens)
     inside = laws.certain[draws.rows, draws.tokens]
     centred = (scores - moments.means[draws.rows]) * inside[:, None]
     visits = torch.zeros(len(laws), dtype=torch.float64).index_add_(0, draws.rows, draws.counts)
@@ -69,7 +116,7 @@ def score_sums(laws: Laws, draws: Draws) -> ScoreSums:
         ratio=float((draws.counts * beyond).sum()),
         ratio_square=float((draws.counts * beyond**2).sum()),
         draws=float(draws.counts.sum()),
-        uncertain=float(reached[moments.uncertain].sum()),
+        reached=float(reached.sum()),
     )
 
 

@@ -17,7 +17,7 @@ from scipy.stats import chi2, ncx2
 
 from respec_trainer.audit.statistics import Evidence
 
-LEAST_VARIANCE = 100.0  # as that of 100 rare draws: with fewer, a sum is not nearly normal
+LEAST_VARIANCE = 50.0  # as that of 50 rare draws: with fewer, a sum is not nearly normal
 # A ratio as large as the largest that was seen may also be one that was not drawn by chance. This many such draws are
 # added to the variance. If k are missing, each an increment r, D is k r off, sqrt(k^2 / MISSING) standard deviations:
 # 6 of these, a p-value of 1e-6, take k = 17, which chance leaves out with a probability of exp(-17).
@@ -38,7 +38,7 @@ class ScoreSums:
     ratio: float  # sum of rho over the certain draws, minus their probability
     ratio_square: float  # sum of the squares of the same
     draws: float
-    uncertain: float  # draws where the actor is uncertain
+    reached: float  # expected draws among the certain tokens; without top_p and top_k as many as `draws`
 
     def __add__(self, other: ScoreSums) -> ScoreSums:
         return ScoreSums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -91,26 +91,26 @@ class ScoreSums:
 
     @property
     def total_variation(self) -> float:
-        """Mass that moved between classes where the actor is uncertain, above that of chance; 0 if less."""
+        """Mass that moved between classes, above that of chance; 0 if less."""
         groups = self.groups()
         chance = np.sqrt(2 / math.pi * np.diag(groups @ self.covariance @ groups.T))
         moved = 0.5 * float((np.abs(groups @ self.difference) - chance).sum())
-        return max(0.0, moved) / self.uncertain if self.uncertain else 0.0
+        return max(0.0, moved) / self.reached if self.reached else 0.0
 
     def power(self, total_variation: float, level: float, df: int) -> float:
         """Return a lower bound of the probability that a test at `level` with `df` finds a law this wrong.
 
-        The law moves the mass `total_variation` between groups of classes, the same way wherever the actor is
-        uncertain, and nothing elsewhere. Then the sum of |E D| is 2 U total_variation for U uncertain draws. With the
-        signs s of E D that is s' E D, and (s' E D)^2 <= (E D' S^-1 E D) (s' S s) by Cauchy-Schwarz. So the
-        noncentrality is (2 U total_variation)^2 / max s' S s at least.
+        The law moves the mass `total_variation` between groups of classes, the same way at all these draws. Then the
+        sum of |E D| is 2 N total_variation for N draws. With the signs s of E D that is s' E D, and
+        (s' E D)^2 <= (E D' S^-1 E D) (s' S s) by Cauchy-Schwarz. So the noncentrality is
+        (2 N total_variation)^2 / max s' S s at least.
         """
         groups = self.groups()
         if len(groups) < 2 or not df:
             return 0.0
         covariance = groups @ self.covariance @ groups.T
         largest = max(float(np.array(s) @ covariance @ np.array(s)) for s in product((-1, 1), repeat=len(groups)))
-        noncentrality = (2 * self.uncertain * total_variation) ** 2 / largest
+        noncentrality = (2 * self.reached * total_variation) ** 2 / largest
         return float(ncx2.sf(chi2.isf(level, df), df, noncentrality))
 
     def _surprisal(self) -> np.ndarray:

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from respec_trainer.audit.law import Laws
-from respec_trainer.audit.scores import Draws, score_sums
+from respec_trainer.audit.scores import Draws, Strata, strata
 from respec_trainer.audit.statistics import Evidence, multinomial, rare
-from respec_trainer.audit.sums import ScoreSums
 
 Prefix = tuple[int, ...]
 Tree = Mapping[Prefix, Counter[int]]  # how often each next token followed a prefix, which begins with the prompt
@@ -54,15 +53,13 @@ def joint_law(tree: Tree, laws_after: LawsAfter) -> Evidence:
     return total + rare(rest, rest_expected)
 
 
-def token_scores(tree: Tree, laws_after: LawsAfter) -> ScoreSums:
+def token_scores(tree: Tree, laws_after: LawsAfter) -> Strata:
     """Sum the scores of all tokens."""
     parts = []
     for prefixes, laws in _passes(list(tree), laws_after):
         drawn = [(row, *item) for row, prefix in enumerate(prefixes) for item in tree[prefix].items()]
         rows, tokens, counts = torch.tensor(drawn).T
-        parts.append(
-            score_sums(laws, Draws(rows, tokens, counts.double(), torch.ones(len(drawn), dtype=torch.float64)))
-        )
+        parts.append(strata(laws, Draws(rows, tokens, counts.double(), torch.ones(len(drawn), dtype=torch.float64))))
     return sum(parts[1:], parts[0])
 
 

@@ -45,7 +45,7 @@ def test_a_mode_overrides_the_configuration_but_for_what_may_be_lossy():
     assert speculation_of(modes["EAGLE-3 rejection"], SpeculationConfig()).rejection_sampling
     sampled = SpeculationConfig(rejection_sampling=True)
     assert not speculation_of(modes["EAGLE-3 chain"], sampled).rejection_sampling
-    assert speculation_of(CONTROL, SpeculationConfig()).accept_threshold_acc == 0.9
+    assert speculation_of(CONTROL, SpeculationConfig()).accept_threshold_acc == 0.7
 
 
 def test_a_cell_is_named_by_its_mode_sampling_and_event():

@@ -12,6 +12,7 @@ import torch
 from benchmarks.audit_power import STANDARD, TableEngine
 from respec_trainer.audit.draws import MARGIN, Plan, examine, missing
 from respec_trainer.audit.law import laws
+from respec_trainer.audit.scores import Strata
 from respec_trainer.audit.sums import ScoreSums
 from respec_trainer.rollout.sample import SamplingParams
 
@@ -36,9 +37,10 @@ def plan(**more) -> Plan:
     return Plan("cell", PROMPTS, PARAMS, lambda prefixes: laws(LOGITS[[p[-1] for p in prefixes]], PARAMS), **more)
 
 
-def sums_with(uncertain: float, variance: float) -> ScoreSums:
+def sums_with(uncertain: float, variance: float) -> Strata:
     covariance = variance * np.array([[2, -1, -1, 0], [-1, 2, -1, 0], [-1, -1, 2, 0], [0, 0, 0, 1.0]])
-    return ScoreSums(np.zeros(4), covariance, np.zeros((4, 4)), np.zeros(4), 1.0, 0.0, 0.0, uncertain, uncertain)
+    nothing = ScoreSums(np.zeros(4), np.zeros((4, 4)), np.zeros((4, 4)), np.zeros(4), 1.0, 0.0, 0.0, 0.0, 0.0)
+    return Strata(replace(nothing, expected=covariance, draws=uncertain, reached=uncertain), nothing)
 
 
 def test_as_many_are_drawn_as_the_power_takes_and_no_more():
@@ -48,7 +50,7 @@ def test_as_many_are_drawn_as_the_power_takes_and_no_more():
     assert STANDARD.power_of(result.scores, 22) >= 0.99
     fewer = result.scores.times(0.85 / MARGIN)
     assert STANDARD.power_of(fewer, 22) < 0.99
-    assert result.tokens == result.scores.draws and min(result.p_values) > 1e-4
+    assert result.tokens == result.scores.whole.draws and min(result.p_values) > 1e-4
     enough = examine(engine := Engine(laws(LOGITS, PARAMS).probs), plan(), STANDARD, 1, limit=20_000, draws=9000)
     assert list(map(len, engine.rounds)) == [9000] and enough.draws == 9000
 
@@ -62,9 +64,8 @@ def test_the_limit_is_kept():
 def test_the_scores_of_what_was_drawn_change_no_number_of_draws():
     some = sums_with(5000.0, 900.0)
     wanted = missing(some, STANDARD, 22, 1000)
-    assert (
-        wanted > 0 and missing(replace(some, difference=np.array([900.0, -900, 0, 50])), STANDARD, 22, 1000) == wanted
-    )
+    drawn = replace(some, uncertain=replace(some.uncertain, difference=np.array([900.0, -900, 0, 50])))
+    assert wanted > 0 and missing(drawn, STANDARD, 22, 1000) == wanted
 
 
 @pytest.mark.parametrize("cells", [1, 22])

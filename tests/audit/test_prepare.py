@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from respec_trainer.audit.prepare import CANDIDATES, CUT_PROMPTS, DEEP, audit_prompts, uncertain_starts
+from respec_trainer.audit.prepare import CANDIDATES, DEEP, audit_prompts, most_uncertain
 
 END = 0
 
@@ -17,9 +17,8 @@ class Model:
 
     def __call__(self, prompts, steps):
         self.asked.append((list(prompts), steps))
-        answers = [
-            [prompt[-1]] * min(steps, self.ends_after) + [END] * max(0, steps - self.ends_after) for prompt in prompts
-        ]
+        length = min(steps, self.ends_after)
+        answers = [[prompt[-1]] * length + [END] * (steps - length) for prompt in prompts]
         logprobs = [
             [math.log(0.69 if step < self.unsure.get(tuple(prompt), 0) else 0.71) for step in range(steps)]
             for prompt in prompts
@@ -27,47 +26,49 @@ class Model:
         return answers, logprobs
 
 
-def test_the_beginnings_that_leave_most_open_are_chosen():
-    prompts = [tuple(range(start, start + 30)) for start in (100, 200, 300)]
-    unsure = {prompts[2][:8]: 9, prompts[0][:20]: 7, prompts[1][:4]: 8, prompts[1][:12]: 6, prompts[1][:20]: 5}
+def test_prompts_are_ordered_by_how_often_the_actor_is_uncertain():
+    unsure = {(1,): 3, (2,): 7, (3,): 0, (4,): 10}
     model = Model(unsure)
-    assert (
-        uncertain_starts(prompts, model, {END}, 10) == [p for p, _ in sorted(unsure.items(), key=lambda i: -i[1])][:4]
-    )
-    assert CUT_PROMPTS == 4 and model.asked[0][1] == 10
+    assert most_uncertain(list(unsure), model, {END}, 10) == [(4,), (2,), (1,), (3,)]
+    assert model.asked == [([(1,), (2,), (3,), (4,)], 10)]
 
 
 def test_what_follows_the_end_of_a_response_does_not_count():
-    prompts = [(5,) * 4 + (6,), (7,) * 4 + (8,)]
-    assert uncertain_starts(prompts, Model({(5,) * 4: 9, (7,) * 4: 3}, ends_after=2), {END}, 10)[0] == (5,) * 4
+    sure, unsure = math.log(0.9), math.log(0.5)
 
-    def go_on(cuts, steps):
-        sure, unsure = math.log(0.9), math.log(0.5)
-        rows = {
-            (5,) * 4: ([1, END, 3, 3], [sure, sure, unsure, unsure]),
-            (7,) * 4: ([1, END, 3, 3], [sure, unsure, sure, sure]),
-        }
-        answers, logprobs = zip(*(rows[cut] for cut in cuts), strict=True)
+    def go_on(prompts, steps):
+        rows = [([1, END, 3, 3], [sure, sure, unsure, unsure]), ([1, END, 3, 3], [sure, unsure, sure, sure])]
+        answers, logprobs = zip(*rows, strict=True)
         return list(answers), list(logprobs)
 
-    assert uncertain_starts(prompts, go_on, {END}, 4)[0] == (7,) * 4
+    assert most_uncertain([(5,), (7,)], go_on, {END}, 4) == [(7,), (5,)]
+
+
+def test_an_audit_has_whole_prompts_cut_ones_and_one_with_half_its_answer():
+    prompts = [tuple(range(start, start + 30)) for start in (100, 200, 300, 400, 500)]
+    unsure = {prompts[1]: 9, prompts[4]: 8, prompts[2]: 7, prompts[1][:8]: 3, prompts[0][:20]: 4, prompts[3][:4]: 2}
+    chosen, answers = audit_prompts(prompts, Model(unsure), {END}, 10)
+    assert chosen[:5] == [prompts[1], prompts[4], prompts[2], prompts[0][:20], prompts[1][:8]]
+    assert chosen[5:] == [(*prompts[1], *[229] * (DEEP // 2))]
+    assert answers == [[229] * DEEP, [207] * DEEP]
+    chosen, answers = audit_prompts(prompts, Model(unsure, ends_after=2), {END}, 10)
+    assert answers == [[229] * 2, [207] * 2] and chosen[5] == (*prompts[1], 229)
 
 
 def test_short_prompts_are_not_cut_and_equal_beginnings_count_once():
-    assert uncertain_starts([(1, 2, 3), (4, 5, 6, 7)], Model({}), {END}, 5) == []
-    assert uncertain_starts([(1, 2, 3, 4, 5), (1, 2, 3, 4, 6)], Model({}), {END}, 5) == [(1, 2, 3, 4)]
-    many = [(index,) * 5 for index in range(1, CANDIDATES + 10)]
     model = Model({})
-    uncertain_starts(many, model, {END}, 5)
-    assert len(model.asked[0][0]) == CANDIDATES
+    assert audit_prompts([(1, 2, 3), (4, 5, 6, 7)], model, {END}, 5)[0] == [
+        (1, 2, 3),
+        (4, 5, 6, 7),
+        (1, 2, 3, *[3] * (DEEP // 2)),
+    ]
+    assert [len(asked) for asked, _ in model.asked] == [2, 2], "there is nothing to cut"
+    model = Model({})
+    audit_prompts([(1, 2, 3, 4, 5), (1, 2, 3, 4, 6)], model, {END}, 5)
+    assert model.asked[1] == ([(1, 2, 3, 4)], 5)
 
 
-def test_an_audit_has_a_whole_prompt_its_answer_and_cut_prompts():
-    prompts = [tuple(range(start, start + 30)) for start in (100, 200)]
-    chosen, answers = audit_prompts(prompts, Model({prompts[1][:8]: 3}), {END}, 10)
-    assert chosen[0] == prompts[0] and chosen[1] == prompts[1][:8] and len(chosen) == 6
-    assert chosen[-1] == (*prompts[0], *[129] * DEEP) and answers[0] == [129] * DEEP
-    assert answers[1] == [chosen[-2][-1]] * DEEP
-    chosen, answers = audit_prompts(prompts, Model({}, ends_after=2), {END}, 10)
-    assert answers[0] == [129] * 2 and chosen[-1] == (*prompts[0], 129, 129)
-    assert audit_prompts([(1, 2)], Model({}), {END}, 10) == ([(1, 2), (1, 2, *[2] * DEEP)], [[2] * DEEP] * 2)
+def test_the_first_prompts_of_the_data_are_considered():
+    model = Model({})
+    audit_prompts([(index,) * 5 for index in range(1, CANDIDATES + 10)], model, {END}, 5)
+    assert len(model.asked[0][0]) == len(model.asked[1][0]) == CANDIDATES

@@ -10,6 +10,7 @@ from rich.console import Console
 from scipy.stats import chi2, ncx2, norm
 
 from respec_trainer.audit.report import TESTS, CellResult, Standard, judge, table
+from respec_trainer.audit.scores import Strata
 from respec_trainer.audit.statistics import Evidence
 from respec_trainer.audit.sums import ScoreSums
 
@@ -25,7 +26,8 @@ def result(tree: float = 0.5, classes: float = 0.5, surprisal: float = 0.5, unce
     scale = difference[1:3] @ np.linalg.inv(covariance[1:3, 1:3]) @ difference[1:3]
     difference[:3] *= np.sqrt(chi2.isf(classes, 2) / scale) if scale else 1
     scores = ScoreSums(difference, covariance, np.zeros((4, 4)), np.zeros(4), 1.0, 0.0, 0.0, 1e5, uncertain)
-    return CellResult("cell", Evidence(chi2.isf(tree, 7), 7), scores, 4096, 60_000, 2.5, 10.0, **more)
+    strata = Strata(scores, ScoreSums(*(0 * part for part in vars(scores).values())))
+    return CellResult("cell", Evidence(chi2.isf(tree, 7), 7), strata, 4096, 60_000, 2.5, 10.0, **more)
 
 
 def test_a_cell_has_three_p_values():

@@ -78,7 +78,7 @@ def test_a_wrong_joint_law_is_detected():
 
 def test_scores_are_those_of_all_tokens_also_after_rare_prefixes():
     pairs = draw_pairs(right, 3000, 1) + [((9, index), [1, 2]) for index in range(PREFIXES_A_PASS)]
-    sums = token_scores(tree_of(pairs), laws_of(right))
+    sums = token_scores(tree_of(pairs), laws_of(right)).whole
     ranks, difference, tokens = (0, 1, 2, 3), np.zeros(4), 0
     for prompt, response in pairs:
         row = list(prompt)
@@ -89,7 +89,7 @@ def test_scores_are_those_of_all_tokens_also_after_rare_prefixes():
             row.append(token)
             tokens += 1
     assert np.allclose(sums.difference[list(ranks)], difference) and sums.draws == tokens
-    assert sums.uncertain == pytest.approx(tokens)
+    assert sums.reached == pytest.approx(tokens)
     assert sums.ratio == pytest.approx(0, abs=1e-9)
 
 
