@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.processes.ranks import run_ranks
+from tests.support.processes.ranks import Ranks, run_ranks
 
 
 def add_up(factor: int) -> torch.Tensor:
@@ -37,9 +37,13 @@ def hang_on_one() -> None:
 
 
 def test_results_come_in_rank_order_and_processes_are_used_again():
-    first = run_ranks(2, os.getpid)
-    assert [t.item() for t in run_ranks(2, add_up, 2)] == [6, 6]
-    assert run_ranks(2, os.getpid) == first
+    pool = Ranks(2)  # those of other tests may have so many threads by now that they are replaced
+    try:
+        first = pool.call(os.getpid, (), 120.0)
+        assert [t.item() for t in pool.call(add_up, (2,), 120.0)] == [6, 6]
+        assert pool.call(os.getpid, (), 120.0) == first
+    finally:
+        pool.close()
 
 
 @pytest.mark.parametrize(
