@@ -19,7 +19,7 @@ from respec_trainer.speculation.algorithms import DrafterFolder, algorithm_of
 DEEP = 12  # tokens of an answer in a prompt
 CANDIDATES = 24  # prompts of the data that are considered
 CUTS = (4, 8, 12, 20)  # tokens of a prompt that is cut short
-WHOLE_PROMPTS, CUT_PROMPTS = 3, 2
+WHOLE_PROMPTS, CUT_PROMPTS = 2, 3
 CLOSE = 0.7  # with a lower largest probability, the actor is uncertain at low temperatures too
 
 # Prompts, number of tokens -> the actor's likeliest continuation of each, and the log-probs of its tokens.

@@ -48,11 +48,11 @@ def test_an_audit_has_whole_prompts_cut_ones_and_one_with_half_its_answer():
     prompts = [tuple(range(start, start + 30)) for start in (100, 200, 300, 400, 500)]
     unsure = {prompts[1]: 9, prompts[4]: 8, prompts[2]: 7, prompts[1][:8]: 3, prompts[0][:20]: 4, prompts[3][:4]: 2}
     chosen, answers = audit_prompts(prompts, Model(unsure), {END}, 10)
-    assert chosen[:5] == [prompts[1], prompts[4], prompts[2], prompts[0][:20], prompts[1][:8]]
+    assert chosen[:5] == [prompts[1], prompts[4], prompts[0][:20], prompts[1][:8], prompts[3][:4]]
     assert chosen[5:] == [(*prompts[1], *[229] * (DEEP // 2))]
-    assert answers == [[229] * DEEP, [207] * DEEP]
+    assert answers == [[229] * DEEP, [403] * DEEP]
     chosen, answers = audit_prompts(prompts, Model(unsure, ends_after=2), {END}, 10)
-    assert answers == [[229] * 2, [207] * 2] and chosen[5] == (*prompts[1], 229)
+    assert answers == [[229] * 2, [403] * 2] and chosen[5] == (*prompts[1], 229)
 
 
 def test_short_prompts_are_not_cut_and_equal_beginnings_count_once():
