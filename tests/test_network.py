@@ -22,7 +22,7 @@ def test_a_port_in_use_is_not_free():
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen()
-        assert not is_free(server.getsockname()[1])
+        assert is_free(server.getsockname()[1]) is False
 
 
 def test_free_port_is_free():

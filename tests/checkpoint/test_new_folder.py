@@ -120,3 +120,11 @@ def test_no_handle_of_a_leftover_stays_open(tmp_path):
     with new_folder(tmp_path / "out"):
         pass
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_place_may_be_deep_but_no_file(tmp_path):
+    check_place(tmp_path / "a/b/c", 10)
+    assert not list(tmp_path.iterdir()), "nothing is made yet"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file exists and is not an empty folder"):
+        check_place(tmp_path / "file", 10)

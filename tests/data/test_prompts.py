@@ -74,6 +74,15 @@ def test_an_empty_prompt_is_dropped_and_counted(tmp_path):
     assert [prompt.text for prompt in prompts] == ["ab", "c"] and prompts.dropped == 1
 
 
+def test_a_tokenizer_that_loses_a_text_is_no_use(tmp_path):
+    class Forgetful(Characters):
+        def __call__(self, texts, add_special_tokens):
+            return {"input_ids": super().__call__(texts, add_special_tokens)["input_ids"][1:]}
+
+    with pytest.raises(ValueError, match="shorter"):
+        load_prompts(config(write(tmp_path / "r.jsonl", ROWS)), Forgetful(), 100)
+
+
 def test_tokenizer_larger_than_the_model():
     class HFConfig:
         vocab_size = 100

@@ -88,7 +88,8 @@ def problems_of(mix, count):
 
 def test_numbers_in_questions_stay_below_the_largest():
     for problem in itertools.islice(problems(1, MIX, largest=9), 500):
-        assert max(map(int, re.findall(r"\d+", problem.question))) <= 9
+        numbers = list(map(int, re.findall(r"\d+", problem.question)))
+        assert max(numbers) <= 9 and min(numbers) >= 2
 
 
 def test_a_problem_depends_on_seed_and_index_alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 
 import pytest
@@ -135,3 +137,25 @@ def test_every_problem_is_found(check):
 def test_what_needs_the_model_is_left_out_without_one(check):
     found = every_problem(smallest_config(check.folder, "model.path=absent", "data.path=absent.jsonl"))
     assert ["no folder absent" in str(found[0]), "no file absent.jsonl" in str(found[1]), len(found)] == [True, True, 2]
+
+
+def test_only_the_first_rank_needs_the_ports(check):
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        config = smallest_config(check.folder, *check.folders, f"resync.port={server.getsockname()[1]}")
+        preflight(config, world_size=2, rank=1)
+
+
+def test_a_tokenizer_that_does_not_fit_or_cannot_be_read_is_named(check):
+    folder = check.folder / "other"
+    shutil.copytree(check.actor, folder)
+    sizes = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(sizes | {"vocab_size": 10}))
+    with pytest.raises(ConfigError, match="model.path: the tokenizer in .*other has .* tokens, but .* is 10;"):
+        check(f"model.path={folder}")
+    (folder / "config.json").write_text(json.dumps(sizes))
+    check(f"model.path={folder}")
+    (folder / "tokenizer.json").write_text("{")
+    found = every_problem(smallest_config(check.folder, f"model.path={folder}", *check.folders[1:]))
+    assert len(found) == 1

@@ -98,6 +98,8 @@ def test_rejection_sampling_needs_the_full_vocabulary(check):
     save_drafter(tiny_drafter(tiny_config("qwen3", layers=4)), DRAFT_IDS, folder)
     shape = ["speculation.algorithm=eagle3", f"drafter.path={folder}", f"model.path={deep}"]
     check(*shape)
+    with pytest.raises(ConfigError, match="absent.json"):
+        check(*shape, "speculation.policy=adaptive", "speculation.profile=absent.json")
     with pytest.raises(ConfigError, match="full vocabulary.*draft_vocab_size in .*eagle is 64 of 131"):
         check(*shape, "speculation.rejection_sampling=true")
     config = smallest_config(check.folder, *shape, "speculation.rejection_sampling=true")

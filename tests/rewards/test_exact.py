@@ -30,6 +30,7 @@ def reward(response: str, answer: str) -> float:
         ("#### 5\n#### 6", "6"),  # the last marker counts
         ("#### 7\nand more words", "7"),
         ("#### x + 1", "x + 1"),
+        ("####  x + 1 ", " x + 1\t"),
         ("#### 50 %", "50"),
         ("#### 50%", "#### 50 %"),
         ("#### snan", "snan"),  # no numbers: compared as texts

@@ -58,6 +58,12 @@ def test_a_silent_host_is_named_with_its_ranks_and_where_the_others_are():
     assert [process.pid for process in verdict.lost] == [102, 103]
 
 
+def test_a_rank_is_done_once_it_says_so():
+    court = judge(2)
+    court.record(beat(1, state="done"), 1.0)
+    assert [court.is_done(rank) for rank in (0, 1, 7)] == [False, True, False]
+
+
 def test_who_has_finished_or_only_lost_contact_is_not_to_blame():
     court = judge(3)
     court.record(beat(0, state="broken"), 2 * LOST)
@@ -198,7 +204,7 @@ def test_messages_survive_the_way():
     assert decode_beat(encode(sent)) == sent
     answer = Answer(sent, True, Verdict("why", (sent.process,)))
     assert decode_answer(encode(answer)) == answer
-    assert decode_answer(encode(Answer(sent))) == Answer(sent)
+    assert decode_answer(encode(Answer(sent))) == Answer(sent) == Answer(sent, stack=False, verdict=None)
     for noise in (b"", b"[]", b"{}", b'{"rank": 1}', b"\xff"):
         with pytest.raises((ValueError, KeyError, TypeError)):
             decode_beat(noise)

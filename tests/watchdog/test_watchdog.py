@@ -43,7 +43,7 @@ def test_ranks_without_a_launcher_are_refused(monkeypatch):
 
 def test_one_rank_of_a_host_reports():
     first, second, other = Reporter("run 1"), Reporter("run 1"), Reporter("run 2")
-    assert first.is_me() and not second.is_me() and first.is_me() and other.is_me()
+    assert [one.is_me() for one in (first, second, first, other)] == [True, False, True, True]
     first.claim.close()
     assert second.is_me()
 

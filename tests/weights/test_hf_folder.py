@@ -35,7 +35,7 @@ def test_reads_several_files_and_opens_only_those_asked_for(tmp_path):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="neither"):
+    with pytest.raises(ConfigError, match="holds neither model.safetensors nor model.safetensors.index.json$"):
         HFFolder(tmp_path)
 
 

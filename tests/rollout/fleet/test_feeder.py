@@ -246,3 +246,11 @@ def test_tokens_that_were_kept_are_counted_at_each_death():
         assert phase.fleet.counts == {"lost_tokens": 0, "resumed_tokens": resumed}
     ((_, sample),) = phase.collect_own()
     assert (sample.response_ids, sample.restarts) == ([5, 6, 7], 2)
+
+
+def test_a_host_that_is_gone_generates_nothing(store):
+    def gone():
+        raise EngineError("no contact")
+
+    phase = start(SimpleNamespace(submit=lambda requests: SimpleNamespace(done=gone)), UNITS[:1], None)
+    assert not phase.generating()

@@ -85,3 +85,9 @@ def test_the_bonus_token_is_the_last_accepted():
     tokens = torch.tensor([[5, 6, 7], [8, 0, 0], [9, 4, 0]], dtype=torch.int32)
     cache.fill_bonus_tokens_cpu(tokens, torch.tensor([3, 1, 2]), out, 3)
     assert out.tolist() == [7, 8, 4]
+
+
+def test_a_branch_may_end_at_the_last_position():
+    rows, slots, seq_lens = table(2), torch.tensor([3, 1]), torch.tensor([WIDTH - 3, 5])
+    branches = cache.build_draft_decode_metadata_cpu(rows, slots, seq_lens, 1, 3, WIDTH)
+    assert branches[0].tolist() == rows[3].tolist() and branches[1, :8].tolist() == rows[1, :8].tolist()

@@ -276,3 +276,18 @@ def test_rejection_sampling_at_its_bounds():
     assert verify_chain(probs, proposals, [0.0, 0.0], [4, 2]) == [2], "not accepted: the drafter cannot have drawn it"
     assert verify_chain(probs, proposals, [0.0, 0.0], [4, 0], last=0.99) == [3]
     assert verify_chain(probs, proposals, [0.0, 0.0, 0.0], [4, 1, 1], last=0.0) == [1, 1, 1], "all accepted: from p"
+
+
+def test_an_accumulated_threshold_divides_the_mass():
+    probs = [0.25, 0.25, 0.25, 0.25, 0.0]
+    for uniform, threshold, accepted in ((0.27, 0.9, True), (0.28, 0.9, False), (0.27, 1.0, False)):
+        out = verify([-1, 0], [4, 2], probs, [uniform, 0.0], threshold_acc=threshold)
+        assert (out[0] == 2 and len(out) == 2) == accepted  # 0.25 / 0.9 is 0.277...
+
+
+def test_if_the_rejected_tokens_had_all_the_mass_the_most_probable_is_drawn():
+    probs = torch.tensor([[0.0, 0.3, 0.5, 0.2, 0.0]])
+    rest = sampling.draw_rest(
+        probs, torch.tensor([[4, 1, 2, 3]]), torch.tensor([[False, True, True, True]]), torch.zeros(1)
+    )
+    assert rest.tolist() == [2] and probs.tolist() == [[0.0, pytest.approx(0.3), 0.5, pytest.approx(0.2), 0.0]]

@@ -147,3 +147,12 @@ def test_a_tree_given_as_a_mask(parents):
             siblings = [other for other in range(node + 1, n) if row[node] >= 0 and row[other] == row[node]]
             assert child[b, node] == (children or [-1])[0] and sibling[b, node] == (siblings or [-1])[0]
             assert positions[b * n + node] == 10 + b + mask[b, node].sum() - 1
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_no_more_drafts_are_accepted_than_there_is_room_for(width):
+    """A chain of four right drafts after the root, and room for `width` nodes."""
+    index = torch.arange(5)[None]
+    accept_index = torch.full((1, width), -1)
+    count = tree.accept_chain(accept_index, index, torch.ones(1, 4, dtype=torch.bool))
+    assert count.tolist() == [width - 1] and accept_index.tolist() == [list(range(width))]
