@@ -55,7 +55,7 @@ NAMED = (
 CONTROL = Mode("lossy on purpose", CHAIN | {"accept_threshold_acc": 0.7, "allow_lossy": True}, needs="drafter")
 
 TEMPERATURES = tuple({"temperature": temperature} for temperature in (1.0, 0.6, 0.3))
-FILTERS = ({"top_p": 0.9}, {"top_k": 20}, {"top_p": 0.9, "top_k": 20})
+FILTERS = ({"top_p": 0.9}, {"top_k": 4, "top_p": 0.95})  # four tokens, so that top_k changes what top_p keeps
 FIRST = (
     *(Cell("no speculation", sampling) for sampling in (*TEMPERATURES, *FILTERS)),
     *(Cell("EAGLE-3 tree", sampling) for sampling in (*TEMPERATURES, *FILTERS)),
