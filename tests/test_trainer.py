@@ -82,6 +82,14 @@ def test_requests_keep_groups_together(make):
     assert requests[0].sampling.temperature == 0.5 and requests[0].sampling.max_new_tokens == 8
 
 
+def test_requests_have_the_configured_truncation(make):
+    trainer = make()
+    sampling = trainer.config.rollout.sampling.model_copy(update={"top_k": 20, "top_p": 0.9})
+    rollout = trainer.config.rollout.model_copy(update={"sampling": sampling})
+    trainer.config = trainer.config.model_copy(update={"rollout": rollout})
+    assert {(r.sampling.top_k, r.sampling.top_p) for r in trainer.requests(4, PROMPTS)} == {(20, 0.9)}
+
+
 def test_a_prompt_that_comes_twice_in_a_step_draws_other_responses(make):
     trainer = make()
     sampling = trainer.config.rollout.sampling.model_copy(update={"seeded": True})
