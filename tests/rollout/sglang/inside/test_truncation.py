@@ -98,7 +98,7 @@ def test_a_token_that_is_not_kept_has_no_probability():
 
 
 def test_greedy_tokens_keep_their_log_probs_of_the_whole_vocabulary():
-    """SGLang gives greedy requests a top_k of 1, and so log-probs of 0, in which the canary would see nothing."""
+    """SGLang gives greedy requests a top_k of 1, so each log-prob would be 0, and the canary blind."""
     output = SimpleNamespace(next_token_logits=random_logits(2), next_token_logprobs="as SGLang computed them")
     greedy = info([1, 1], [1.0, 1.0])
     greedy.is_all_greedy = True
