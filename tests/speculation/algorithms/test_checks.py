@@ -42,7 +42,8 @@ def test_truncation_needs_an_algorithm_that_reports_it_or_a_permission(tmp_path,
     with pytest.raises(ConfigError, match=rf"(?s){key}.*ngram does not report.*eagle3 or .*allow_untruncated=true"):
         smallest_config(tmp_path, *truncated)
     assert smallest_config(tmp_path, *truncated, "rollout.sampling.allow_untruncated=true").rollout.sampling.untruncated
-    assert not smallest_config(tmp_path, truncated[1]).rollout.sampling.untruncated, "nothing is truncated"
+    allowed = smallest_config(tmp_path, truncated[1], "rollout.sampling.allow_untruncated=true")
+    assert not allowed.rollout.sampling.untruncated, "nothing is truncated"
 
 
 @pytest.mark.parametrize(
