@@ -1,5 +1,5 @@
 # make quickstart   install, make the small actor and its drafter, train: a whole run, with or without a GPU
-# make test         install, run the tests but for the long ones: some 11 minutes on two cores with bf16 instructions
+# make test         install, run the tests but for the long ones: some 12 to 19 minutes on two cores with bf16 instructions
 # make test-long    install, run the long ones: kills by the dozen, runs over two hosts, hundreds of pushes
 # make test-gpu     install, run the tests that need GPUs; results in OUT and docs/gpu.md. With GPU_PYTHON=python3, say,
 #                   nothing is installed: that Python has to have everything, see docs/gpu.md
