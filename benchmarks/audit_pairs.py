@@ -25,7 +25,7 @@ Fault = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """How actor and sampler differ."""
+    """The difference between actor and sampler."""
 
     error: float = 0.0  # standard deviation of each side's errors of logits, before rounding
     bf16: bool = True
@@ -47,7 +47,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What an audit sees."""
+    """The inputs of an audit."""
 
     logits: torch.Tensor  # [T, V] the actor's
     tokens: torch.Tensor  # [T]

@@ -63,7 +63,7 @@ def test_padding_and_the_most_probable_token():
 
 
 def test_a_token_at_the_very_edge_is_kept():
-    """As the engine keeps it: the tokens before it hold exactly the share top_p. exp(-1e-8) is 1 in float32."""
+    """The engine keeps it too: the tokens before it hold exactly the share top_p. exp(-1e-8) is 1 in float32."""
     scores = torch.tensor([[0.0, -1e-8, -3.0]])
     assert kept(scores, 2, 0.5).tolist() == [[True, True, False]]
     assert kept(scores, 2, 0.499).tolist() == [[True, False, False]]

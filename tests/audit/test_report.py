@@ -37,7 +37,7 @@ def test_a_cell_has_three_p_values():
 
 @pytest.mark.parametrize("which", range(3))
 def test_each_test_fails_a_cell_at_holms_level(which):
-    """Of two cells with three tests each, the smallest p-value is multiplied by six."""
+    """The smallest p-value of two cells with three tests each is multiplied by six."""
 
     def cells(p):
         return [result(), result(*[p if test == which else 0.5 for test in range(3)])]

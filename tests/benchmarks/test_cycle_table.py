@@ -94,7 +94,7 @@ def rollout(choices: list[tuple[int, int, int]]) -> DecodeLog:
 
 
 def test_each_half_is_judged_by_the_other_ones_times():
-    """In even rounds everything takes twice as long as in odd ones: the even ones are judged by the shorter times."""
+    """Everything takes twice as long in even rounds as in odd ones: the even ones are judged by the shorter times."""
     fixed = {steps: [] for steps in (0, 1)}
     for number in range(4):
         slow = 2.0 if number % 2 == 0 else 1.0

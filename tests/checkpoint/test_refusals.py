@@ -274,7 +274,7 @@ def test_a_config_of_another_model_is_refused(hf, checkpoint):
 
 @pytest.mark.parametrize("name", ["state.json", "hf/tokenizer.json", "ranks/rank0.safetensors"])
 def test_a_file_of_another_size_is_found_when_the_checkpoint_is_opened(checkpoint, name):
-    """Without reading any file whole."""
+    """No file is read whole."""
     with (checkpoint / name).open("ab") as file:
         file.write(b" ")
     with pytest.raises(ConfigError, match=f"{name} holds .* bytes .*; use another checkpoint, or copy this file again"):

@@ -25,7 +25,7 @@ class Mutant:
 
     @property
     def key(self) -> Key:
-        """What names the mutant also after other lines of the module have changed."""
+        """The mutant's name, which other changes of the module do not change."""
         return self.module, self.within, " ".join(self.was.split()), " ".join(self.now.split())
 
     @property

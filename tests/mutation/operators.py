@@ -149,7 +149,7 @@ def _is_call(node: ast.stmt) -> bool:
 
 
 def _fills(node: ast.Expr) -> bool:
-    """Whether the call is of a tensor's method such as copy_: calls that fill two tensors may change places."""
+    """Return whether the call is of a tensor's method such as copy_: calls that fill two tensors may change places."""
     return isinstance(node.value.func, ast.Attribute) and node.value.func.attr.endswith("_")
 
 

@@ -35,14 +35,14 @@ PASSED, NO_TESTS = 0, 5  # of pytest's exit statuses; all others mean that a tes
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the tests ended: pytest's exit status, or None if they took longer than they may; and their seconds."""
+    """The end of the tests: pytest's exit status, or None if they took longer than they may; and their seconds."""
 
     status: int | None
     seconds: float
 
     @property
     def noticed(self) -> bool:
-        """Whether the tests noticed a fault."""
+        """Return whether the tests noticed a fault."""
         return self.status not in (PASSED, NO_TESTS)
 
 

@@ -62,7 +62,7 @@ def response(kept: list[int], tokens: int | None = None, reason: str = "stop", p
 
 
 def test_every_length_that_a_response_may_end_at():
-    """What its passes gave it is all but the first token, which comes with the prompt."""
+    """Its passes gave it all but the first token, which comes with the prompt."""
     generator = random.Random(0)
     for _ in range(200):
         kept = [generator.randint(0, 3) for _ in range(generator.randint(1, 6))]

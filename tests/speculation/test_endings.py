@@ -41,7 +41,7 @@ def acceptance_of(cycles: list[tuple[int, int, bool]], steps: int) -> list[float
 
 
 def learnt(cycles: list[tuple[int, int, bool]], expected: float, over: bool = False) -> Endings:
-    """What was learnt of all cycles; with `over` each response is computed once more after its end."""
+    """The estimates from all cycles; with `over` each response is computed once more after its end."""
     endings = Endings(memory=1e9)
     for verified, kept, ended in cycles:
         endings.observe(verified, Ends(kept, int(ended), 0), expected)
@@ -89,7 +89,7 @@ def test_what_is_kept_agrees_with_what_responses_kept(behind, over):
 
 
 def test_other_numbers_of_steps_are_foreseen():
-    """What was learnt with five steps holds for two, and for none where finished sequences are computed again."""
+    """Estimates from five steps hold for two, and for none where finished sequences are computed again."""
     lengths = [random.Random(seed).randint(5, 50) for seed in range(5000)]
     acceptance = [0.7]
 
@@ -119,7 +119,7 @@ def test_without_ends_all_is_kept():
 
 
 def test_old_ends_count_less():
-    """After many long responses the short ones before are forgotten."""
+    """The short responses before many long ones are forgotten."""
     endings = Endings(memory=50)
     for length in [4] * 200 + [1000] * 200:
         endings.observe(length, Ends(length, 1), 0.0)

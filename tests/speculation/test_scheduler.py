@@ -109,7 +109,7 @@ def test_drafts_that_are_never_kept_cost_next_to_nothing(costs, seed):
 
 @pytest.mark.parametrize("costs", [CPU, GPU], ids=["cpu", "gpu"])
 def test_acceptance_that_recovers_is_noticed(costs):
-    """After a rollout with a drafter that is always wrong, one with a good drafter is within 3 % of the best."""
+    """A rollout with a good drafter is within 3 % of the best after one with a drafter that is always wrong."""
     scheduler = DepthScheduler.of(settings_of(costs))
     poor, good = (skewed_trace(acceptance=[share], longest=1000) for share in (0.0, 0.8))
     assert replay(poor, costs, scheduler).off_fraction > 0.9
@@ -136,7 +136,7 @@ class Foreseeing(DepthScheduler):
 
 @pytest.mark.parametrize("share", [0.0, 0.45, 0.7, 0.9])
 def test_expected_tokens_are_those_that_responses_keep(share):
-    """On responses of 2 to 24 tokens, of whose verified tokens up to 13 % lie behind an end."""
+    """Responses have 2 to 24 tokens; up to 13 % of their verified tokens lie behind an end."""
     scheduler = Foreseeing(StepTimes(CPU, STEPS, 64, 3000), NEUTRAL)
     generator = np.random.default_rng(0)
     traces = [
@@ -209,7 +209,7 @@ def test_tries_cost_no_more_than_their_share(share):
 
 
 def test_tries_at_the_start_of_rollouts_are_paid_before_the_next_one():
-    """Of 20 rollouts of 60 batches, each of which begins with all tokens read, the first may go into debt: a try takes
+    """The first of 20 rollouts of 60 batches may go into debt, as each begins with all tokens read: a try takes
     8 batches of 1.5 s instead of 1 s. A rollout earns 0.24 s for the next one, so 16 later the debt is paid."""
     scheduler = Counting(StepTimes(SLOWER, (0, 3), 64, 3000), (0.1,) * 3, 0.004)
     tries = []
@@ -252,7 +252,7 @@ def test_no_try_costs_more_than_four_batches(phases, explore, steepness):
 
 
 def test_a_try_lasts_until_enough_drafts_reach_the_new_depth():
-    """Of eight sequences a quarter keeps the first draft, so eight batches bring 16 drafts to the second depth."""
+    """A quarter of eight sequences keeps the first draft, so eight batches bring 16 drafts to the second depth."""
     costs = CostModel(BARE | {"plain": Terms(fixed=3.0), "draft": Terms(weights=0.1), "verify": Terms(fixed=1.0)})
     scheduler = DepthScheduler(StepTimes(costs, (0, 1, 3), 64, 3000), (0.25,) * 3, 1.0)
     tries = []

@@ -78,7 +78,7 @@ def test_no_more_rows_than_the_share_says_for_shares_of_other_ranks():
 
 
 def test_an_arc_has_rows_of_all_sizes():
-    """Of 128 rows that double in size every 16, any share of a quarter or more has about as many of each half."""
+    """The 128 rows double in size every 16; any share of a quarter or more has about as many of each half."""
     sizes = [int(100 * 2 ** (row / 16)) for row in range(128)]
     for seed in range(50):
         order, sample = draw(seed, sizes)

@@ -271,7 +271,7 @@ def test_a_response_that_no_budget_holds_is_counted_as_refused(make, model):
 
 
 def test_only_new_responses_are_measured_on(make, model):
-    """After a step whose responses were all skipped there is nothing to measure: older ones were learned from."""
+    """There is nothing to measure after a step whose responses were all skipped: older ones were learned from."""
     learner = make()
     iterate(learner, model, 0)
     measured = iterate(learner, model, 1, rewards=torch.full((4, 4), torch.nan))

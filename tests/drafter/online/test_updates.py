@@ -155,7 +155,7 @@ def test_rates_rise_from_one_part_to_the_whole():
 
 
 def test_the_first_update_is_adamw_s():
-    """After bias correction the first step of AdamW is -lr * sign(g), after the decay of the weights."""
+    """The first step of AdamW, bias-corrected, is -lr * sign(g), after the decay of the weights."""
     updates = make(lr=1e-3, weight_decay=0.1)
     before = torch.cat([weight.detach().flatten().clone() for weight in updates.parameters])
     updates.step(micros(8), totals(), yes)

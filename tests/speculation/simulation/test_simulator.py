@@ -101,7 +101,7 @@ def test_a_group_s_prompt_is_read_once():
 
 
 def test_cached_prompts_cost_a_token_each():
-    """Of a group of four, the first two are read together, and the other two find the prompt in the cache."""
+    """The first two of a group of four are read together, and the other two find the prompt in the cache."""
     costs = CostModel(SIMPLE | {"prefill": Terms(token=0.1)})
     outcome = run(trace_of([1, 1, 1, 1], groups=[0, 0, 0, 0]), costs=costs, slots=2)
     assert outcome.makespan == pytest.approx(10 * 0.1 + 1.0 + 2 * 0.1 + 1.0)

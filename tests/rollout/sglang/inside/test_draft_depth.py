@@ -175,7 +175,7 @@ def test_batches_are_logged():
 
 
 def test_what_lies_behind_an_end_is_not_gained():
-    """Of three passes of four tokens each, one response keeps one, one all, and one is over or was retracted."""
+    """Three passes gain four tokens each: one response keeps one, one all, and one is over or was retracted."""
     settings = replace(FIXED, **chosen_by("Attentive", [3]))
     depth, worker = depth_of(settings)
     reqs = [Response(0, last=2), Response(1, last=5), Response(2)]

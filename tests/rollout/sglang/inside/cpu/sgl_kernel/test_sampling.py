@@ -156,7 +156,7 @@ def test_limits_differ_from_row_to_row():
 
 
 def test_at_the_very_limit_the_next_token_is_kept():
-    """As in sglang's own filter, which drops a token if the mass before it is larger than top_p."""
+    """The token is kept as in sglang's own filter, which drops one if the mass before it is larger than top_p."""
     probs = torch.tensor([[0.25, 0.5, 0.25]])
     assert sampling.top_p_renorm_prob(probs, torch.tensor([0.5])).tolist() == [
         [pytest.approx(1 / 3), pytest.approx(2 / 3), 0]
