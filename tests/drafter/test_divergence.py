@@ -97,7 +97,7 @@ def test_with_a_whole_vocabulary_kl_and_log_acceptance_are_the_plain_ones():
 
 @pytest.mark.parametrize("kind", ["kl", "log_acceptance"])
 def test_the_best_draft_distribution_is_p_renormalized(kind):
-    """The loss and its gradient are 0 there, also if the draft vocabulary does not hold all of p; it is more elsewhere."""
+    """Loss and gradient are 0 there, also if the draft vocabulary does not hold all of p; elsewhere there is a loss."""
     target, _ = random_logits()
     draft = target[:, :30].clone().requires_grad_()
     loss = divergence(kind, *log_probs(target, draft))
