@@ -32,7 +32,8 @@ class _VocabParallelLogProb(torch.autograd.Function):
         log Z is that of the whole vocabulary, also after truncation.
         """
         first = dist.get_rank(group) * logits.shape[1]
-        scores = mask_padding(logits.to(torch.float32, copy=True), first, vocab_size).div_(temperature)
+        # In this order, so that no temperature changes the mask.
+        scores = mask_padding(logits.to(torch.float32, copy=True).div_(temperature), first, vocab_size)
         top = scores.amax(-1)
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
         scores -= top[:, None]

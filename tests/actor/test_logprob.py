@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,6 +36,21 @@ def test_a_rank_s_columns_of_padding_are_masked_also_if_it_has_no_others(vocab, 
     logits = mask_padding(torch.ones(2, 4), 10, vocab)  # this rank's columns are tokens 10 to 13
     assert (logits == 1).sum(1).tolist() == [kept] * 2
     assert (logits[:, kept:] == -1e30).all() and logits[:, kept:].exp().eq(0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e35])
+@pytest.mark.parametrize("truncation", [WHOLE, PART])
+def test_no_temperature_gives_padding_a_probability(group, temperature, truncation):
+    """The likeliest token has all of the probability at 1e-10; at 1e35 all tokens of the vocabulary are alike."""
+    weight = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(3))
+    hidden = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(4))
+    likeliest = (hidden @ weight[:VOCAB].t()).argmax(-1)
+    options = {"vocab_size": VOCAB, "temperature": temperature, "chunk": 1, "group": group, "truncation": truncation}
+    logprobs, entropies, _ = chunked_logprobs(hidden, weight, likeliest, **options)
+    alike = {WHOLE: VOCAB, PART: PART.top_k}[truncation]
+    count = 1 if temperature < 1 else alike
+    assert logprobs.item() == pytest.approx(-math.log(count), abs=1e-6)
+    assert entropies.item() == pytest.approx(math.log(count), abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
